@@ -1,0 +1,1 @@
+"""First-order optimizers, one algorithm a file."""

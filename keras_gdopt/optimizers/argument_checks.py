@@ -1,0 +1,153 @@
+"""Range checks of constructor arguments, with Keras's form of error message."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import keras
+
+
+def checked_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = 0.0,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Returns `value` as a float, or raises if it is not a finite number in range.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+        minimum: The smallest value allowed. Defaults to 0.
+        above: If given, an open lower bound that replaces `minimum`.
+        below: If given, an open upper bound.
+
+    Raises:
+        ValueError: If `value` is no real number, is not finite or lies outside.
+    """
+    if above is not None:
+        bounds = f"above {above:g}"
+    else:
+        bounds = f"of at least {minimum:g}"
+    if below is not None:
+        bounds += f" and below {below:g}"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        in_range = False
+    else:
+        number = float(value)
+        in_range = (
+            math.isfinite(number)
+            and (number > above if above is not None else number >= minimum)
+            and (below is None or number < below)
+        )
+    if not in_range:
+        raise ValueError(
+            f"Argument `{name}` must be a finite number {bounds}. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
+    return float(value)
+
+
+def checked_fraction(name: str, value: Any) -> float:
+    """Returns `value` as a float in [0, 1), the range of decay rates, or raises."""
+    return checked_number(name, value, below=1.0)
+
+
+def checked_epsilons(epsilon: Any, epsilon_root: Any) -> tuple[float, float]:
+    """Returns both epsilons of a denominator, or raises if it could become 0."""
+    epsilon = checked_number("epsilon", epsilon)
+    epsilon_root = checked_number("epsilon_root", epsilon_root)
+    if epsilon == 0.0 and epsilon_root == 0.0:
+        raise ValueError(
+            "At least one of `epsilon` and `epsilon_root` must be above 0: with both "
+            "at 0 a gradient of 0 would divide 0 by 0. "
+            f"Received: epsilon={epsilon}, epsilon_root={epsilon_root}"
+        )
+    return epsilon, epsilon_root
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Returns `value` if it is a boolean, or raises."""
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"Argument `{name}` must be True or False. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
+    return value
+
+
+def checked_count(name: str, value: Any, *, minimum: int) -> int:
+    """Returns `value` as an int of at least `minimum`, or raises."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"Argument `{name}` must be an integer of at least {minimum}. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
+    return int(value)
+
+
+def checked_learning_rate(value: Any) -> Any:
+    """Returns a learning rate that Keras accepts, or raises.
+
+    Numbers become floats (Keras takes no ints); schedules and callables pass.
+    """
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return value
+    if not isinstance(value, Real):
+        raise ValueError(
+            "Argument `learning_rate` must be a number, a "
+            "`keras.optimizers.schedules.LearningRateSchedule` or a callable without "
+            f"arguments. Received: learning_rate={value!r} "
+            f"(of type {type(value).__name__})"
+        )
+    return checked_number("learning_rate", value)
+
+
+def checked_base_arguments(owner: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments of Keras's base optimizer, or raises.
+
+    Args:
+        owner: Name of the optimizer's class, for the message.
+        arguments: The keyword arguments that the class did not take itself.
+
+    Raises:
+        ValueError: If a name is unknown to Keras's base class, or its value is
+            one that Keras would take in silence and ignore.
+    """
+    known = {
+        "name",
+        "weight_decay",
+        "clipnorm",
+        "clipvalue",
+        "global_clipnorm",
+        "use_ema",
+        "ema_momentum",
+        "ema_overwrite_frequency",
+        "loss_scale_factor",
+        "gradient_accumulation_steps",
+    }
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ValueError(
+            f"{owner} does not take the argument(s) {unknown}. Expected, besides its "
+            f"own, any of {sorted(known)}. "
+            f"Received: {({name: arguments[name] for name in unknown})}"
+        )
+    checked = dict(arguments)
+    if arguments.get("weight_decay") is not None:
+        checked["weight_decay"] = checked_number("weight_decay", arguments["weight_decay"])
+    for name in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"):
+        if arguments.get(name) is not None:
+            checked[name] = checked_number(name, arguments[name], above=0.0)
+    if "use_ema" in arguments:
+        checked_flag("use_ema", arguments["use_ema"])
+    if "ema_momentum" in arguments:
+        checked["ema_momentum"] = checked_number("ema_momentum", arguments["ema_momentum"])
+    for name, minimum in (("gradient_accumulation_steps", 2), ("ema_overwrite_frequency", 1)):
+        if arguments.get(name) is not None:
+            checked[name] = checked_count(name, arguments[name], minimum=minimum)
+    return checked

@@ -1,0 +1,510 @@
+"""From a pure update rule to a Keras optimizer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import keras
+from keras import ops
+
+from keras_gdopt.optimizers.argument_checks import (
+    checked_base_arguments,
+    checked_count,
+    checked_flag,
+    checked_learning_rate,
+)
+from keras_gdopt.optimizers.saved_state import SavedState
+
+Tensor = Any
+"""A tensor of the Keras backend in use."""
+
+Slots = Mapping[str, Tensor]
+"""One variable's slots by name."""
+
+Update = tuple[Tensor, dict[str, Tensor]]
+"""The change of a variable, and its new slots by name."""
+
+
+class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
+    r"""Turns a pure update rule into a Keras optimizer.
+
+    A subclass states its slots, its hyper-parameters and one pure function,
+
+    $$(\Delta\theta_t,\ \text{slots}_t) = \text{update\_rule}(g_t,\
+    \text{slots}_{t-1},\ \eta_t,\ t), \qquad \theta_t = \theta_{t-1} + \Delta\theta_t$$
+
+    and this class does the rest. With TensorFlow, outside of a distribution
+    strategy, one step updates all dense variables as *one* XLA cluster (clipping,
+    weight decay, the rule, the moving average of the weights and Keras's own
+    constraints in it), also where Keras leaves the train function uncompiled, as
+    it does on a CPU. Gradients of embeddings have their repeated rows summed
+    before anything else happens to them. Under a strategy, and with the JAX and
+    torch backends, the rule runs through Keras's own path.
+
+    Args:
+        learning_rate: A non-negative number, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the rate.
+        lazy: What happens to the rows of an embedding that are absent from the
+            batch. `False` (the default) gives what the dense gradient would give:
+            their slots decay and, if the rule says so, the rows move. `True`
+            leaves the rows and their slots alone, weight decay included, and costs
+            time in proportion to the rows in the batch. Needs the TensorFlow
+            backend; cannot be combined with `gradient_accumulation_steps`, whose
+            accumulators are dense. `use_ema` and constraints concern the whole
+            variable in either case.
+        **kwargs: The arguments of Keras's base class, with its defaults:
+
+            - `weight_decay` (`None`): each step subtracts
+              `weight_decay * learning_rate * variable`, before the rule's change.
+            - `clipnorm`, `clipvalue`, `global_clipnorm` (`None`): at most one of
+              them; clips each gradient's norm, each entry, or the norm of all
+              gradients together. Under a strategy Keras clips on each replica,
+              before the sum.
+            - `use_ema` (`False`), `ema_momentum` (0.99) and
+              `ema_overwrite_frequency` (`None`): keep a moving average of the
+              weights, and write it to the weights every so many steps and at the
+              end of `fit`.
+            - `loss_scale_factor` (`None`): the loss is multiplied by it, the
+              gradients are divided by it.
+            - `gradient_accumulation_steps` (`None`): an update every so many
+              steps, with the mean of their gradients; bias corrections count
+              updates.
+            - `name`: defaults to the class's name in snake case.
+
+    Raises:
+        ValueError: If an argument is unknown, has the wrong type or is out of
+            range; in `build`, if a variable is in float16 (an epsilon of 1e-8 is 0
+            there: use the `mixed_float16` policy, which keeps the weights in
+            float32); in `apply`, if a gradient does not fit its variable or the
+            optimizer was not built for a variable.
+
+    Variables in bfloat16 are updated in float32 and hold their slots in float32.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_gdopt as gdopt
+    >>> @keras.saving.register_keras_serializable("my_package")
+    ... class SignDescent(gdopt.GradientOptimizer):
+    ...     hyperparameters = ("momentum",)
+    ...     slots = {"velocity": 0.0}
+    ...
+    ...     def __init__(self, learning_rate=0.01, momentum=0.9, **kwargs):
+    ...         super().__init__(learning_rate, **kwargs)
+    ...         self.momentum = momentum
+    ...
+    ...     def update_rule(self, gradient, slots, learning_rate, step):
+    ...         velocity = self.momentum * slots["velocity"] + gradient
+    ...         return -learning_rate * keras.ops.sign(velocity), {"velocity": velocity}
+    >>> optimizer = SignDescent(learning_rate=0.1)
+    >>> weight = keras.Variable([1.0, -2.0])
+    >>> optimizer.apply([keras.ops.convert_to_tensor([0.5, 3.0])], [weight])
+    >>> print(keras.ops.convert_to_numpy(weight).round(3).tolist())
+    [0.9, -2.1]
+    """
+
+    hyperparameters: ClassVar[Sequence[str]] = ()
+    """Names of the constructor's own arguments, kept as attributes of that name."""
+
+    zero_gradient_changes_nothing: ClassVar[bool] = False
+    """Whether an entry whose gradient is 0 keeps its value and its slots. Then
+    `lazy=False`, too, costs time in proportion to the rows in the batch."""
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        lazy: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        arguments = checked_base_arguments(type(self).__name__, kwargs)
+        lazy = checked_flag("lazy", lazy)
+        if lazy and arguments.get("gradient_accumulation_steps"):
+            raise ValueError(
+                "`lazy=True` cannot be combined with `gradient_accumulation_steps`: the "
+                "accumulators are dense, so which rows a batch had is lost. Received: "
+                f"lazy={lazy}, "
+                f"gradient_accumulation_steps={arguments['gradient_accumulation_steps']}"
+            )
+        super().__init__(checked_learning_rate(learning_rate), **arguments)
+        self.lazy = lazy
+        self._slots: dict[str, list[Any]] = {}
+        self._excluded_from_weight_decay: dict[str, list[str]] = {}
+        # Without Keras's tracking: it holds no state that is saved.
+        object.__setattr__(self, "_tensorflow_step", self._new_tensorflow_step())
+
+    # --- the rule ------------------------------------------------------------
+
+    @property
+    def slots(self) -> Mapping[str, float]:
+        """Slot names and the value that each entry starts from.
+
+        A class attribute will do, unless hyper-parameters decide which there are.
+        """
+        return {}
+
+    def update_rule(
+        self,
+        gradient: Tensor,
+        slots: Slots,
+        learning_rate: Tensor,
+        step: Tensor,
+    ) -> Update:
+        """The algorithm, as a pure function written in `keras.ops`.
+
+        Args:
+            gradient: The gradient of one variable, of any shape.
+            slots: This variable's slots by name, each of the gradient's shape and
+                dtype.
+            learning_rate: Scalar of the gradient's dtype, or an array that
+                broadcasts against the gradient.
+            step: The 1-based count of updates, as a floating-point scalar (float64
+                with TensorFlow) or an array that broadcasts against the gradient.
+
+        Returns:
+            The change to add to the variable, and the new slots by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `update_rule`.")
+
+    def rule_metrics(
+        self,
+        slots: Mapping[str, Sequence[Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
+    ) -> dict[str, Tensor]:
+        """Scalars of the algorithm's own to record with the step metrics.
+
+        Args:
+            slots: The new slots of all variables, lists by slot name.
+            learning_rate: As for `update_rule`.
+            step: As for `update_rule`.
+
+        Returns:
+            Scalar tensors by metric name. Nothing, by default.
+        """
+        del slots, learning_rate, step
+        return {}
+
+    # --- what Keras calls ----------------------------------------------------
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the slots and restores what was loaded before.
+
+        Args:
+            variables: The model's trainable variables.
+
+        Raises:
+            ValueError: If a variable is in float16, or loaded state does not fit.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        for variable in variables:
+            if keras.backend.standardize_dtype(variable.dtype) == "float16":
+                raise ValueError(
+                    f"{type(self).__name__} does not update variables in float16, where "
+                    "small numbers such as an epsilon of 1e-8 are 0. Use the "
+                    "`mixed_float16` policy, which computes in float16 and keeps the "
+                    f"weights in float32. Received: variable '{_path(variable)}' of "
+                    "dtype float16"
+                )
+        super().build(variables)
+        self._slots = {
+            name: [self._new_slot(variable, name, initial) for variable in variables]
+            for name, initial in self.slots.items()
+        }
+        self._restore_loaded_state()
+
+    def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
+        """Updates one variable and its slots: Keras's hook for strategies and loops.
+
+        Args:
+            gradient: Dense, or a `tf.IndexedSlices` that may repeat rows.
+            variable: A variable the optimizer was built with.
+            learning_rate: Scalar.
+        """
+        if self._tensorflow_step is not None:
+            self._tensorflow_step.update_variable(gradient, variable, learning_rate)
+            return
+        index = self._get_variable_index(variable)
+        change, slots = self._ruled(
+            gradient,
+            {name: ops.convert_to_tensor(slot[index]) for name, slot in self._slots.items()},
+            learning_rate,
+            self.iterations + 1,
+            variable.dtype,
+        )
+        for name, value in slots.items():
+            self.assign(self._slots[name][index], value)
+        self.assign_add(variable, ops.cast(change, variable.dtype))
+
+    def apply(
+        self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
+    ) -> None:
+        """Updates the variables by their gradients.
+
+        Args:
+            grads: One gradient for each variable: dense, a `tf.IndexedSlices`, or
+                `None` for a variable that the loss does not depend on.
+            trainable_variables: The variables; may be left out once the optimizer
+                is built. Builds the optimizer on the first call.
+
+        Raises:
+            ValueError: If a gradient does not fit its variable, or the optimizer
+                was not built for a variable.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    f"{type(self).__name__} is not built yet, and `apply` was called "
+                    "without variables. Pass `trainable_variables`, or call "
+                    "`optimizer.build(trainable_variables)` first."
+                )
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        _check_gradients_fit(grads, variables)
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(variables)
+        self._check_variables_are_known(variables)
+        if self._tensorflow_step is None:
+            super().apply(grads, variables)
+        else:
+            self._tensorflow_step.apply(grads, variables)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, for `from_config`."""
+        config = super().get_config()
+        config["lazy"] = self.lazy
+        for name in self.hyperparameters:
+            config[name] = getattr(self, name)
+        if self._excluded_from_weight_decay:
+            config["exclude_from_weight_decay"] = {
+                kind: list(names) for kind, names in self._excluded_from_weight_decay.items()
+            }
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "GradientOptimizer":
+        """An optimizer with the arguments of `config`, and without state."""
+        config = dict(config)
+        excluded = config.pop("exclude_from_weight_decay", None)
+        optimizer = super().from_config(config, custom_objects=custom_objects)
+        if excluded:
+            optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
+            optimizer._excluded_from_weight_decay = {k: list(v) for k, v in excluded.items()}
+        return optimizer
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from weight decay; call it before `build`.
+
+        Unlike Keras's, the exclusions are part of the config, so they hold in a
+        model that was saved and loaded.
+
+        Args:
+            var_list: Variables to exclude.
+            var_names: Regular expressions; a variable whose path holds a match of
+                one of them is excluded.
+
+        Raises:
+            ValueError: If the optimizer is built already.
+        """
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay()` must be called before the optimizer is "
+                "built, that is, before `model.fit` or `optimizer.build`."
+            )
+        super().exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+        self._excluded_from_weight_decay = {
+            "var_paths": [_path(variable) for variable in var_list or ()],
+            "var_names": list(var_names or ()),
+        }
+
+    # --- step metrics --------------------------------------------------------
+
+    def record_step_metrics(self, every: int = 1) -> None:
+        """Asks for the metrics of every n-th training step; needs TensorFlow.
+
+        Ask before the train function is traced, or make it trace again
+        (`model.make_train_function(force=True)`); callbacks do so in `set_model`.
+        Once asked for, `every` may change at any time without a new trace.
+        Training steps are counted as calls of `apply`; under gradient accumulation
+        the first update at or after each n-th call is recorded.
+
+        Args:
+            every: Record every n-th step; 0 stops the recording. Defaults to 1.
+
+        Raises:
+            ValueError: If `every` is no integer or negative.
+            RuntimeError: With another backend than TensorFlow.
+        """
+        every = checked_count("every", every, minimum=0)
+        if self._tensorflow_step is None:
+            raise RuntimeError(
+                "Step metrics need the TensorFlow backend. Received: "
+                f"keras.backend.backend() == '{keras.backend.backend()}'"
+            )
+        self._tensorflow_step.record_every(every)
+
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """The metrics of the last recorded step; empty before there is one.
+
+        - `iterations`: the count of updates when they were recorded,
+        - `learning_rate`,
+        - `grad_norm`: the norm of all gradients together, before clipping; under a
+          strategy of the reduced gradient, which Keras has clipped per replica,
+        - `update_norm`: the norm of the rule's change of all weights, without
+          weight decay,
+        - `weight_norm`: the norm of all weights with the change made, before
+          constraints,
+        - what the algorithm adds in `rule_metrics`.
+        """
+        if self._tensorflow_step is None:
+            return {}
+        return self._tensorflow_step.recorded_metrics()
+
+    # --- the parts -----------------------------------------------------------
+
+    def _new_tensorflow_step(self) -> Any:
+        if keras.backend.backend() != "tensorflow":
+            return None
+        from keras_gdopt.optimizers.tensorflow_step import TensorFlowStep
+
+        return TensorFlowStep(self)
+
+    def _new_slot(self, variable: Any, name: str, initial: float) -> Any:
+        initializer = keras.initializers.Constant(initial)
+        if keras.backend.standardize_dtype(variable.dtype) != "bfloat16":
+            return self.add_variable_from_reference(variable, name=name, initializer=initializer)
+        return self.add_variable(
+            variable.shape,
+            initializer=initializer,
+            dtype="float32",
+            name=f"{_path(variable).replace('/', '_')}_{name}",
+        )
+
+    def _slot_variables(self) -> Mapping[str, list[Any]]:
+        return self._slots
+
+    def _slot_names(self) -> set[str]:
+        return set(self.slots)
+
+    def _ruled(
+        self,
+        gradient: Tensor,
+        slots: Slots,
+        learning_rate: Any,
+        step: Any,
+        variable_dtype: Any,
+    ) -> Update:
+        """The rule's change and new slots, in the dtype that the rule computes in."""
+        dtype = computation_dtype(variable_dtype)
+        step_dtype = "float64" if keras.backend.backend() == "tensorflow" else "float32"
+        return self.update_rule(
+            ops.cast(gradient, dtype),
+            slots,
+            ops.cast(learning_rate, dtype),
+            ops.cast(step, step_dtype),
+        )
+
+    def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
+        for variable in variables:
+            if self._var_key(variable) not in self._trainable_variables_indices:
+                known = [_path(v) for v in self._trainable_variables]
+                raise ValueError(
+                    f"{type(self).__name__} was not built for the variable "
+                    f"'{_path(variable)}'. It was built for {len(known)} variable(s): "
+                    f"{known[:5]}{'...' if len(known) > 5 else ''}. Create a new "
+                    "optimizer for a new set of variables (after freezing or "
+                    "unfreezing layers, compile the model again)."
+                )
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        paths = self._excluded_from_weight_decay.get("var_paths", ())
+        if paths:
+            own = self._trainable_variables[self._get_variable_index(variable)]
+            if _path(own) in paths:
+                return False
+        return super()._use_weight_decay(variable)
+
+    # With TensorFlow under a strategy, Keras runs these three; they know sparse rows
+    # and step metrics.
+
+    def _clip_gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        if self._tensorflow_step is None:
+            return super()._clip_gradients(grads)
+        return self._tensorflow_step.clipped(grads)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        if self._tensorflow_step is not None:
+            variables = self._tensorflow_step.decayed_whole(variables)
+        super()._apply_weight_decay(variables)
+
+    def _distributed_tf_update_step(
+        self, distribution: Any, grads_and_vars: Any, learning_rate: Any
+    ) -> None:
+        self._tensorflow_step.update_under_strategy(distribution, grads_and_vars, learning_rate)
+
+
+def one_minus_power(base: float, exponent: Tensor) -> Tensor:
+    """`1 - base**exponent` without the cancellation that the formula suffers near 1.
+
+    Args:
+        base: A number in [0, 1).
+        exponent: Floating-point tensor, at least 1.
+
+    Returns:
+        A tensor of the exponent's shape and dtype.
+    """
+    log = math.log(base) if base > 0.0 else -math.inf
+    return -ops.expm1(exponent * log)
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together."""
+    return ops.sqrt(sum(ops.sum(ops.square(tensor)) for tensor in tensors))
+
+
+def computation_dtype(variable_dtype: Any) -> str:
+    """The dtype in which a variable's update is computed and its slots are held."""
+    dtype = keras.backend.standardize_dtype(variable_dtype)
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def _path(variable: Any) -> str:
+    """A Keras variable's path; the name of a variable that has none."""
+    return getattr(variable, "path", None) or variable.name
+
+
+def _check_gradients_fit(grads: Sequence[Tensor | None], variables: Sequence[Any]) -> None:
+    if len(grads) != len(variables):
+        raise ValueError(
+            "Expected one gradient for each variable. Received: "
+            f"{len(grads)} gradient(s) for {len(variables)} variable(s): "
+            f"{[_path(variable) for variable in variables[:5]]}"
+            f"{'...' if len(variables) > 5 else ''}"
+        )
+    for gradient, variable in zip(grads, variables, strict=True):
+        if gradient is None:
+            continue
+        if getattr(gradient.shape, "rank", 0) is None:
+            continue
+        expected = tuple(variable.shape)
+        received = tuple(gradient.shape)
+        if len(received) != len(expected) or any(
+            size is not None and size != wanted
+            for size, wanted in zip(received, expected, strict=True)
+        ):
+            raise ValueError(
+                f"The gradient for the variable '{_path(variable)}' must have the "
+                f"variable's shape {expected}. Received: a gradient of shape {received}"
+            )

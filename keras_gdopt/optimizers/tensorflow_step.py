@@ -1,0 +1,574 @@
+"""One training step with TensorFlow: the XLA cluster, sparse rows, step metrics."""
+
+import dataclasses
+import functools
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_gdopt.optimizers import base
+
+# float32 holds a norm to 1e-7, which is more than a plot shows.
+_METRIC_DTYPE = tf.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What one cluster does; every other plan is another cluster.
+
+    Variables are named by their index among the optimizer's variables.
+    """
+
+    dense: tuple[int, ...]  # updated in the cluster
+    rows: tuple[int, ...]  # updated before it, by gather and scatter
+    update: bool  # False: only add the gradients to the accumulators
+    record: bool
+
+
+class TensorFlowStep:
+    """Runs a `GradientOptimizer`'s step with TensorFlow.
+
+    Holds no state that is saved: neither Keras nor TensorFlow tracks what is in
+    here.
+    """
+
+    def __init__(self, optimizer: "base.GradientOptimizer") -> None:
+        self._optimizer = optimizer
+        self._clusters: dict[_Plan, Callable[..., Any]] = {}
+        self._dense_squares: Callable[..., Any] | None = None
+        self._rows_of_last_apply: frozenset[int] = frozenset()
+        self._every: tf.Variable | None = None
+        self._recorded: tf.Variable | None = None
+        self._recorded_iterations: tf.Variable | None = None
+        self._metric_names: tuple[str, ...] = ()
+
+    # --- a whole step --------------------------------------------------------
+
+    def apply(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        """What Keras's `apply` does, with sparse rows merged first.
+
+        Args:
+            grads: Gradients or `None`, aligned with `variables`.
+            variables: Variables that the optimizer was built with.
+        """
+        optimizer = self._optimizer
+        with keras.name_scope(optimizer.name, caller=optimizer):
+            grads, variables = optimizer._filter_empty_gradients(grads, variables)
+            grads, variables = optimizer._overwrite_variables_directly_with_gradients(
+                grads, variables
+            )
+            if grads:
+                grads = [
+                    self._merged(gradient, variable)
+                    for gradient, variable in zip(grads, variables, strict=True)
+                ]
+                if tf.distribute.has_strategy():
+                    self._apply_under_strategy(grads, variables)
+                else:
+                    self._apply_clustered(grads, variables)
+        optimizer._iterations.assign_add(1)
+
+    def _apply_under_strategy(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        optimizer = self._optimizer
+        self._rows_of_last_apply = frozenset(
+            optimizer._get_variable_index(variable)
+            for gradient, variable in zip(grads, variables, strict=True)
+            if isinstance(gradient, tf.IndexedSlices)
+        )
+        optimizer._backend_apply_gradients([self._unscaled(g) for g in grads], variables)
+        self._constrain(variables)
+
+    def _apply_clustered(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        optimizer = self._optimizer
+        rows: dict[int, tf.IndexedSlices] = {}
+        dense: dict[int, tf.Tensor] = {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            index = optimizer._get_variable_index(variable)
+            if isinstance(gradient, tf.IndexedSlices):
+                rows[index] = self._unscaled(gradient)
+            else:
+                dense[index] = gradient
+        learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
+        step = tf.convert_to_tensor(optimizer.iterations + 1)
+
+        def run(*, update: bool, record: bool) -> None:
+            self._run_cluster(dense, rows, learning_rate, step, update=update, record=record)
+
+        def run_update() -> None:
+            if self._every is None:
+                run(update=True, record=False)
+            else:
+                tf.cond(
+                    self._records_now(),
+                    lambda: run(update=True, record=True),
+                    lambda: run(update=True, record=False),
+                )
+
+        accumulated = optimizer.gradient_accumulation_steps
+        if accumulated:
+            tf.cond(
+                tf.equal((optimizer._iterations + 1) % accumulated, 0),
+                run_update,
+                lambda: run(update=False, record=False),
+            )
+        else:
+            run_update()
+        self._constrain([v for v in variables if not _compiles(v.constraint)])
+
+    def _run_cluster(
+        self,
+        dense: dict[int, tf.Tensor],
+        rows: dict[int, tf.IndexedSlices],
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        *,
+        update: bool,
+        record: bool,
+    ) -> None:
+        norm = None
+        row_squares = tf.zeros((2,), _METRIC_DTYPE)
+        if rows:
+            norm = self._global_norm_with_rows(dense, rows)
+            row_squares = self._update_rows_of_all(rows, norm, learning_rate, step, record)
+        plan = _Plan(tuple(dense), tuple(rows), update, record)
+        cluster = self._clusters.get(plan)
+        if cluster is None:
+            cluster = tf.function(
+                functools.partial(self._cluster_body, plan),
+                jit_compile=xla_is_available(),
+                autograph=False,
+            )
+            self._clusters[plan] = cluster
+        metrics = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
+        if record:
+            self._store_metrics(metrics)
+
+    def _cluster_body(
+        self,
+        plan: _Plan,
+        grads: Sequence[tf.Tensor],
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        norm: tf.Tensor | None,
+        row_squares: tf.Tensor,
+    ) -> tf.Tensor | None:
+        """The body of a cluster; `plan` is bound before it is traced."""
+        optimizer = self._optimizer
+        variables = optimizer._trainable_variables
+        grads = [
+            self._unscaled(tf.cast(g, base.computation_dtype(variables[i].dtype)))
+            for i, g in zip(plan.dense, grads, strict=True)
+        ]
+        if optimizer.gradient_accumulation_steps:
+            grads = self._accumulated(plan, grads)
+        values: dict[int, tf.Tensor] = {}
+        new_slots: dict[int, dict[str, tf.Tensor]] = {}
+        changes: list[tf.Tensor] = []
+        if plan.update:
+            clipped = self.clipped(grads, norm)
+            for index, gradient in zip(plan.dense, clipped, strict=True):
+                variable = variables[index]
+                change, new_slots[index] = optimizer._ruled(
+                    gradient, self._slots_of(index), learning_rate, step, variable.dtype
+                )
+                value = tf.cast(variable, change.dtype)
+                if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
+                    value -= value * self._decay(learning_rate, value.dtype)
+                values[index] = value + change
+                changes.append(change)
+        metrics = None
+        if plan.record:
+            weights = [values.get(i, v) for i, v in enumerate(variables)]
+            grad_square, update_square = tf.unstack(row_squares)
+            metrics = self._stacked_metrics(
+                learning_rate,
+                step,
+                grad_square + _square_of_all(grads),
+                update_square + _square_of_all(changes),
+                _square_of_all(weights),
+                {
+                    name: [
+                        new_slots[i][name] if i in new_slots else tf.convert_to_tensor(slot)
+                        for i, slot in enumerate(slots)
+                    ]
+                    for name, slots in optimizer._slots.items()
+                },
+            )
+        if optimizer.use_ema:
+            self._average(values, step)
+        for index in (*plan.dense, *plan.rows):
+            constraint = variables[index].constraint
+            if constraint is not None and _compiles(constraint):
+                value = values.get(index, tf.convert_to_tensor(variables[index]))
+                values[index] = constraint(value)
+        for index, slots in new_slots.items():
+            for name, value in slots.items():
+                optimizer.assign(optimizer._slots[name][index], value)
+        for index, value in values.items():
+            optimizer.assign(variables[index], value)
+        return metrics
+
+    def _accumulated(self, plan: _Plan, grads: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The mean gradients of an update; otherwise adds `grads` to the sums."""
+        optimizer = self._optimizer
+        means = []
+        for index, gradient in zip(plan.dense, grads, strict=True):
+            accumulator = optimizer._accumulated_gradients[index]
+            total = tf.cast(accumulator, gradient.dtype) + gradient
+            optimizer.assign(accumulator, tf.zeros_like(total) if plan.update else total)
+            means.append(total / optimizer.gradient_accumulation_steps)
+        return means
+
+    def _average(self, values: dict[int, tf.Tensor], step: tf.Tensor) -> None:
+        """Moves the moving averages; puts them in `values` where they take over."""
+        optimizer = self._optimizer
+        overwrite = None
+        if optimizer.ema_overwrite_frequency:
+            overwrite = tf.equal(step % optimizer.ema_overwrite_frequency, 0)
+        for index, average in enumerate(optimizer._model_variables_moving_average):
+            if average is None:
+                continue
+            variable = optimizer._trainable_variables[index]
+            value = values.get(index, tf.convert_to_tensor(variable))
+            # The first average is the weight itself.
+            momentum = tf.cast(tf.where(step > 1, optimizer.ema_momentum, 0.0), value.dtype)
+            moved = momentum * tf.cast(average, value.dtype) + (1 - momentum) * value
+            optimizer.assign(average, moved)
+            if overwrite is not None:
+                values[index] = tf.where(overwrite, moved, value)
+
+    # --- one variable --------------------------------------------------------
+
+    def update_variable(
+        self, gradient: Any, variable: Any, learning_rate: Any, *, decay_rows: bool = False
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Updates one variable by itself, without clipping, averages or constraints.
+
+        Args:
+            gradient: Dense or `tf.IndexedSlices`; rows may repeat.
+            variable: A Keras or TensorFlow variable.
+            learning_rate: Scalar.
+            decay_rows: Whether weight decay is due on the rows of a lazy update.
+
+        Returns:
+            The gradient and the change, of the rows alone where rows were updated.
+        """
+        optimizer = self._optimizer
+        index = optimizer._get_variable_index(variable)
+        step = optimizer.iterations + 1
+        gradient = self._merged(gradient, variable)
+        if isinstance(gradient, tf.IndexedSlices):
+            change = self._update_rows(
+                gradient, variable, index, learning_rate, step, decay=decay_rows
+            )
+            return gradient.values, change
+        change, slots = optimizer._ruled(
+            gradient, self._slots_of(index), learning_rate, step, variable.dtype
+        )
+        for name, value in slots.items():
+            optimizer.assign(optimizer._slots[name][index], value)
+        optimizer.assign_add(variable, change)
+        return gradient, change
+
+    def update_under_strategy(
+        self, distribution: Any, grads_and_vars: Sequence[Any], learning_rate: Any
+    ) -> None:
+        """Updates every variable on its devices; called across replicas.
+
+        Args:
+            distribution: The strategy.
+            grads_and_vars: Reduced gradients and variables.
+            learning_rate: Scalar.
+        """
+        optimizer = self._optimizer
+
+        def update(variable: Any, gradient: Any, learning_rate: Any) -> Any:
+            index = optimizer._get_variable_index(variable)
+            gradient, change = self.update_variable(
+                gradient,
+                variable,
+                learning_rate,
+                decay_rows=index in self._rows_of_last_apply and optimizer.lazy,
+            )
+            if self._every is None:
+                return None
+            return tf.cond(
+                self._records_now(),
+                lambda: tf.stack(
+                    [
+                        _square_of_all([gradient]),
+                        _square_of_all([change]),
+                        tf.cast(learning_rate, _METRIC_DTYPE),
+                    ]
+                ),
+                lambda: tf.zeros((3,), _METRIC_DTYPE),
+            )
+
+        squares = []
+        for gradient, variable in grads_and_vars:
+            result = distribution.extended.update(
+                variable, update, args=(gradient, learning_rate), group=False
+            )
+            squares.append(distribution.experimental_local_results(result)[0])
+        if self._every is None:
+            return
+
+        def record() -> None:
+            grad_square, update_square, _ = tf.unstack(tf.add_n(squares))
+            self._store_metrics(
+                self._stacked_metrics(
+                    squares[0][2],
+                    tf.convert_to_tensor(optimizer.iterations + 1),
+                    grad_square,
+                    update_square,
+                    _square_of_all(optimizer._trainable_variables),
+                    {
+                        name: [tf.convert_to_tensor(slot) for slot in slots]
+                        for name, slots in optimizer._slots.items()
+                    },
+                )
+            )
+
+        tf.cond(self._records_now(), record, lambda: None)
+
+    def _constrain(self, variables: Sequence[Any]) -> None:
+        for variable in variables:
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+
+    # --- sparse rows ---------------------------------------------------------
+
+    def _merged(self, gradient: Any, variable: Any) -> Any:
+        """A gradient without repeated rows: by row where rows suffice, else dense."""
+        if not isinstance(gradient, tf.IndexedSlices):
+            return tf.ensure_shape(gradient, variable.shape)
+        optimizer = self._optimizer
+        values = tf.cast(gradient.values, base.computation_dtype(variable.dtype))
+        by_row = optimizer.lazy or optimizer.zero_gradient_changes_nothing
+        if not by_row or optimizer.gradient_accumulation_steps:
+            dense = tf.math.unsorted_segment_sum(values, gradient.indices, variable.shape[0])
+            return tf.ensure_shape(dense, variable.shape)
+        indices, positions = tf.unique(gradient.indices)
+        merged = tf.math.unsorted_segment_sum(values, positions, tf.size(indices))
+        return tf.IndexedSlices(merged, indices, gradient.dense_shape)
+
+    def _update_rows_of_all(
+        self,
+        rows: dict[int, tf.IndexedSlices],
+        norm: tf.Tensor | None,
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        record: bool,
+    ) -> tf.Tensor:
+        """Updates the variables that have a sparse gradient.
+
+        Returns:
+            The squared norms of their gradients and of their changes, if recorded.
+        """
+        optimizer = self._optimizer
+        changes = []
+        clipped = self.clipped(list(rows.values()), norm)
+        for index, gradient in zip(rows, clipped, strict=True):
+            variable = optimizer._trainable_variables[index]
+            decayed = optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
+            if decayed and not optimizer.lazy:
+                value = tf.convert_to_tensor(variable)
+                optimizer.assign_sub(variable, value * self._decay(learning_rate, value.dtype))
+            changes.append(
+                self._update_rows(
+                    gradient,
+                    variable,
+                    index,
+                    learning_rate,
+                    step,
+                    decay=decayed and optimizer.lazy,
+                )
+            )
+        if not record:
+            return tf.zeros((2,), _METRIC_DTYPE)
+        return tf.stack([_square_of_all(rows.values()), _square_of_all(changes)])
+
+    def _update_rows(
+        self,
+        gradient: tf.IndexedSlices,
+        variable: Any,
+        index: int,
+        learning_rate: Any,
+        step: Any,
+        *,
+        decay: bool,
+    ) -> tf.Tensor:
+        """Updates the rows of a gradient without repeated rows; returns their change."""
+        optimizer = self._optimizer
+        rows = gradient.indices
+        slots = {name: tf.gather(_raw(slot[index]), rows) for name, slot in optimizer._slots.items()}
+        change, slots = optimizer._ruled(
+            gradient.values, slots, learning_rate, step, variable.dtype
+        )
+        for name, value in slots.items():
+            optimizer.assign(optimizer._slots[name][index], tf.IndexedSlices(value, rows))
+        moved = change
+        if decay and optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
+            before = tf.cast(tf.gather(_raw(variable), rows), change.dtype)
+            moved = change - before * self._decay(learning_rate, change.dtype)
+        optimizer.assign_add(variable, tf.IndexedSlices(moved, rows))
+        return change
+
+    def decayed_whole(self, variables: Sequence[Any]) -> list[Any]:
+        """Those of `variables` on which weight decay is not left to the row update."""
+        optimizer = self._optimizer
+        if not optimizer.lazy:
+            return list(variables)
+        return [
+            variable
+            for variable in variables
+            if optimizer._get_variable_index(variable) not in self._rows_of_last_apply
+        ]
+
+    # --- gradients -----------------------------------------------------------
+
+    def clipped(self, grads: Sequence[Any], norm: tf.Tensor | None = None) -> list[Any]:
+        """Gradients clipped as Keras clips them; sparse ones stay sparse.
+
+        Args:
+            grads: Dense gradients, or `tf.IndexedSlices` without repeated rows.
+            norm: The norm for `global_clipnorm`, where `grads` are not all there are.
+        """
+        optimizer = self._optimizer
+        if optimizer.clipnorm:
+            return [tf.clip_by_norm(g, optimizer.clipnorm) for g in grads]
+        if optimizer.clipvalue:
+            limit = optimizer.clipvalue
+            return [tf.clip_by_value(g, -limit, limit) for g in grads]
+        if optimizer.global_clipnorm:
+            limit = optimizer.global_clipnorm
+            if norm is None:
+                norm = tf.sqrt(_square_of_all(grads, _widest(grads)))
+            # Keras's formula: an infinite norm makes the gradients NaN.
+            scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
+            return [_scaled(g, tf.cast(scale, g.dtype)) for g in grads]
+        return list(grads)
+
+    def _global_norm_with_rows(
+        self, dense: dict[int, tf.Tensor], rows: dict[int, tf.IndexedSlices]
+    ) -> tf.Tensor | None:
+        """The norm that `global_clipnorm` needs before any row is updated."""
+        if not self._optimizer.global_clipnorm:
+            return None
+        dtype = _widest([*rows.values(), *dense.values()])
+        square = _square_of_all(rows.values(), dtype)
+        if dense:
+            if self._dense_squares is None:
+                self._dense_squares = tf.function(
+                    lambda grads: _square_of_all([self._unscaled(g) for g in grads], dtype),
+                    jit_compile=xla_is_available(),
+                    autograph=False,
+                )
+            square += self._dense_squares(list(dense.values()))
+        return tf.sqrt(square)
+
+    def _unscaled(self, gradient: Any) -> Any:
+        factor = self._optimizer.loss_scale_factor
+        return gradient if factor is None else _scaled(gradient, 1.0 / factor)
+
+    def _decay(self, learning_rate: Any, dtype: tf.DType) -> tf.Tensor:
+        return tf.cast(learning_rate, dtype) * tf.cast(self._optimizer.weight_decay, dtype)
+
+    def _slots_of(self, index: int) -> dict[str, tf.Tensor]:
+        slots = self._optimizer._slots
+        return {name: tf.convert_to_tensor(slot[index]) for name, slot in slots.items()}
+
+    # --- step metrics --------------------------------------------------------
+
+    def record_every(self, every: int) -> None:
+        """Records the metrics of every n-th step from now on; 0 of none."""
+        with tf.init_scope():
+            if self._every is not None:
+                self._every.assign(every)
+            elif every:
+                self._every = tf.Variable(every, dtype=tf.int64, trainable=False)
+
+    def recorded_metrics(self) -> dict[str, float]:
+        """The metrics of the last recorded step, or nothing."""
+        if self._recorded is None or self._recorded_iterations is None:
+            return {}
+        iterations = int(self._recorded_iterations.numpy())
+        if iterations == 0:
+            return {}
+        values = self._recorded.numpy().tolist()
+        return {"iterations": iterations, **dict(zip(self._metric_names, values, strict=True))}
+
+    def _records_now(self) -> tf.Tensor:
+        """Whether this call of `apply` passes a multiple of `every`."""
+        optimizer = self._optimizer
+        call = tf.convert_to_tensor(optimizer._iterations) + 1
+        since_last_update = optimizer.gradient_accumulation_steps or 1
+        every = tf.cast(tf.maximum(self._every, 1), call.dtype)
+        passed = call // every > (call - since_last_update) // every
+        return tf.logical_and(self._every > 0, passed)
+
+    def _stacked_metrics(
+        self,
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        grad_square: tf.Tensor,
+        update_square: tf.Tensor,
+        weight_square: tf.Tensor,
+        slots: dict[str, list[tf.Tensor]],
+    ) -> tf.Tensor:
+        own = self._optimizer.rule_metrics(slots, learning_rate, tf.cast(step, tf.float64))
+        metrics = {
+            "learning_rate": learning_rate,
+            "grad_norm": tf.sqrt(grad_square),
+            "update_norm": tf.sqrt(update_square),
+            "weight_norm": tf.sqrt(weight_square),
+            **own,
+        }
+        self._metric_names = tuple(metrics)
+        return tf.stack([tf.cast(value, _METRIC_DTYPE) for value in metrics.values()])
+
+    def _store_metrics(self, metrics: tf.Tensor) -> None:
+        if self._recorded is None:
+            with tf.init_scope():
+                self._recorded = tf.Variable(tf.zeros(metrics.shape), trainable=False)
+                self._recorded_iterations = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._recorded.assign(metrics)
+        self._recorded_iterations.assign(tf.cast(self._optimizer.iterations + 1, tf.int64))
+
+
+@functools.cache
+def xla_is_available() -> bool:
+    """Whether TensorFlow can compile with XLA here: not on the GPU of a Mac."""
+    return platform.system() != "Darwin" or not tf.config.list_physical_devices("GPU")
+
+
+def _compiles(constraint: Any) -> bool:
+    """Whether a constraint is known to compile: Keras's own, but not a user's."""
+    return constraint is None or type(constraint).__module__.startswith("keras.")
+
+
+def _raw(variable: Any) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _values(gradient: Any) -> tf.Tensor:
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def _scaled(gradient: Any, scale: Any) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * scale, gradient.indices, gradient.dense_shape)
+    return gradient * scale
+
+
+def _widest(tensors: Sequence[Any]) -> tf.DType:
+    return max((_values(tensor).dtype for tensor in tensors), key=lambda dtype: dtype.size)
+
+
+def _square_of_all(tensors: Any, dtype: tf.DType = _METRIC_DTYPE) -> tf.Tensor:
+    """The squared Euclidean norm of all tensors together."""
+    squares = [tf.reduce_sum(tf.square(tf.cast(_values(tensor), dtype))) for tensor in tensors]
+    return tf.add_n(squares) if squares else tf.zeros((), dtype)
