@@ -81,6 +81,7 @@ class Adam(GradientOptimizer):
     def update_rule(
         self, gradient: Tensor, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Update:
+        """The rule above, see `GradientOptimizer.update_rule`."""
         m = self.beta_1 * slots["momentum"] + (1 - self.beta_1) * gradient
         v = self.beta_2 * slots["velocity"] + (1 - self.beta_2) * ops.square(gradient)
         m_correction = ops.cast(one_minus_power(self.beta_1, step), gradient.dtype)

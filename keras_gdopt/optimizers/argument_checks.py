@@ -27,10 +27,7 @@ def checked_number(
     Raises:
         ValueError: If `value` is no real number, is not finite or lies outside.
     """
-    if above is not None:
-        bounds = f"above {above:g}"
-    else:
-        bounds = f"of at least {minimum:g}"
+    bounds = f"above {above:g}" if above is not None else f"of at least {minimum:g}"
     if below is not None:
         bounds += f" and below {below:g}"
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -135,7 +132,7 @@ def checked_base_arguments(owner: str, arguments: dict[str, Any]) -> dict[str, A
         raise ValueError(
             f"{owner} does not take the argument(s) {unknown}. Expected, besides its "
             f"own, any of {sorted(known)}. "
-            f"Received: {({name: arguments[name] for name in unknown})}"
+            f"Received: { ({name: arguments[name] for name in unknown}) }"
         )
     checked = dict(arguments)
     if arguments.get("weight_decay") is not None:

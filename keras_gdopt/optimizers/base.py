@@ -33,13 +33,15 @@ class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
     $$(\Delta\theta_t,\ \text{slots}_t) = \text{update\_rule}(g_t,\
     \text{slots}_{t-1},\ \eta_t,\ t), \qquad \theta_t = \theta_{t-1} + \Delta\theta_t$$
 
-    and this class does the rest. With TensorFlow, outside of a distribution
-    strategy, one step updates all dense variables as *one* XLA cluster (clipping,
-    weight decay, the rule, the moving average of the weights and Keras's own
-    constraints in it), also where Keras leaves the train function uncompiled, as
-    it does on a CPU. Gradients of embeddings have their repeated rows summed
-    before anything else happens to them. Under a strategy, and with the JAX and
-    torch backends, the rule runs through Keras's own path.
+    and this class does the rest. With TensorFlow, one step updates all dense
+    variables as *one* XLA cluster (clipping, weight decay, the rule, the moving
+    average of the weights and Keras's own constraints in it), also where Keras
+    leaves the train function uncompiled, as it does on a CPU. Gradients of
+    embeddings have their repeated rows summed before anything else happens to
+    them. Under a distribution strategy the gradients are summed over the replicas
+    first, and each device then runs the same step by itself, so that clipping,
+    accumulation and the step metrics mean the same on any number of devices. With
+    the JAX and torch backends the rule runs through Keras's own path.
 
     Args:
         learning_rate: A non-negative number, a
@@ -59,8 +61,8 @@ class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
               `weight_decay * learning_rate * variable`, before the rule's change.
             - `clipnorm`, `clipvalue`, `global_clipnorm` (`None`): at most one of
               them; clips each gradient's norm, each entry, or the norm of all
-              gradients together. Under a strategy Keras clips on each replica,
-              before the sum.
+              gradients together. Under a strategy the sum over the replicas is
+              clipped (Keras's own optimizers clip each replica's share of it).
             - `use_ema` (`False`), `ema_momentum` (0.99) and
               `ema_overwrite_frequency` (`None`): keep a moving average of the
               weights, and write it to the weights every so many steps and at the
@@ -330,17 +332,20 @@ class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
 
     # --- step metrics --------------------------------------------------------
 
-    def record_step_metrics(self, every: int = 1) -> None:
+    def record_step_metrics(self, every: int = 1) -> bool:
         """Asks for the metrics of every n-th training step; needs TensorFlow.
 
-        Ask before the train function is traced, or make it trace again
-        (`model.make_train_function(force=True)`); callbacks do so in `set_model`.
-        Once asked for, `every` may change at any time without a new trace.
+        A step that was traced before anybody asked does not record; one traced
+        since then does, and `every` may change at any time without a new trace.
         Training steps are counted as calls of `apply`; under gradient accumulation
         the first update at or after each n-th call is recorded.
 
         Args:
             every: Record every n-th step; 0 stops the recording. Defaults to 1.
+
+        Returns:
+            Whether a train function that was traced already must be traced again
+            (`model.make_train_function(force=True)`) before it records.
 
         Raises:
             ValueError: If `every` is no integer or negative.
@@ -352,7 +357,7 @@ class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
                 "Step metrics need the TensorFlow backend. Received: "
                 f"keras.backend.backend() == '{keras.backend.backend()}'"
             )
-        self._tensorflow_step.record_every(every)
+        return self._tensorflow_step.record_every(every)
 
     @property
     def step_metrics(self) -> dict[str, float]:
@@ -361,7 +366,7 @@ class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
         - `iterations`: the count of updates when they were recorded,
         - `learning_rate`,
         - `grad_norm`: the norm of all gradients together, before clipping; under a
-          strategy of the reduced gradient, which Keras has clipped per replica,
+          strategy of their sum over the replicas,
         - `update_norm`: the norm of the rule's change of all weights, without
           weight decay,
         - `weight_norm`: the norm of all weights with the change made, before
@@ -435,24 +440,6 @@ class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
             if _path(own) in paths:
                 return False
         return super()._use_weight_decay(variable)
-
-    # With TensorFlow under a strategy, Keras runs these three; they know sparse rows
-    # and step metrics.
-
-    def _clip_gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        if self._tensorflow_step is None:
-            return super()._clip_gradients(grads)
-        return self._tensorflow_step.clipped(grads)
-
-    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        if self._tensorflow_step is not None:
-            variables = self._tensorflow_step.decayed_whole(variables)
-        super()._apply_weight_decay(variables)
-
-    def _distributed_tf_update_step(
-        self, distribution: Any, grads_and_vars: Any, learning_rate: Any
-    ) -> None:
-        self._tensorflow_step.update_under_strategy(distribution, grads_and_vars, learning_rate)
 
 
 def one_minus_power(base: float, exponent: Tensor) -> Tensor:

@@ -60,5 +60,6 @@ class GradientDescent(GradientOptimizer):
     def update_rule(
         self, gradient: Tensor, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Update:
+        """The rule above, see `GradientOptimizer.update_rule`."""
         del slots, step
         return -learning_rate * gradient, {}

@@ -86,6 +86,7 @@ class Momentum(GradientOptimizer):
     def update_rule(
         self, gradient: Tensor, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Update:
+        """The rule above, see `GradientOptimizer.update_rule`."""
         del step
         if self.classical:
             velocity = self.momentum * slots["velocity"] - learning_rate * gradient
@@ -96,5 +97,6 @@ class Momentum(GradientOptimizer):
     def rule_metrics(
         self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
     ) -> dict[str, Tensor]:
+        """The norm of the velocity, see `GradientOptimizer.rule_metrics`."""
         del learning_rate, step
         return {"velocity_norm": global_norm(slots["velocity"])}

@@ -58,7 +58,7 @@ class SavedState:
             ValueError: If the state belongs to another class or its variables are
                 not this optimizer's. Nothing is assigned then.
         """
-        saved = {name: store[name] for name in store.keys()}
+        saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (not a dict)
         if not saved:
             warnings.warn(
                 f"The file holds no state for the optimizer '{self.name}' "

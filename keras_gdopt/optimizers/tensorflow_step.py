@@ -26,6 +26,7 @@ class _Plan:
     rows: tuple[int, ...]  # updated before it, by gather and scatter
     update: bool  # False: only add the gradients to the accumulators
     record: bool
+    device: str  # of the replica under a strategy, else empty
 
 
 class TensorFlowStep:
@@ -39,11 +40,12 @@ class TensorFlowStep:
         self._optimizer = optimizer
         self._clusters: dict[_Plan, Callable[..., Any]] = {}
         self._dense_squares: Callable[..., Any] | None = None
-        self._rows_of_last_apply: frozenset[int] = frozenset()
         self._every: tf.Variable | None = None
         self._recorded: tf.Variable | None = None
         self._recorded_iterations: tf.Variable | None = None
         self._metric_names: tuple[str, ...] = ()
+        # Whether the step that was traced last, if any, can record.
+        self._traced_with_recording = False
 
     # --- a whole step --------------------------------------------------------
 
@@ -68,20 +70,43 @@ class TensorFlowStep:
                 if tf.distribute.has_strategy():
                     self._apply_under_strategy(grads, variables)
                 else:
-                    self._apply_clustered(grads, variables)
+                    self._apply_here(grads, variables)
         optimizer._iterations.assign_add(1)
 
     def _apply_under_strategy(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
-        optimizer = self._optimizer
-        self._rows_of_last_apply = frozenset(
-            optimizer._get_variable_index(variable)
-            for gradient, variable in zip(grads, variables, strict=True)
-            if isinstance(gradient, tf.IndexedSlices)
-        )
-        optimizer._backend_apply_gradients([self._unscaled(g) for g in grads], variables)
-        self._constrain(variables)
+        """Sums the gradients over the replicas, then steps on each device by itself.
 
-    def _apply_clustered(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        So clipping and accumulation see the gradient of the whole batch, as they do
+        on one device.
+        """
+        optimizer = self._optimizer
+        raw = [_raw(variable) for variable in variables]
+        reduced = optimizer._all_reduce_sum_gradients(zip(grads, raw, strict=True))
+
+        def on_every_device(distribution: Any, grads: Sequence[Any]) -> None:
+            first = distribution.experimental_local_results(raw[0])[0].device
+
+            def on_one_device(anchor: Any, grads: Sequence[Any]) -> None:
+                merged = [self._merged(g, v) for g, v in zip(grads, variables, strict=True)]
+                self._apply_here(
+                    merged, variables, device=anchor.device, record=anchor.device == first
+                )
+
+            distribution.extended.update(raw[0], on_one_device, args=(grads,), group=False)
+
+        tf.__internal__.distribute.interim.maybe_merge_call(
+            on_every_device, optimizer._distribution_strategy, [g for g, _ in reduced]
+        )
+
+    def _apply_here(
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        *,
+        device: str = "",
+        record: bool = True,
+    ) -> None:
+        """One step on one device, from gradients without repeated rows."""
         optimizer = self._optimizer
         rows: dict[int, tf.IndexedSlices] = {}
         dense: dict[int, tf.Tensor] = {}
@@ -91,14 +116,16 @@ class TensorFlowStep:
                 rows[index] = self._unscaled(gradient)
             else:
                 dense[index] = gradient
+        self._traced_with_recording = self._every is not None
         learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
         step = tf.convert_to_tensor(optimizer.iterations + 1)
 
         def run(*, update: bool, record: bool) -> None:
-            self._run_cluster(dense, rows, learning_rate, step, update=update, record=record)
+            plan = _Plan(tuple(dense), tuple(rows), update, record, device)
+            self._run(plan, dense, rows, learning_rate, step)
 
         def run_update() -> None:
-            if self._every is None:
+            if self._every is None or not record:
                 run(update=True, record=False)
             else:
                 tf.cond(
@@ -116,24 +143,24 @@ class TensorFlowStep:
             )
         else:
             run_update()
-        self._constrain([v for v in variables if not _compiles(v.constraint)])
+        for variable in variables:
+            if not _compiles(variable.constraint):
+                variable.assign(variable.constraint(variable))
 
-    def _run_cluster(
+    def _run(
         self,
+        plan: _Plan,
         dense: dict[int, tf.Tensor],
         rows: dict[int, tf.IndexedSlices],
         learning_rate: tf.Tensor,
         step: tf.Tensor,
-        *,
-        update: bool,
-        record: bool,
     ) -> None:
+        """Updates rows by gather and scatter, then everything else as one cluster."""
         norm = None
         row_squares = tf.zeros((2,), _METRIC_DTYPE)
         if rows:
             norm = self._global_norm_with_rows(dense, rows)
-            row_squares = self._update_rows_of_all(rows, norm, learning_rate, step, record)
-        plan = _Plan(tuple(dense), tuple(rows), update, record)
+            row_squares = self._update_rows_of_all(rows, norm, learning_rate, step, plan.record)
         cluster = self._clusters.get(plan)
         if cluster is None:
             cluster = tf.function(
@@ -143,7 +170,7 @@ class TensorFlowStep:
             )
             self._clusters[plan] = cluster
         metrics = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
-        if record:
+        if plan.record:
             self._store_metrics(metrics)
 
     def _cluster_body(
@@ -168,7 +195,7 @@ class TensorFlowStep:
         new_slots: dict[int, dict[str, tf.Tensor]] = {}
         changes: list[tf.Tensor] = []
         if plan.update:
-            clipped = self.clipped(grads, norm)
+            clipped = self._clipped(grads, norm)
             for index, gradient in zip(plan.dense, clipped, strict=True):
                 variable = variables[index]
                 change, new_slots[index] = optimizer._ruled(
@@ -242,102 +269,27 @@ class TensorFlowStep:
 
     # --- one variable --------------------------------------------------------
 
-    def update_variable(
-        self, gradient: Any, variable: Any, learning_rate: Any, *, decay_rows: bool = False
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Updates one variable by itself, without clipping, averages or constraints.
+    def update_variable(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one variable by itself: the rule alone.
 
         Args:
             gradient: Dense or `tf.IndexedSlices`; rows may repeat.
             variable: A Keras or TensorFlow variable.
             learning_rate: Scalar.
-            decay_rows: Whether weight decay is due on the rows of a lazy update.
-
-        Returns:
-            The gradient and the change, of the rows alone where rows were updated.
         """
         optimizer = self._optimizer
         index = optimizer._get_variable_index(variable)
         step = optimizer.iterations + 1
         gradient = self._merged(gradient, variable)
         if isinstance(gradient, tf.IndexedSlices):
-            change = self._update_rows(
-                gradient, variable, index, learning_rate, step, decay=decay_rows
-            )
-            return gradient.values, change
+            self._update_rows(gradient, variable, index, learning_rate, step, decay=False)
+            return
         change, slots = optimizer._ruled(
             gradient, self._slots_of(index), learning_rate, step, variable.dtype
         )
         for name, value in slots.items():
             optimizer.assign(optimizer._slots[name][index], value)
         optimizer.assign_add(variable, change)
-        return gradient, change
-
-    def update_under_strategy(
-        self, distribution: Any, grads_and_vars: Sequence[Any], learning_rate: Any
-    ) -> None:
-        """Updates every variable on its devices; called across replicas.
-
-        Args:
-            distribution: The strategy.
-            grads_and_vars: Reduced gradients and variables.
-            learning_rate: Scalar.
-        """
-        optimizer = self._optimizer
-
-        def update(variable: Any, gradient: Any, learning_rate: Any) -> Any:
-            index = optimizer._get_variable_index(variable)
-            gradient, change = self.update_variable(
-                gradient,
-                variable,
-                learning_rate,
-                decay_rows=index in self._rows_of_last_apply and optimizer.lazy,
-            )
-            if self._every is None:
-                return None
-            return tf.cond(
-                self._records_now(),
-                lambda: tf.stack(
-                    [
-                        _square_of_all([gradient]),
-                        _square_of_all([change]),
-                        tf.cast(learning_rate, _METRIC_DTYPE),
-                    ]
-                ),
-                lambda: tf.zeros((3,), _METRIC_DTYPE),
-            )
-
-        squares = []
-        for gradient, variable in grads_and_vars:
-            result = distribution.extended.update(
-                variable, update, args=(gradient, learning_rate), group=False
-            )
-            squares.append(distribution.experimental_local_results(result)[0])
-        if self._every is None:
-            return
-
-        def record() -> None:
-            grad_square, update_square, _ = tf.unstack(tf.add_n(squares))
-            self._store_metrics(
-                self._stacked_metrics(
-                    squares[0][2],
-                    tf.convert_to_tensor(optimizer.iterations + 1),
-                    grad_square,
-                    update_square,
-                    _square_of_all(optimizer._trainable_variables),
-                    {
-                        name: [tf.convert_to_tensor(slot) for slot in slots]
-                        for name, slots in optimizer._slots.items()
-                    },
-                )
-            )
-
-        tf.cond(self._records_now(), record, lambda: None)
-
-    def _constrain(self, variables: Sequence[Any]) -> None:
-        for variable in variables:
-            if variable.constraint is not None:
-                variable.assign(variable.constraint(variable))
 
     # --- sparse rows ---------------------------------------------------------
 
@@ -370,7 +322,7 @@ class TensorFlowStep:
         """
         optimizer = self._optimizer
         changes = []
-        clipped = self.clipped(list(rows.values()), norm)
+        clipped = self._clipped(list(rows.values()), norm)
         for index, gradient in zip(rows, clipped, strict=True):
             variable = optimizer._trainable_variables[index]
             decayed = optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
@@ -404,33 +356,24 @@ class TensorFlowStep:
         """Updates the rows of a gradient without repeated rows; returns their change."""
         optimizer = self._optimizer
         rows = gradient.indices
-        slots = {name: tf.gather(_raw(slot[index]), rows) for name, slot in optimizer._slots.items()}
+        slots = {
+            name: tf.gather(_raw(slot[index]), rows) for name, slot in optimizer._slots.items()
+        }
         change, slots = optimizer._ruled(
             gradient.values, slots, learning_rate, step, variable.dtype
         )
         for name, value in slots.items():
             optimizer.assign(optimizer._slots[name][index], tf.IndexedSlices(value, rows))
         moved = change
-        if decay and optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
+        if decay:
             before = tf.cast(tf.gather(_raw(variable), rows), change.dtype)
             moved = change - before * self._decay(learning_rate, change.dtype)
         optimizer.assign_add(variable, tf.IndexedSlices(moved, rows))
         return change
 
-    def decayed_whole(self, variables: Sequence[Any]) -> list[Any]:
-        """Those of `variables` on which weight decay is not left to the row update."""
-        optimizer = self._optimizer
-        if not optimizer.lazy:
-            return list(variables)
-        return [
-            variable
-            for variable in variables
-            if optimizer._get_variable_index(variable) not in self._rows_of_last_apply
-        ]
-
     # --- gradients -----------------------------------------------------------
 
-    def clipped(self, grads: Sequence[Any], norm: tf.Tensor | None = None) -> list[Any]:
+    def _clipped(self, grads: Sequence[Any], norm: tf.Tensor | None = None) -> list[Any]:
         """Gradients clipped as Keras clips them; sparse ones stay sparse.
 
         Args:
@@ -483,13 +426,18 @@ class TensorFlowStep:
 
     # --- step metrics --------------------------------------------------------
 
-    def record_every(self, every: int) -> None:
-        """Records the metrics of every n-th step from now on; 0 of none."""
+    def record_every(self, every: int) -> bool:
+        """Records the metrics of every n-th step from now on; 0 of none.
+
+        Returns:
+            Whether a step traced before now cannot record and must be traced again.
+        """
         with tf.init_scope():
             if self._every is not None:
                 self._every.assign(every)
             elif every:
                 self._every = tf.Variable(every, dtype=tf.int64, trainable=False)
+        return every > 0 and not self._traced_with_recording
 
     def recorded_metrics(self) -> dict[str, float]:
         """The metrics of the last recorded step, or nothing."""
