@@ -12,6 +12,7 @@ curves.
 
 import argparse
 import inspect
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start-up notes
 
 import keras
 import numpy as np
@@ -99,7 +102,7 @@ def load(name: str, seed: int) -> Data:
 
 def available_optimizers() -> dict[str, Callable[[], keras.optimizers.Optimizer]]:
     """Every optimizer of the package that can be made without arguments, by name."""
-    found = {}
+    found: dict[str, Callable[[], keras.optimizers.Optimizer]] = {}
     for name in gdopt.__all__:
         candidate = getattr(gdopt, name)
         if not inspect.isclass(candidate) or candidate is gdopt.GradientOptimizer:
@@ -246,7 +249,7 @@ def draw_losses(results: dict[str, Result], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     # Ten colors, then the same ten dashed.
@@ -254,7 +257,7 @@ def draw_losses(results: dict[str, Result], title: str, path: Path) -> None:
         epochs = range(1, len(result.losses) + 1)
         axes.plot(epochs, result.losses, label=name, linestyle="-" if index < 10 else "--")
     axes.set(title=title, xlabel="epoch", ylabel="training loss", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)

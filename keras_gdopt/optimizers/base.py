@@ -13,7 +13,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_flag,
     checked_learning_rate,
 )
-from keras_gdopt.optimizers.saved_state import SavedState
+from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
 
 Tensor = Any
 """A tensor of the Keras backend in use."""
@@ -25,7 +25,7 @@ Update = tuple[Tensor, dict[str, Tensor]]
 """The change of a variable, and its new slots by name."""
 
 
-class GradientOptimizer(SavedState, keras.optimizers.Optimizer):
+class GradientOptimizer(SavedStateOptimizer):
     r"""Turns a pure update rule into a Keras optimizer.
 
     A subclass states its slots, its hyper-parameters and one pure function,

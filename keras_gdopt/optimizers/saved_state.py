@@ -13,11 +13,11 @@ _CLASS_MARK = "class="
 _UNNAMED = "variable"
 
 
-class SavedState:
-    """Mixin for `keras.optimizers.Optimizer`s whose state is saved by name.
+class SavedStateOptimizer(keras.optimizers.Optimizer):
+    """A Keras optimizer whose state is saved by name, and never lost in silence.
 
     Keras saves an optimizer's variables by position and, where their number does
-    not fit, goes on without them. This mixin
+    not fit, goes on without them. This class
 
     - names the class and each variable in the store (`iteration`, `velocity.0`,
       `velocity.1`, ...: the slot and the index of the model's variable),

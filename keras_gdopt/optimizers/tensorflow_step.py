@@ -454,9 +454,10 @@ class TensorFlowStep:
         optimizer = self._optimizer
         call = tf.convert_to_tensor(optimizer._iterations) + 1
         since_last_update = optimizer.gradient_accumulation_steps or 1
-        every = tf.cast(tf.maximum(self._every, 1), call.dtype)
-        passed = call // every > (call - since_last_update) // every
-        return tf.logical_and(self._every > 0, passed)
+        every = tf.convert_to_tensor(self._every)
+        divisor = tf.cast(tf.maximum(every, 1), call.dtype)
+        passed = call // divisor > (call - since_last_update) // divisor
+        return tf.logical_and(every > 0, passed)
 
     def _stacked_metrics(
         self,
@@ -479,7 +480,7 @@ class TensorFlowStep:
         return tf.stack([tf.cast(value, _METRIC_DTYPE) for value in metrics.values()])
 
     def _store_metrics(self, metrics: tf.Tensor) -> None:
-        if self._recorded is None:
+        if self._recorded is None or self._recorded_iterations is None:
             with tf.init_scope():
                 self._recorded = tf.Variable(tf.zeros(metrics.shape), trainable=False)
                 self._recorded_iterations = tf.Variable(0, dtype=tf.int64, trainable=False)
