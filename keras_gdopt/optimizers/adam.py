@@ -84,7 +84,14 @@ class Adam(GradientOptimizer):
         """The rule above, see `GradientOptimizer.update_rule`."""
         m = self.beta_1 * slots["momentum"] + (1 - self.beta_1) * gradient
         v = self.beta_2 * slots["velocity"] + (1 - self.beta_2) * ops.square(gradient)
-        m_correction = ops.cast(one_minus_power(self.beta_1, step), gradient.dtype)
-        v_correction = ops.cast(one_minus_power(self.beta_2, step), gradient.dtype)
-        denominator = ops.sqrt(v / v_correction + self.epsilon_root) + self.epsilon
-        return -(learning_rate / m_correction) * m / denominator, {"momentum": m, "velocity": v}
+        # The bias corrections of m and v are moved to the scalars, where they cost
+        # one rounding instead of one for each entry.
+        correction = one_minus_power(self.beta_2, step)
+        root = ops.sqrt(correction)
+        rate = ops.cast(learning_rate, step.dtype) * root / one_minus_power(self.beta_1, step)
+        rate, epsilon, epsilon_root = (
+            ops.cast(scalar, gradient.dtype)
+            for scalar in (rate, self.epsilon * root, self.epsilon_root * correction)
+        )
+        change = -rate * m / (ops.sqrt(v + epsilon_root) + epsilon)
+        return change, {"momentum": m, "velocity": v}

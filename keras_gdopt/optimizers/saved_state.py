@@ -200,7 +200,9 @@ def _outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
     return tf.init_scope()
 
 
-def _rebuilt(cls: type, config: dict[str, Any], state: dict[str, np.ndarray]) -> Any:
+def _rebuilt(
+    cls: type[SavedStateOptimizer], config: dict[str, Any], state: dict[str, np.ndarray]
+) -> SavedStateOptimizer:
     """A copy of an optimizer; its slots return when it is built."""
     optimizer = cls.from_config(config)
     optimizer.load_own_variables(state)

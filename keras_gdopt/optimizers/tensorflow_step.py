@@ -117,7 +117,10 @@ class TensorFlowStep:
             else:
                 dense[index] = gradient
         self._traced_with_recording = self._every is not None
-        learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
+        learning_rate = optimizer.learning_rate
+        if isinstance(learning_rate, (int, float)):  # from a callable
+            learning_rate = tf.constant(learning_rate, keras.config.floatx())
+        learning_rate = tf.convert_to_tensor(learning_rate)
         step = tf.convert_to_tensor(optimizer.iterations + 1)
 
         def run(*, update: bool, record: bool) -> None:
@@ -261,7 +264,9 @@ class TensorFlowStep:
             variable = optimizer._trainable_variables[index]
             value = values.get(index, tf.convert_to_tensor(variable))
             # The first average is the weight itself.
-            momentum = tf.cast(tf.where(step > 1, optimizer.ema_momentum, 0.0), value.dtype)
+            momentum = tf.constant(optimizer.ema_momentum, value.dtype) * tf.cast(
+                step > 1, value.dtype
+            )
             moved = momentum * tf.cast(average, value.dtype) + (1 - momentum) * value
             optimizer.assign(average, moved)
             if overwrite is not None:
@@ -418,7 +423,7 @@ class TensorFlowStep:
         return gradient if factor is None else _scaled(gradient, 1.0 / factor)
 
     def _decay(self, learning_rate: Any, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(learning_rate, dtype) * tf.cast(self._optimizer.weight_decay, dtype)
+        return tf.cast(learning_rate, dtype) * tf.constant(self._optimizer.weight_decay, dtype)
 
     def _slots_of(self, index: int) -> dict[str, tf.Tensor]:
         slots = self._optimizer._slots
