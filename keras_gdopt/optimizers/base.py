@@ -434,11 +434,13 @@ class GradientOptimizer(SavedStateOptimizer):
                 )
 
     def _use_weight_decay(self, variable: Any) -> bool:
-        paths = self._excluded_from_weight_decay.get("var_paths", ())
-        if paths:
-            own = self._trainable_variables[self._get_variable_index(variable)]
-            if _path(own) in paths:
-                return False
+        if not getattr(self, "_exclude_from_weight_decay", None):
+            # After `from_config` there are paths instead of Keras's variable ids. A
+            # loaded model may have lost or gained the outermost part of a path.
+            own = _path(self._trainable_variables[self._get_variable_index(variable)])
+            for path in self._excluded_from_weight_decay.get("var_paths", ()):
+                if f"/{own}".endswith(f"/{path}") or f"/{path}".endswith(f"/{own}"):
+                    return False
         return super()._use_weight_decay(variable)
 
 
@@ -483,10 +485,13 @@ def _check_gradients_fit(grads: Sequence[Tensor | None], variables: Sequence[Any
     for gradient, variable in zip(grads, variables, strict=True):
         if gradient is None:
             continue
-        if getattr(gradient.shape, "rank", 0) is None:
-            continue
         expected = tuple(variable.shape)
-        received = tuple(gradient.shape)
+        if hasattr(gradient, "indices"):  # rows of a tf.IndexedSlices
+            received = (*expected[:1], *gradient.values.shape[1:])
+        elif getattr(gradient.shape, "rank", 0) is None:
+            continue
+        else:
+            received = tuple(gradient.shape)
         if len(received) != len(expected) or any(
             size is not None and size != wanted
             for size, wanted in zip(received, expected, strict=True)

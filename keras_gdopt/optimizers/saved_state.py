@@ -69,7 +69,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         self._check_class(saved)
         saved = {k: v for k, v in saved.items() if not k.startswith(_CLASS_MARK)}
         if self.built:
-            self._assign_state(saved)
+            self._assign_state(saved, self._state_variables())
             return
         # The variables that exist from construction are assigned at once, so that
         # a learning rate set after loading is not undone in `build`.
@@ -95,9 +95,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         saved = self._loaded_state
         if saved is None:
             return
-        early = {n: v for n, v in self._state_variables().items() if "." not in n}
-        current = {n: keras.ops.convert_to_numpy(v) for n, v in early.items()}
-        self._assign_state({**saved, **current})
+        slots = {name: v for name, v in self._state_variables().items() if "." in name}
+        self._assign_state(saved, slots)
         object.__setattr__(self, "_loaded_state", None)
 
     # --- the parts -----------------------------------------------------------
@@ -155,8 +154,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
             "with `skip_mismatch=True` to start it afresh."
         )
 
-    def _assign_state(self, saved: Mapping[str, np.ndarray]) -> None:
-        own = self._state_variables()
+    def _assign_state(self, saved: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
         self._check_same_names(set(saved), set(own))
         misfits = [
             f"{name}: saved {tuple(saved[name].shape)}, expected {tuple(variable.shape)}"

@@ -1,0 +1,291 @@
+"""Save, load, go on: the next steps equal those of an uninterrupted run."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from tests.optimizer_cases import CASES, every_optimizer
+
+SETTINGS = {
+    "plain": {},
+    "schedule": {"learning_rate": keras.optimizers.schedules.CosineDecay(0.01, 30)},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "everything": {"weight_decay": 0.01, "global_clipnorm": 1.0, "use_ema": True},
+}
+
+
+def _model(optimizer, seed=0):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(1)]
+    )
+    model.compile(optimizer, "mse")
+    return model
+
+
+def _fit(model, epochs=1):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(40, 4)).astype("float32"), rng.normal(size=(40, 1)).astype("float32")
+    model.fit(x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0)
+    return model
+
+
+def _assert_same(model, expected):
+    """Weights and optimizer state, bit for bit."""
+    for received, wanted in zip(model.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(received, wanted)
+    state, wanted_state = model.optimizer.variables, expected.optimizer.variables
+    for received, wanted in zip(state, wanted_state, strict=True):
+        np.testing.assert_array_equal(received, wanted)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@every_optimizer
+def test_config_round_trip(case, setting):
+    optimizer = case(**SETTINGS[setting], lazy=setting == "plain", name="mine")
+    config = optimizer.get_config()
+    again = type(optimizer).from_config(copy.deepcopy(config))
+    assert again.get_config() == config
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
+    assert type(again) is type(optimizer)
+    assert again.get_config() == config
+
+
+@pytest.mark.parametrize("way", ["keras", "weights", "checkpoint"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@every_optimizer
+def test_goes_on_bit_equal(case, setting, way, tmp_path):
+    expected = _fit(_fit(_model(case(**SETTINGS[setting]))))
+    model = _fit(_model(case(**SETTINGS[setting])))
+    if way == "keras":
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert type(loaded.optimizer) is case.cls
+    elif way == "weights":
+        model.save_weights(tmp_path / "model.weights.h5")
+        # Compiled, but its optimizer is not built when the weights come.
+        loaded = _model(case(**SETTINGS[setting]), seed=5)
+        loaded.load_weights(tmp_path / "model.weights.h5")
+        assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations)
+    else:
+        saved = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        path = saved.save(tmp_path / "checkpoint")
+        loaded = _model(case(**SETTINGS[setting]), seed=5)
+        loaded.optimizer.build(loaded.trainable_variables)
+        tf.train.Checkpoint(model=loaded, optimizer=loaded.optimizer).restore(
+            path
+        ).assert_consumed()
+    _assert_same(_fit(loaded), expected)
+
+
+@every_optimizer
+def test_checkpoint_restores_an_optimizer_that_is_not_built(case, tmp_path):
+    expected = _fit(_fit(_model(case())))
+    model = _fit(_model(case()))
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "c")
+    loaded = _model(case(), seed=5)
+    tf.train.Checkpoint(model=loaded, optimizer=loaded.optimizer).restore(path)
+    _assert_same(_fit(loaded), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@every_optimizer
+def test_copies_keep_the_state(case, copied):
+    model = _fit(_model(case(weight_decay=0.1)))
+    twin = _model(copied(model.optimizer))
+    twin.set_weights(model.get_weights())
+    assert int(twin.optimizer.iterations) == 10
+    # A copy of a copy that was never built keeps it too.
+    twin.compile(copied(twin.optimizer), "mse")
+    _assert_same(_fit(twin), _fit(model))
+
+
+def test_a_learning_rate_set_after_loading_stays(tmp_path):
+    _fit(_model(gdopt.Adam(0.5))).save_weights(tmp_path / "a.weights.h5")
+    model = _model(gdopt.Adam(0.1))
+    model.load_weights(tmp_path / "a.weights.h5")
+    assert float(model.optimizer.learning_rate) == 0.5
+    model.optimizer.learning_rate = 0.25
+    _fit(model)
+    assert float(model.optimizer.learning_rate) == 0.25
+
+
+def test_metrics_are_not_saved(tmp_path):
+    model = _model(gdopt.Momentum())
+    model.optimizer.record_step_metrics(1)
+    _fit(model)
+    names = {variable.name for variable in model.optimizer.variables}
+    assert len(model.optimizer.variables) == 2 + 4, names
+    model.save_weights(tmp_path / "a.weights.h5")
+    with h5py.File(tmp_path / "a.weights.h5") as file:
+        assert sorted(file["optimizer/vars"]) == [
+            "class=keras_gdopt>Momentum",
+            "iteration",
+            "learning_rate",
+            *(f"velocity.{i}" for i in range(4)),
+        ]
+
+
+def test_exclusions_from_weight_decay_are_saved(tmp_path):
+    def model_without_decay_on_biases():
+        optimizer = gdopt.GradientDescent(0.1, weight_decay=0.5)
+        model = _model(optimizer)
+        kernel = model.layers[1].kernel
+        optimizer.exclude_from_weight_decay(var_list=[kernel], var_names=["bias"])
+        return model
+
+    expected = _fit(_fit(model_without_decay_on_biases()))
+    _fit(model_without_decay_on_biases()).save(tmp_path / "model.keras")
+    _assert_same(_fit(keras.models.load_model(tmp_path / "model.keras")), expected)
+
+
+# --- state that does not fit -------------------------------------------------------
+
+
+def _saved(optimizer, path):
+    _fit(_model(optimizer)).save_weights(path / "a.weights.h5")
+    return path / "a.weights.h5"
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(
+    ("saved", "loading", "message"),
+    [
+        (
+            gdopt.Adam,
+            gdopt.Momentum,
+            r"keras_gdopt>Adam with the slots .*'velocity'.*is keras_gdopt>Momentum",
+        ),
+        (keras.optimizers.Adam, gdopt.Adam, r"without a class name, as Keras.*is keras_gdopt>Adam"),
+        (gdopt.Adam, lambda: gdopt.Adam(use_ema=True), r"only in this optimizer: average"),
+        (
+            lambda: gdopt.Adam(gradient_accumulation_steps=2),
+            gdopt.Adam,
+            r"Only in the saved state: gradient_accumulator",
+        ),
+        (
+            lambda: gdopt.Adam(keras.optimizers.schedules.CosineDecay(0.1, 10)),
+            gdopt.Adam,
+            r"only in this optimizer: learning_rate",
+        ),
+    ],
+)
+def test_state_that_does_not_fit_is_an_error(saved, loading, message, built, tmp_path):
+    path = _saved(saved(), tmp_path)
+    model = _model(loading(), seed=5)
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match=message):
+        model.load_weights(path)
+    # The way out loads the weights and starts the optimizer afresh.
+    fresh = [v.numpy() for v in model.optimizer.variables]
+    with pytest.warns(UserWarning, match="could not be loaded"):
+        model.load_weights(path, skip_mismatch=True)
+    for received, wanted in zip(model.optimizer.variables, fresh, strict=True):
+        np.testing.assert_array_equal(received, wanted)
+    _fit(model)
+
+
+def test_state_of_another_model_is_an_error_in_build():
+    optimizer = copy.deepcopy(_fit(_model(gdopt.Momentum())).optimizer)
+    with pytest.raises(
+        ValueError, match=r"4 variable\(s\) have another shape.*velocity\.0: saved \(4, 5\)"
+    ):
+        optimizer.build([keras.Variable(np.zeros((1, i + 1))) for i in range(4)])
+    optimizer = copy.deepcopy(_fit(_model(gdopt.Momentum())).optimizer)
+    with pytest.raises(ValueError, match=r"Only in the saved state: velocity\.1, velocity\.2"):
+        optimizer.build([keras.Variable(np.zeros((4, 5)))])
+
+
+def test_a_file_without_optimizer_state_warns(tmp_path):
+    model = _model(gdopt.Adam())
+    weights_only = keras.Sequential([keras.Input((4,)), *model.layers])
+    weights_only.save_weights(tmp_path / "a.weights.h5")
+    with pytest.warns(UserWarning, match="holds no state for the optimizer 'adam'"):
+        model.load_weights(tmp_path / "a.weights.h5")
+
+
+# --- in a new process ----------------------------------------------------------------
+
+_FIT = """
+import keras, numpy as np, tensorflow as tf
+import keras_gdopt as gdopt
+
+tf.config.experimental.enable_op_determinism()
+layers = keras.layers
+MODELS = {
+    "dense": lambda: [keras.Input((6,)), layers.Dense(5, "tanh")],
+    "batch_normalization": lambda: [keras.Input((6,)), layers.Dense(5), layers.BatchNormalization()],
+    "embedding": lambda: [keras.Input((6,)), layers.Embedding(9, 3), layers.Flatten()],
+    "lstm": lambda: [keras.Input((6,)), layers.Embedding(9, 3), layers.LSTM(4)],
+}
+
+def new_model(kind):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([*MODELS[kind](), layers.Dense(1)])
+    model.compile(OPTIMIZER, "mse")
+    return model
+
+def fit(model):
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 9, size=(40, 6))
+    model.fit(x, rng.normal(size=(40, 1)), batch_size=4, shuffle=False, verbose=0)
+    return model
+"""
+_FIRST_PROCESS = """
+for kind in MODELS:
+    model = fit(new_model(kind))
+    model.save(f"PATH/{kind}.keras")
+    fit(model).save(f"PATH/{kind}_expected.keras")
+"""
+_SECOND_PROCESS = """
+for kind in MODELS:
+    fit(keras.models.load_model(f"PATH/{kind}.keras")).save(f"PATH/{kind}_resumed.keras")
+"""
+
+
+def _python(script):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False
+    )
+
+
+@every_optimizer
+def test_resumes_in_a_new_process(case, tmp_path):
+    for action in (_FIRST_PROCESS, _SECOND_PROCESS):
+        script = _FIT.replace("OPTIMIZER", f"gdopt.{case}") + action.replace("PATH", str(tmp_path))
+        done = _python(script)
+        assert done.returncode == 0, done.stderr
+    for kind in ("dense", "batch_normalization", "embedding", "lstm"):
+        expected = keras.models.load_model(tmp_path / f"{kind}_expected.keras")
+        resumed = keras.models.load_model(tmp_path / f"{kind}_resumed.keras")
+        assert int(resumed.optimizer.iterations) == 20
+        _assert_same(resumed, expected)
+
+
+@pytest.mark.parametrize("name", sorted({case.cls.__name__ for case in CASES}))
+def test_loading_without_the_package_fails_loudly(name, tmp_path):
+    model = _model(getattr(gdopt, name)())
+    model.save(tmp_path / "model.keras")
+    done = _python(f"import keras; keras.models.load_model('{tmp_path}/model.keras')")
+    assert done.returncode != 0
+    assert f"Could not locate class '{name}'" in done.stderr
+
+
+@every_optimizer
+def test_a_built_in_of_the_same_name_refuses_the_config(case):
+    name = case.cls.__name__
+    if not hasattr(keras.optimizers, name):
+        pytest.skip(f"Keras has no {name}")
+    with pytest.raises(ValueError, match="lazy"):
+        keras.optimizers.get({"class_name": name, "config": case().get_config()})
