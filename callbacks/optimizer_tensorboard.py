@@ -79,7 +79,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts to count where the optimizer stands."""
-        updates = int(self._optimizer.iterations)
+        updates = int(keras.ops.convert_to_numpy(self._optimizer.iterations))
         self._batches = updates * (self._optimizer.gradient_accumulation_steps or 1)
         self._last_look = self._batches
         self._last_written = updates

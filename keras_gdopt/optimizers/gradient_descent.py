@@ -39,8 +39,8 @@ class GradientDescent(GradientOptimizer):
     >>> optimizer = gdopt.GradientDescent(learning_rate=0.5)
     >>> weight = keras.Variable([1.0, 2.0])
     >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, -2.0])], [weight])
-    >>> print(keras.ops.convert_to_numpy(weight).tolist())
-    [0.5, 3.0]
+    >>> print(keras.ops.convert_to_numpy(weight))
+    [0.5 3. ]
 
     Source: Zhang 2019, *Gradient Descent based Optimization Algorithms for Deep
     Learning Models Training* (arXiv 1903.03614), Eq. 13-15.

@@ -58,7 +58,7 @@ class Momentum(GradientOptimizer):
     >>> weight = keras.Variable([1.0])
     >>> for _ in range(2):
     ...     optimizer.apply([keras.ops.convert_to_tensor([1.0])], [weight])
-    >>> print(keras.ops.convert_to_numpy(weight).tolist())  # 1 - 0.5 - 0.75
+    >>> print(keras.ops.convert_to_numpy(weight))  # 1 - 0.5 - 0.75
     [-0.25]
 
     Source: Zhang 2019, *Gradient Descent based Optimization Algorithms for Deep

@@ -63,9 +63,9 @@ def test_both_epsilons_zero(cls):
 
 
 def test_switches_take_only_booleans():
-    with pytest.raises(ValueError, match="`classical` must be True or False. Received"):
+    with pytest.raises(ValueError, match=r"`classical` must be True or False\. Received"):
         gdopt.Momentum(classical=1)
-    with pytest.raises(ValueError, match="`lazy` must be True or False. Received"):
+    with pytest.raises(ValueError, match=r"`lazy` must be True or False\. Received"):
         gdopt.Adam(lazy="yes")
 
 
@@ -133,7 +133,7 @@ def test_apply_without_variables_before_build():
 
 
 def test_metrics_every_negative_number_of_steps():
-    with pytest.raises(ValueError, match="`every` must be an integer of at least 0. Received"):
+    with pytest.raises(ValueError, match=r"`every` must be an integer of at least 0\. Received"):
         gdopt.Adam().record_step_metrics(-1)
 
 

@@ -73,7 +73,7 @@ def test_a_float32_step_is_right_to_four_units_in_the_last_place(case, rng):
         }
         g = (rng.normal(size=size) * 10.0 ** rng.uniform(-4, 4, size)).astype("float32")
         optimizer.apply([tf.constant(g)], [variable])
-        expected, slots = case.reference.update(
+        expected, _ = case.reference.update(
             np.zeros(size), g.astype("float64"), before, eta, t, **hyperparameters
         )
         largest = _largest_term(case, expected, before, g, eta, hyperparameters)

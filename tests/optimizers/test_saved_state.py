@@ -224,7 +224,7 @@ tf.config.experimental.enable_op_determinism()
 layers = keras.layers
 MODELS = {
     "dense": lambda: [keras.Input((6,)), layers.Dense(5, "tanh")],
-    "batch_normalization": lambda: [keras.Input((6,)), layers.Dense(5), layers.BatchNormalization()],
+    "normalized": lambda: [keras.Input((6,)), layers.Dense(5), layers.BatchNormalization()],
     "embedding": lambda: [keras.Input((6,)), layers.Embedding(9, 3), layers.Flatten()],
     "lstm": lambda: [keras.Input((6,)), layers.Embedding(9, 3), layers.LSTM(4)],
 }
@@ -266,7 +266,7 @@ def test_resumes_in_a_new_process(case, tmp_path):
         script = _FIT.replace("OPTIMIZER", f"gdopt.{case}") + action.replace("PATH", str(tmp_path))
         done = _python(script)
         assert done.returncode == 0, done.stderr
-    for kind in ("dense", "batch_normalization", "embedding", "lstm"):
+    for kind in ("dense", "normalized", "embedding", "lstm"):
         expected = keras.models.load_model(tmp_path / f"{kind}_expected.keras")
         resumed = keras.models.load_model(tmp_path / f"{kind}_resumed.keras")
         assert int(resumed.optimizer.iterations) == 20

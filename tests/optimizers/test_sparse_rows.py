@@ -159,7 +159,7 @@ def test_custom_loop_over_an_embedding_equals_the_dense_gradient(case, compiled,
 @every_optimizer
 def test_lazy_mode_leaves_absent_rows_alone(case, setting, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
-    sparse, dense = _gradients(rng)
+    sparse, _ = _gradients(rng)
     optimizer = case(learning_rate=0.1, lazy=True, **SETTINGS[setting])
     table = keras.Variable(start)
     optimizer.build([table])

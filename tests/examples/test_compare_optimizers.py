@@ -1,0 +1,81 @@
+"""The main job, run as its users run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.callbacks.test_optimizer_tensorboard import read
+from tests.optimizer_cases import optimizer_classes
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "compare_optimizers.py"
+
+
+def _run(*arguments, cwd):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _table(output):
+    """The rows of the table at the end, {optimizer: numbers}."""
+    lines = output[output.index("final training loss") :].splitlines()[1:]
+    rows = [line.split() for line in lines[: lines.index("")]]
+    return {name: [float(number) for number in numbers] for name, *numbers in rows}
+
+
+def test_races_every_optimizer_of_the_package(tmp_path):
+    pytest.importorskip("sklearn")
+    done = _run("--epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = _table(done.stdout)
+    assert set(table) == {cls.__name__ for cls in optimizer_classes()}
+    (folder,) = (tmp_path / "runs").iterdir()
+    for name, (loss, accuracy, milliseconds) in table.items():
+        assert 0 < loss < 5
+        assert milliseconds > 0
+        assert list(read(folder / name)["optimizer/grad_norm"]) == list(range(10, 91, 10))
+        assert read(folder / name / "train")["epoch_loss"][1] == pytest.approx(loss, abs=1e-4)
+        accuracies = read(folder / name / "validation")["epoch_accuracy"]
+        assert accuracies[1] == pytest.approx(accuracy, abs=1e-4)
+    assert (folder / "losses.png").stat().st_size > 10_000
+
+
+def test_same_weights_and_batches_for_everyone(tmp_path):
+    """A second race with the same seed, in another order, gives the same losses."""
+    pytest.importorskip("sklearn")
+    losses = []
+    for i, order in enumerate((["Adam", "Momentum"], ["momentum", "adam"])):
+        arguments = ["--data", "breast_cancer", "--epochs", 1, "--seed", 3]
+        done = _run(*arguments, "--logdir", tmp_path / str(i), "--optimizers", *order, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses.append({name: numbers[0] for name, numbers in _table(done.stdout).items()})
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "stars"], "unknown --data 'stars'; expected one of digits, mnist"),
+        (["--optimizers", "Adam", "Magic"], "unknown --optimizers Magic; expected some of Adam"),
+        (["--epochs", "0"], "--epochs must be at least 1; received 0"),
+        (["--logdir", "file/runs"], "cannot write to --logdir file/runs: Not a directory"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, message, tmp_path):
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").write_text("in the way")
+    done = _run(*arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"compare_optimizers: error: {message}")
+    assert not done.stdout

@@ -1,0 +1,76 @@
+"""The rules contain no TensorFlow: with JAX and torch they run through Keras's own path."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+_SCRIPT = """
+import copy, os, tempfile
+import keras, numpy as np
+import keras_gdopt as gdopt
+from tests.optimizer_cases import CASES
+
+rng = np.random.default_rng(0)
+for case in CASES:
+    # The rule, by `apply`.
+    start, gradients = rng.normal(size=(3, 2)), rng.normal(size=(20, 3, 2)).astype("float32")
+    optimizer, variable = case(learning_rate=0.1), keras.Variable(start, dtype="float32")
+    for gradient in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+    expected = case.transcribed(start, gradients, [0.1] * 20)[-1]
+    received = keras.ops.convert_to_numpy(variable)
+    np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-5)
+
+    # In `fit`, with Keras's base arguments, saved and loaded.
+    x = rng.normal(size=(32, 4)).astype("float32")
+    y = x @ np.array([[1.0], [-2.0], [0.5], [0.0]], "float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    settings = {"weight_decay": 1e-4, "global_clipnorm": 10.0, "use_ema": True, "ema_momentum": 0.5}
+    model.compile(case(learning_rate=0.05, **settings), "mse")
+    losses = model.fit(x, y, batch_size=8, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0], (case, losses)
+    path = os.path.join(tempfile.mkdtemp(), "model.keras")
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    copied = copy.deepcopy(model.optimizer)
+    copied.build(model.trainable_variables)
+    for other in (loaded.optimizer, copied):
+        for a, b in zip(other.variables, model.optimizer.variables, strict=True):
+            np.testing.assert_array_equal(
+                keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+            )
+
+    # What needs TensorFlow says so.
+    assert optimizer.step_metrics == {}
+    recording = (optimizer.record_step_metrics, RuntimeError)
+    for call, error in (recording, (lambda: case(lazy=True), ValueError)):
+        try:
+            call()
+        except error as message:
+            assert "TensorFlow backend" in str(message)
+        else:
+            raise AssertionError(f"{case}: no {error}")
+import sys
+assert "keras_gdopt.optimizers.tensorflow_step" not in sys.modules
+print("all", len(CASES))
+"""
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_rules_work_with_another_backend(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "KERAS_BACKEND": backend,
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("all")

@@ -1,0 +1,194 @@
+"""The recorded metrics against norms computed from gradients and weights."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from tests.optimizer_cases import every_optimizer
+
+
+def _norm(arrays):
+    return np.sqrt(sum(np.sum(np.square(a, dtype="float64")) for a in arrays))
+
+
+def _step(optimizer, variables, gradients):
+    """One step; returns the weights before and after it."""
+    before = [v.numpy() for v in variables]
+    optimizer.apply([tf.constant(g) for g in gradients], variables)
+    return before, [v.numpy() for v in variables]
+
+
+@pytest.fixture
+def variables(rng):
+    shapes = [(30, 20), (7,), ()]
+    return [keras.Variable(rng.normal(size=s).astype("float32"), name=f"v{len(s)}") for s in shapes]
+
+
+def _gradients(rng, variables):
+    return [rng.normal(size=tuple(v.shape)).astype("float32") for v in variables]
+
+
+@every_optimizer
+def test_metrics_equal_norms_of_gradients_and_weights(case, variables, rng):
+    optimizer = case(learning_rate=0.01)
+    optimizer.record_step_metrics()
+    assert optimizer.step_metrics == {}
+    for t in range(1, 4):
+        gradients = _gradients(rng, variables)
+        before, after = _step(optimizer, variables, gradients)
+        metrics = optimizer.step_metrics
+        assert metrics["iterations"] == t
+        assert metrics["learning_rate"] == pytest.approx(0.01, rel=1e-6)
+        assert metrics["grad_norm"] == pytest.approx(_norm(gradients), rel=1e-3)
+        change = _norm(a - b for a, b in zip(after, before, strict=True))
+        assert metrics["update_norm"] == pytest.approx(change, rel=1e-3)
+        assert metrics["weight_norm"] == pytest.approx(_norm(after), rel=1e-3)
+        assert all(type(value) in (int, float) for value in metrics.values())
+
+
+def test_velocity_norm_of_momentum(variables, rng):
+    optimizer = gdopt.Momentum(0.01, momentum=0.5)
+    optimizer.record_step_metrics()
+    gradients = _gradients(rng, variables)
+    _step(optimizer, variables, gradients)
+    expected = 0.5 * _norm(gradients)
+    assert optimizer.step_metrics["velocity_norm"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_gradient_norm_is_taken_before_clipping(kind, variables, rng):
+    optimizer = gdopt.GradientDescent(1.0, **{kind: 0.01})
+    optimizer.record_step_metrics()
+    gradients = _gradients(rng, variables)
+    before, after = _step(optimizer, variables, gradients)
+    assert optimizer.step_metrics["grad_norm"] == pytest.approx(_norm(gradients), rel=1e-3)
+    change = _norm(a - b for a, b in zip(after, before, strict=True))
+    assert optimizer.step_metrics["update_norm"] == pytest.approx(change, rel=1e-3)
+    assert change < 0.3
+
+
+def test_gradient_norm_is_taken_after_unscaling(variables, rng):
+    optimizer = gdopt.GradientDescent(1.0, loss_scale_factor=16.0)
+    optimizer.record_step_metrics()
+    gradients = _gradients(rng, variables)
+    _step(optimizer, variables, gradients)
+    assert optimizer.step_metrics["grad_norm"] == pytest.approx(_norm(gradients) / 16, rel=1e-3)
+
+
+def test_update_norm_is_without_weight_decay(variables, rng):
+    optimizer = gdopt.GradientDescent(0.5, weight_decay=0.5)
+    optimizer.record_step_metrics()
+    gradients = _gradients(rng, variables)
+    _step(optimizer, variables, gradients)
+    assert optimizer.step_metrics["update_norm"] == pytest.approx(0.5 * _norm(gradients), rel=1e-3)
+
+
+@pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
+def test_only_the_steps_asked_for_are_recorded(compiled, variables, rng):
+    optimizer = gdopt.Adam()
+    optimizer.build(variables)
+    optimizer.record_step_metrics(every=3)
+    gradients = [tf.constant(g) for g in _gradients(rng, variables)]
+
+    def step():
+        optimizer.apply(gradients)
+
+    if compiled != "eager":
+        step = tf.function(step, jit_compile=compiled == "xla")
+
+    def recorded_over(steps):
+        seen = []
+        for _ in range(steps):
+            step()
+            seen.append(optimizer.step_metrics.get("iterations", 0))
+        return seen
+
+    assert recorded_over(7) == [0, 0, 3, 3, 3, 6, 6]
+    optimizer.record_step_metrics(every=5)  # without another trace
+    assert recorded_over(4) == [6, 6, 10, 10]
+    optimizer.record_step_metrics(every=0)
+    assert recorded_over(3) == [10, 10, 10]
+    optimizer.record_step_metrics(every=1)
+    assert recorded_over(2) == [15, 16]
+
+
+def test_nothing_is_computed_unless_asked_for(variables, rng):
+    optimizer = gdopt.Adam()
+    for _ in range(3):
+        _step(optimizer, variables, _gradients(rng, variables))
+    assert optimizer.step_metrics == {}
+    assert [plan.record for plan in optimizer._tensorflow_step._clusters] == [False]
+
+
+def test_says_whether_a_traced_step_must_be_traced_again(variables, rng):
+    optimizer = gdopt.Adam()
+    _step(optimizer, variables, _gradients(rng, variables))
+    assert optimizer.record_step_metrics()
+    _step(optimizer, variables, _gradients(rng, variables))
+    assert not optimizer.record_step_metrics(7)
+    assert not optimizer.record_step_metrics(0)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@every_optimizer
+def test_metrics_of_sparse_gradients(case, lazy, rng):
+    """Norms of the merged rows, where the norm of the slices would be another."""
+    table = keras.Variable(rng.normal(size=(9, 4)).astype("float32"))
+    optimizer = case(learning_rate=0.01, lazy=lazy)
+    optimizer.record_step_metrics()
+    for _ in range(3):
+        ids = rng.integers(0, 5, size=12)
+        values = rng.normal(size=(12, 4)).astype("float32")
+        dense = np.zeros((9, 4))
+        np.add.at(dense, ids, values)
+        before = table.numpy()
+        optimizer.apply([tf.IndexedSlices(values, tf.constant(ids))], [table])
+        metrics = optimizer.step_metrics
+        assert metrics["grad_norm"] == pytest.approx(_norm([dense]), rel=1e-3)
+        assert metrics["update_norm"] == pytest.approx(_norm([table.numpy() - before]), rel=1e-3)
+        assert metrics["weight_norm"] == pytest.approx(_norm([table.numpy()]), rel=1e-3)
+
+
+def test_accumulation_records_updates_and_their_mean_gradient(variables, rng):
+    optimizer = gdopt.GradientDescent(0.1, gradient_accumulation_steps=3)
+    optimizer.record_step_metrics(every=4)  # calls; updates come at calls 3, 6, 9, 12
+    seen, gradients = [], []
+    for _ in range(12):
+        gradients.append(_gradients(rng, variables))
+        _step(optimizer, variables, gradients[-1])
+        seen.append(optimizer.step_metrics.get("iterations", 0))
+    assert seen == [0, 0, 0, 0, 0, 2, 2, 2, 3, 3, 3, 4]
+    mean = [np.mean([step[i] for step in gradients[9:]], axis=0) for i in range(3)]
+    assert optimizer.step_metrics["grad_norm"] == pytest.approx(_norm(mean), rel=1e-3)
+
+
+@every_optimizer
+def test_two_devices_record_the_reduced_gradient(case, two_devices, rng):
+    x = rng.normal(size=(16, 4)).astype("float32")
+    y = rng.normal(size=(16, 1)).astype("float32")
+
+    def recorded():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(case(learning_rate=0.01, clipnorm=0.1), "mse")
+        model.optimizer.record_step_metrics()
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        return model.optimizer.step_metrics
+
+    one = recorded()
+    with two_devices.scope():
+        two = recorded()
+    assert two == pytest.approx(one, rel=1e-4)
+    assert two["iterations"] == 4
+
+
+def test_large_tensors_are_summed_precisely(rng):
+    """A running sum in float32 would stop growing at 2**24 ones."""
+    size = 2**25
+    variable = keras.Variable(np.ones(size, "float32"))
+    optimizer = gdopt.GradientDescent(1e-3)
+    optimizer.record_step_metrics()
+    optimizer.apply([tf.ones(size)], [variable])
+    assert optimizer.step_metrics["grad_norm"] == pytest.approx(size**0.5, rel=1e-4)

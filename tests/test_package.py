@@ -1,0 +1,108 @@
+"""The public surface, what imports what, and the examples in the docstrings."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import keras_gdopt as gdopt
+from tests.optimizer_cases import optimizer_classes
+
+PACKAGE = Path(gdopt.__file__).parent
+RULES = [Path(inspect.getfile(cls)) for cls in optimizer_classes()]
+
+# Floors of the house: a room may import from its own floor and from those below.
+FLOORS = ["keras_gdopt.optimizers", "keras_gdopt.callbacks"]
+
+
+def _modules():
+    names = [gdopt.__name__]
+    names += [m.name for m in pkgutil.walk_packages(gdopt.__path__, "keras_gdopt.")]
+    names += [
+        m.name for m in pkgutil.walk_packages(gdopt.callbacks.__path__, "keras_gdopt.callbacks.")
+    ]
+    return sorted(set(names))
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_public_names():
+    assert sorted(gdopt.__all__) == [
+        "Adam",
+        "GradientDescent",
+        "GradientOptimizer",
+        "Momentum",
+        "__version__",
+        "callbacks",
+    ]
+    assert all(hasattr(gdopt, name) for name in gdopt.__all__)
+    assert gdopt.callbacks.__all__ == ["OptimizerTensorBoard"]
+    with pytest.raises(AttributeError, match="no attribute 'Magic'"):
+        _ = gdopt.Magic
+
+
+def test_version_is_the_installed_one():
+    assert gdopt.__version__ == version("keras-gdopt")
+
+
+def test_typing_marker_ships():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_package_does_not_import_its_callbacks():
+    script = "import sys, keras_gdopt; sys.exit('keras_gdopt.callbacks' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_imports_run_downwards(name):
+    floor = max((i for i, room in enumerate(FLOORS) if name.startswith(room)), default=len(FLOORS))
+    for imported in _imports(Path(importlib.import_module(name).__file__)):
+        for above in FLOORS[floor + 1 :]:
+            assert not imported.startswith(above), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
+def test_rules_contain_no_tensorflow_and_are_short(path):
+    assert not any(name.startswith(("tensorflow", "jax", "torch")) for name in _imports(path))
+    tree = ast.parse(path.read_text())
+    docstrings = sum(
+        node.body[0].end_lineno - node.body[0].lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+    )
+    assert len(path.read_text().splitlines()) - docstrings < 100
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize(
+    "public",
+    [*optimizer_classes(), gdopt.GradientOptimizer, gdopt.callbacks.OptimizerTensorBoard],
+    ids=lambda public: public.__name__,
+)
+def test_public_docstrings_are_complete(public):
+    text = inspect.getdoc(public)
+    assert ">>> " in text and "Args:" in text and "Raises:" in text
+    documented = text[text.index("Args:") : text.index("Raises:")]
+    for name in inspect.signature(public).parameters:
+        assert f"{name}:" in documented, name
+    if public in optimizer_classes():
+        assert "$$" in text and "Source: " in text and "keras" in text.lower()
