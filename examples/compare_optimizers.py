@@ -12,12 +12,12 @@ curves.
 
 import argparse
 import inspect
+import itertools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -202,7 +202,8 @@ def train(
             times,
         ],
     ).history
-    write_hparams(log_dir, name, optimizer)
+    trial = f"{log_dir.parent.name}/{name}"
+    write_summary(log_dir, hparams_summary.hparams_pb(hparams(name, optimizer), trial_id=trial))
     return Result(history["loss"], history["val_accuracy"][-1], times.median_milliseconds())
 
 
@@ -214,25 +215,26 @@ def write_summary(log_dir: Path, summary: Any) -> None:
         tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=0)
 
 
-def write_hparams_columns(log_dir: Path) -> None:
-    """Tells the HParams tab which metrics to put beside the hyper-parameters."""
+def hparams(name: str, optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """The optimizer's name and the numbers and switches of its own."""
+    own = inspect.signature(type(optimizer)).parameters
+    config = {key: value for key, value in optimizer.get_config().items() if key in own}
+    return {"optimizer": name, **{k: v for k, v in config.items() if isinstance(v, (int, float))}}
+
+
+def write_hparams_columns(log_dir: Path, names: list[str]) -> None:
+    """Tells the HParams tab its columns: all hyper-parameters, and the metrics."""
+    optimizers = available_optimizers()
+    columns = [hp.HParam(key) for name in names for key in hparams(name, optimizers[name]())]
     metrics = [
         hp.Metric("epoch_accuracy", group="validation", display_name="test accuracy"),
         hp.Metric("epoch_loss", group="validation", display_name="test loss"),
         hp.Metric("epoch_loss", group="train", display_name="training loss"),
     ]
-    write_summary(log_dir, hparams_summary.hparams_config_pb(hparams=[], metrics=metrics))
-
-
-def write_hparams(log_dir: Path, name: str, optimizer: keras.optimizers.Optimizer) -> None:
-    """The optimizer's class and numbers, for the HParams tab."""
-    config = optimizer.get_config()
-    values = {
-        key: value
-        for key, value in config.items()
-        if isinstance(value, (bool, int, float)) and not key.startswith("ema_")
-    }
-    write_summary(log_dir, hparams_summary.hparams_pb({"optimizer": name, **values}))
+    config = hparams_summary.hparams_config_pb(
+        hparams=list({column.name: column for column in columns}.values()), metrics=metrics
+    )
+    write_summary(log_dir, config)
 
 
 def print_table(results: dict[str, Result]) -> None:
@@ -302,11 +304,15 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def new_folder(logdir: Path, data: str) -> Path:
     """A new folder below `logdir`, so that races do not write over each other."""
-    folder = logdir / f"{data}-{datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        stop(f"cannot write to --logdir {logdir}: {error.strerror}")
+    for number in itertools.count(1):
+        folder = logdir / f"{data}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            stop(f"cannot write to --logdir {logdir}: {error.strerror}")
+        break
     return folder
 
 
@@ -314,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed_arguments(argv)
     data = load(args.data, args.seed)
     folder = new_folder(args.logdir, args.data)
-    write_hparams_columns(folder)
+    write_hparams_columns(folder, args.optimizers)
     keras.utils.set_random_seed(args.seed)
     model = new_model(data)
     print(

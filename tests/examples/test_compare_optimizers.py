@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from tests.callbacks.test_optimizer_tensorboard import read
 from tests.optimizer_cases import optimizer_classes
@@ -32,6 +34,14 @@ def _table(output):
     return {name: [float(number) for number in numbers] for name, *numbers in rows}
 
 
+def _hparams(log_dir):
+    """The hyper-parameters of a run, as TensorBoard's HParams tab reads them."""
+    accumulator = EventAccumulator(str(log_dir))
+    accumulator.Reload()
+    content = accumulator.PluginTagToContent("hparams")[metadata.SESSION_START_INFO_TAG]
+    return metadata.parse_session_start_info_plugin_data(content).hparams
+
+
 def test_races_every_optimizer_of_the_package(tmp_path):
     pytest.importorskip("sklearn")
     done = _run("--epochs", 2, cwd=tmp_path)
@@ -46,6 +56,9 @@ def test_races_every_optimizer_of_the_package(tmp_path):
         assert read(folder / name / "train")["epoch_loss"][1] == pytest.approx(loss, abs=1e-4)
         accuracies = read(folder / name / "validation")["epoch_accuracy"]
         assert accuracies[1] == pytest.approx(accuracy, abs=1e-4)
+        hparams = _hparams(folder / name)
+        assert hparams["optimizer"].string_value == name
+        assert hparams["learning_rate"].number_value > 0
     assert (folder / "losses.png").stat().st_size > 10_000
 
 
