@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Tensor, Update, one_minus_power
+from keras_gdopt.optimizers.arithmetic import Tensor, one_minus_power
+from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -1,6 +1,5 @@
 """From a pure update rule to a Keras optimizer."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,10 +12,8 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_flag,
     checked_learning_rate,
 )
+from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
-
-Tensor = Any
-"""A tensor of the Keras backend in use."""
 
 Slots = Mapping[str, Tensor]
 """One variable's slots by name."""
@@ -363,7 +360,7 @@ class GradientOptimizer(SavedStateOptimizer):
                 "Step metrics need the TensorFlow backend. Received: "
                 f"keras.backend.backend() == '{keras.backend.backend()}'"
             )
-        return self._tensorflow_step.record_every(every)
+        return self._tensorflow_step.metrics.record_every(every)
 
     @property
     def step_metrics(self) -> dict[str, float]:
@@ -381,7 +378,7 @@ class GradientOptimizer(SavedStateOptimizer):
         """
         if self._tensorflow_step is None:
             return {}
-        return self._tensorflow_step.recorded_metrics()
+        return self._tensorflow_step.metrics.latest()
 
     # --- the parts -----------------------------------------------------------
 
@@ -448,31 +445,6 @@ class GradientOptimizer(SavedStateOptimizer):
                 if f"/{own}".endswith(f"/{path}") or f"/{path}".endswith(f"/{own}"):
                     return False
         return super()._use_weight_decay(variable)
-
-
-def one_minus_power(base: float, exponent: Tensor) -> Tensor:
-    """`1 - base**exponent` without the cancellation that the formula suffers near 1.
-
-    Args:
-        base: A number in [0, 1).
-        exponent: Floating-point tensor, at least 1.
-
-    Returns:
-        A tensor of the exponent's shape and dtype.
-    """
-    log = math.log(base) if base > 0.0 else -math.inf
-    return -ops.expm1(exponent * log)
-
-
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together."""
-    return ops.sqrt(sum(ops.sum(ops.square(tensor)) for tensor in tensors))
-
-
-def computation_dtype(variable_dtype: Any) -> str:
-    """The dtype in which a variable's update is computed and its slots are held."""
-    dtype = keras.backend.standardize_dtype(variable_dtype)
-    return "float32" if dtype == "bfloat16" else dtype
 
 
 def _path(variable: Any) -> str:

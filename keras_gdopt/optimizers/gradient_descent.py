@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Tensor, Update
+from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

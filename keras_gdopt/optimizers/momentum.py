@@ -6,7 +6,8 @@ from typing import Any
 import keras
 
 from keras_gdopt.optimizers.argument_checks import checked_flag, checked_fraction
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Tensor, Update, global_norm
+from keras_gdopt.optimizers.arithmetic import Tensor, global_norm
+from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -1,18 +1,19 @@
-"""One training step with TensorFlow: the XLA cluster, sparse rows, step metrics."""
+"""One training step with TensorFlow: sparse rows, and one XLA cluster for the rest."""
 
 import dataclasses
 import functools
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers import base
+from keras_gdopt.optimizers.arithmetic import computation_dtype
+from keras_gdopt.optimizers.step_metrics import METRIC_DTYPE, StepMetrics
 
-# float32 holds a norm to 1e-7, which is more than a plot shows.
-_METRIC_DTYPE = tf.float32
+if TYPE_CHECKING:
+    from keras_gdopt.optimizers.base import GradientOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,11 @@ class TensorFlowStep:
     here.
     """
 
-    def __init__(self, optimizer: "base.GradientOptimizer") -> None:
+    def __init__(self, optimizer: "GradientOptimizer") -> None:
+        self.metrics = StepMetrics(optimizer)
         self._optimizer = optimizer
         self._clusters: dict[_Plan, Callable[..., Any]] = {}
         self._dense_squares: Callable[..., Any] | None = None
-        self._every: tf.Variable | None = None
-        self._recorded: tf.Variable | None = None
-        self._recorded_iterations: tf.Variable | None = None
-        self._metric_names: tuple[str, ...] = ()
-        # Whether the step that was traced last, if any, can record.
-        self._traced_with_recording = False
 
     # --- a whole step --------------------------------------------------------
 
@@ -116,7 +112,7 @@ class TensorFlowStep:
                 rows[index] = self._unscaled(gradient)
             else:
                 dense[index] = gradient
-        self._traced_with_recording = self._every is not None
+        self.metrics.note_trace()
         learning_rate = optimizer.learning_rate
         if isinstance(learning_rate, (int, float)):  # from a callable
             learning_rate = tf.constant(learning_rate, keras.config.floatx())
@@ -128,11 +124,11 @@ class TensorFlowStep:
             self._run(plan, dense, rows, learning_rate, step)
 
         def run_update() -> None:
-            if self._every is None or not record:
+            if not (record and self.metrics.asked_for):
                 run(update=True, record=False)
             else:
                 tf.cond(
-                    self._records_now(),
+                    self.metrics.due(),
                     lambda: run(update=True, record=True),
                     lambda: run(update=True, record=False),
                 )
@@ -160,21 +156,22 @@ class TensorFlowStep:
     ) -> None:
         """Updates rows by gather and scatter, then everything else as one cluster."""
         norm = None
-        row_squares = tf.zeros((2,), _METRIC_DTYPE)
+        row_squares = tf.zeros((2,), METRIC_DTYPE)
         if rows:
             norm = self._global_norm_with_rows(dense, rows)
             row_squares = self._update_rows_of_all(rows, norm, learning_rate, step, plan.record)
-        cluster = self._clusters.get(plan)
-        if cluster is None:
-            cluster = tf.function(
+        metrics = self._cluster(plan)(list(dense.values()), learning_rate, step, norm, row_squares)
+        if plan.record:
+            self.metrics.store(metrics)
+
+    def _cluster(self, plan: _Plan) -> Callable[..., Any]:
+        if plan not in self._clusters:
+            self._clusters[plan] = tf.function(
                 functools.partial(self._cluster_body, plan),
                 jit_compile=xla_is_available(),
                 autograph=False,
             )
-            self._clusters[plan] = cluster
-        metrics = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
-        if plan.record:
-            self._store_metrics(metrics)
+        return self._clusters[plan]
 
     def _cluster_body(
         self,
@@ -189,7 +186,7 @@ class TensorFlowStep:
         optimizer = self._optimizer
         variables = optimizer._trainable_variables
         grads = [
-            self._unscaled(tf.cast(g, base.computation_dtype(variables[i].dtype)))
+            self._unscaled(tf.cast(g, computation_dtype(variables[i].dtype)))
             for i, g in zip(plan.dense, grads, strict=True)
         ]
         if optimizer.gradient_accumulation_steps:
@@ -213,7 +210,7 @@ class TensorFlowStep:
         if plan.record:
             weights = [values.get(i, v) for i, v in enumerate(variables)]
             grad_square, update_square = tf.unstack(row_squares)
-            metrics = self._stacked_metrics(
+            metrics = self.metrics.stacked(
                 learning_rate,
                 step,
                 grad_square + _square_of_all(grads),
@@ -303,7 +300,7 @@ class TensorFlowStep:
         if not isinstance(gradient, tf.IndexedSlices):
             return tf.ensure_shape(gradient, variable.shape)
         optimizer = self._optimizer
-        values = tf.cast(gradient.values, base.computation_dtype(variable.dtype))
+        values = tf.cast(gradient.values, computation_dtype(variable.dtype))
         by_row = optimizer.lazy or optimizer.zero_gradient_changes_nothing
         if not by_row or optimizer.gradient_accumulation_steps:
             dense = tf.math.unsorted_segment_sum(values, gradient.indices, variable.shape[0])
@@ -345,7 +342,7 @@ class TensorFlowStep:
                 )
             )
         if not record:
-            return tf.zeros((2,), _METRIC_DTYPE)
+            return tf.zeros((2,), METRIC_DTYPE)
         return tf.stack([_square_of_all(rows.values()), _square_of_all(changes)])
 
     def _update_rows(
@@ -429,69 +426,6 @@ class TensorFlowStep:
         slots = self._optimizer._slots
         return {name: tf.convert_to_tensor(slot[index]) for name, slot in slots.items()}
 
-    # --- step metrics --------------------------------------------------------
-
-    def record_every(self, every: int) -> bool:
-        """Records the metrics of every n-th step from now on; 0 of none.
-
-        Returns:
-            Whether a step traced before now cannot record and must be traced again.
-        """
-        with tf.init_scope():
-            if self._every is not None:
-                self._every.assign(every)
-            elif every:
-                self._every = tf.Variable(every, dtype=tf.int64, trainable=False)
-        return every > 0 and not self._traced_with_recording
-
-    def recorded_metrics(self) -> dict[str, float]:
-        """The metrics of the last recorded step, or nothing."""
-        if self._recorded is None or self._recorded_iterations is None:
-            return {}
-        iterations = int(self._recorded_iterations.numpy())
-        if iterations == 0:
-            return {}
-        values = self._recorded.numpy().tolist()
-        return {"iterations": iterations, **dict(zip(self._metric_names, values, strict=True))}
-
-    def _records_now(self) -> tf.Tensor:
-        """Whether this call of `apply` passes a multiple of `every`."""
-        optimizer = self._optimizer
-        call = tf.convert_to_tensor(optimizer._iterations) + 1
-        since_last_update = optimizer.gradient_accumulation_steps or 1
-        every = tf.convert_to_tensor(self._every)
-        divisor = tf.cast(tf.maximum(every, 1), call.dtype)
-        passed = call // divisor > (call - since_last_update) // divisor
-        return tf.logical_and(every > 0, passed)
-
-    def _stacked_metrics(
-        self,
-        learning_rate: tf.Tensor,
-        step: tf.Tensor,
-        grad_square: tf.Tensor,
-        update_square: tf.Tensor,
-        weight_square: tf.Tensor,
-        slots: dict[str, list[tf.Tensor]],
-    ) -> tf.Tensor:
-        own = self._optimizer.rule_metrics(slots, learning_rate, tf.cast(step, tf.float64))
-        metrics = {
-            "learning_rate": learning_rate,
-            "grad_norm": tf.sqrt(grad_square),
-            "update_norm": tf.sqrt(update_square),
-            "weight_norm": tf.sqrt(weight_square),
-            **own,
-        }
-        self._metric_names = tuple(metrics)
-        return tf.stack([tf.cast(value, _METRIC_DTYPE) for value in metrics.values()])
-
-    def _store_metrics(self, metrics: tf.Tensor) -> None:
-        if self._recorded is None or self._recorded_iterations is None:
-            with tf.init_scope():
-                self._recorded = tf.Variable(tf.zeros(metrics.shape), trainable=False)
-                self._recorded_iterations = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._recorded.assign(metrics)
-        self._recorded_iterations.assign(tf.cast(self._optimizer.iterations + 1, tf.int64))
-
 
 @functools.cache
 def xla_is_available() -> bool:
@@ -522,7 +456,7 @@ def _widest(tensors: Sequence[Any]) -> tf.DType:
     return max((_values(tensor).dtype for tensor in tensors), key=lambda dtype: dtype.size)
 
 
-def _square_of_all(tensors: Any, dtype: tf.DType = _METRIC_DTYPE) -> tf.Tensor:
+def _square_of_all(tensors: Any, dtype: tf.DType = METRIC_DTYPE) -> tf.Tensor:
     """The squared Euclidean norm of all tensors together."""
     squares = [tf.reduce_sum(tf.square(tf.cast(_values(tensor), dtype))) for tensor in tensors]
     return tf.add_n(squares) if squares else tf.zeros((), dtype)

@@ -1,0 +1,36 @@
+"""Arithmetic that update rules share, and the dtype it is done in."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+Tensor = Any
+"""A tensor of the Keras backend in use."""
+
+
+def one_minus_power(base: float, exponent: Tensor) -> Tensor:
+    """`1 - base**exponent` without the cancellation that the formula suffers near 1.
+
+    Args:
+        base: A number in [0, 1).
+        exponent: Floating-point tensor, at least 1.
+
+    Returns:
+        A tensor of the exponent's shape and dtype.
+    """
+    log = math.log(base) if base > 0.0 else -math.inf
+    return -ops.expm1(exponent * log)
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together."""
+    return ops.sqrt(sum(ops.sum(ops.square(tensor)) for tensor in tensors))
+
+
+def computation_dtype(variable_dtype: Any) -> str:
+    """The dtype in which a variable's update is computed and its slots are held."""
+    dtype = keras.backend.standardize_dtype(variable_dtype)
+    return "float32" if dtype == "bfloat16" else dtype
