@@ -69,20 +69,16 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._last_look = 0
         self._last_written = 0
 
-    def set_model(self, model: keras.Model) -> None:
-        """Asks the model's optimizer to record; Keras calls it before training."""
-        super().set_model(model)
-        self._optimizer = _recording_optimizer(model)
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Opens the event file and asks the model's optimizer to record."""
+        self._optimizer = _recording_optimizer(self.model)
         self._writer = self._opened_writer()
         if self._optimizer.record_step_metrics(self.update_freq):
-            model.train_function = None
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Starts to count where the optimizer stands."""
+            self.model.make_train_function(force=True)
         updates = int(keras.ops.convert_to_numpy(self._optimizer.iterations))
         self._batches = updates * (self._optimizer.gradient_accumulation_steps or 1)
         self._last_look = self._batches
-        self._last_written = updates
+        self._last_written = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes how many batches came before the epoch."""
@@ -121,7 +117,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     def _write_new_metrics(self) -> None:
         metrics = dict(self._optimizer.step_metrics)
         step = metrics.pop("iterations", 0)
-        if step <= self._last_written or self._writer is None:
+        if step == self._last_written or self._writer is None:
             return
         self._last_written = step
         update, weight = metrics["update_norm"], metrics["weight_norm"]

@@ -11,6 +11,7 @@ curves.
 """
 
 import argparse
+import importlib.util
 import inspect
 import itertools
 import os
@@ -299,20 +300,23 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.optimizers = list(dict.fromkeys(by_name[name.lower()] for name in args.optimizers))
     if args.epochs < 1:
         stop(f"--epochs must be at least 1; received {args.epochs}")
+    if args.seed < 0:
+        stop(f"--seed must not be negative; received {args.seed}")
+    if importlib.util.find_spec("matplotlib") is None:
+        stop("the picture needs matplotlib: pip install 'keras-gdopt[examples]'")
     return args
 
 
 def new_folder(logdir: Path, data: str) -> Path:
     """A new folder below `logdir`, so that races do not write over each other."""
-    for number in itertools.count(1):
-        folder = logdir / f"{data}-{number}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            stop(f"cannot write to --logdir {logdir}: {error.strerror}")
-        break
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in logdir.iterdir()}
+        free = (f"{data}-{number}" for number in itertools.count(1))
+        folder = logdir / next(name for name in free if name not in taken)
+        folder.mkdir()
+    except OSError as error:
+        stop(f"cannot write to --logdir {logdir}: {error.strerror}")
     return folder
 
 

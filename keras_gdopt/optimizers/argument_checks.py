@@ -6,6 +6,9 @@ from typing import Any
 
 import keras
 
+# A thousandth of it, as a bias correction leaves, is still normal in float32.
+_SMALLEST_EPSILON = 1e-30
+
 
 def checked_number(
     name: str,
@@ -56,10 +59,10 @@ def checked_epsilons(epsilon: Any, epsilon_root: Any) -> tuple[float, float]:
     """Returns both epsilons of a denominator, or raises if it could become 0."""
     epsilon = checked_number("epsilon", epsilon)
     epsilon_root = checked_number("epsilon_root", epsilon_root)
-    if epsilon == 0.0 and epsilon_root == 0.0:
+    if max(epsilon, epsilon_root) < _SMALLEST_EPSILON:
         raise ValueError(
-            "At least one of `epsilon` and `epsilon_root` must be above 0: with both "
-            "at 0 a gradient of 0 would divide 0 by 0. "
+            "At least one of `epsilon` and `epsilon_root` must be at least "
+            f"{_SMALLEST_EPSILON:g}: below that a gradient of 0 would divide 0 by 0. "
             f"Received: epsilon={epsilon}, epsilon_root={epsilon_root}"
         )
     return epsilon, epsilon_root

@@ -26,8 +26,10 @@ def one_minus_power(base: float, exponent: Tensor) -> Tensor:
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together."""
-    return ops.sqrt(sum(ops.sum(ops.square(tensor)) for tensor in tensors))
+    """The Euclidean norm of all tensors together, which may differ in dtype."""
+    dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors}
+    dtype = "float64" if "float64" in dtypes else "float32"
+    return ops.sqrt(sum(ops.sum(ops.square(ops.cast(tensor, dtype))) for tensor in tensors))
 
 
 def computation_dtype(variable_dtype: Any) -> str:

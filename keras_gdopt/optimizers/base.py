@@ -78,7 +78,12 @@ class GradientOptimizer(SavedStateOptimizer):
             float32); in `apply`, if a gradient does not fit its variable or the
             optimizer was not built for a variable.
 
-    Variables in bfloat16 are updated in float32 and hold their slots in float32.
+    Variables in bfloat16 are updated in float32; their slots, moving averages and
+    accumulators are in float32.
+
+    The arguments are kept as attributes. A change takes effect where a step is traced
+    anew, as with Keras's optimizers; in eager steps, from the next one on. (A new
+    `learning_rate` takes effect at once everywhere.)
 
     Example:
 
@@ -135,7 +140,7 @@ class GradientOptimizer(SavedStateOptimizer):
         super().__init__(checked_learning_rate(learning_rate), **arguments)
         self.lazy = lazy
         self._slots: dict[str, list[Any]] = {}
-        self._excluded_from_weight_decay: dict[str, list[str]] = {}
+        self._excluded_from_weight_decay: dict[str, list[Any]] = {}
         # Without Keras's tracking: it holds no state that is saved.
         object.__setattr__(self, "_tensorflow_step", self._new_tensorflow_step())
 
@@ -205,6 +210,7 @@ class GradientOptimizer(SavedStateOptimizer):
         if self.built:
             return
         variables = list(variables)
+        self._check_loaded_state_fits(variables)
         for variable in variables:
             if keras.backend.standardize_dtype(variable.dtype) == "float16":
                 raise ValueError(
@@ -216,10 +222,30 @@ class GradientOptimizer(SavedStateOptimizer):
                 )
         super().build(variables)
         self._slots = {
-            name: [self._new_slot(variable, name, initial) for variable in variables]
+            name: self.add_optimizer_variables(
+                variables, name, keras.initializers.Constant(initial)
+            )
             for name, initial in self.slots.items()
         }
+        self._find_excluded_from_weight_decay()
         self._restore_loaded_state()
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """A slot for a variable: of its shape, and of the dtype that updates are made in."""
+        dtype = computation_dtype(reference_variable.dtype)
+        if dtype == keras.backend.standardize_dtype(reference_variable.dtype):
+            return super().add_variable_from_reference(
+                reference_variable, name=name, initializer=initializer
+            )
+        path = _path(reference_variable).replace("/", "_").replace(":", "_")
+        return self.add_variable(
+            reference_variable.shape,
+            initializer=initializer,
+            dtype=dtype,
+            name=f"{path}_{name or 'var'}",
+        )
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
         """Updates one variable and its slots: Keras's hook for strategies and loops.
@@ -259,7 +285,10 @@ class GradientOptimizer(SavedStateOptimizer):
             ValueError: If a gradient does not fit its variable, or the optimizer
                 was not built for a variable.
         """
-        grads = list(grads)
+        grads = [
+            ops.convert_to_tensor(g) if isinstance(g, (list, tuple, float, int)) else g
+            for g in grads
+        ]
         if not grads:
             return
         if trainable_variables is None:
@@ -276,6 +305,7 @@ class GradientOptimizer(SavedStateOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
         self._check_variables_are_known(variables)
+        self._check_variables_are_distinct(variables)
         if self._tensorflow_step is None:
             super().apply(grads, variables)
         else:
@@ -288,9 +318,17 @@ class GradientOptimizer(SavedStateOptimizer):
         for name in self.hyperparameters:
             config[name] = getattr(self, name)
         if self._excluded_from_weight_decay:
-            config["exclude_from_weight_decay"] = {
-                kind: list(names) for kind, names in self._excluded_from_weight_decay.items()
-            }
+            excluded = {k: list(v) for k, v in self._excluded_from_weight_decay.items()}
+            if self.built:
+                paths = [_path(variable) for variable in self._trainable_variables]
+                indices = [
+                    index
+                    for index, variable in enumerate(self._trainable_variables)
+                    if self._var_key(variable) in self._exclude_from_weight_decay
+                ]
+                excluded["var_indices"] = indices
+                excluded["var_paths"] = [paths[index] for index in indices]
+            config["exclude_from_weight_decay"] = excluded
         return config
 
     @classmethod
@@ -303,7 +341,7 @@ class GradientOptimizer(SavedStateOptimizer):
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if excluded:
             optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
-            optimizer._excluded_from_weight_decay = {k: list(v) for k, v in excluded.items()}
+            optimizer._excluded_from_weight_decay = excluded
         return optimizer
 
     def exclude_from_weight_decay(
@@ -316,11 +354,12 @@ class GradientOptimizer(SavedStateOptimizer):
 
         Args:
             var_list: Variables to exclude.
-            var_names: Regular expressions; a variable whose path holds a match of
-                one of them is excluded.
+            var_names: Regular expressions; a variable whose path (such as
+                `sequential/dense/bias`) holds a match of one of them is excluded.
 
         Raises:
-            ValueError: If the optimizer is built already.
+            ValueError: If the optimizer is built already; in `build`, if a loaded
+                config excludes a variable that cannot be told among the model's.
         """
         if self.built:
             raise ValueError(
@@ -330,6 +369,7 @@ class GradientOptimizer(SavedStateOptimizer):
         super().exclude_from_weight_decay(var_list=var_list, var_names=var_names)
         self._excluded_from_weight_decay = {
             "var_paths": [_path(variable) for variable in var_list or ()],
+            "var_indices": [None for _ in var_list or ()],  # known once built
             "var_names": list(var_names or ()),
         }
 
@@ -340,6 +380,7 @@ class GradientOptimizer(SavedStateOptimizer):
 
         A step that was traced before anybody asked does not record; one traced
         since then does, and `every` may change at any time without a new trace.
+        What was recorded before is forgotten.
         Training steps are counted as calls of `apply`; under gradient accumulation
         the first update at or after each n-th call is recorded.
 
@@ -347,8 +388,8 @@ class GradientOptimizer(SavedStateOptimizer):
             every: Record every n-th step; 0 stops the recording. Defaults to 1.
 
         Returns:
-            Whether a train function that was traced already must be traced again
-            (`model.make_train_function(force=True)`) before it records.
+            Whether the step that was traced last cannot record, so that it must be
+            traced again: `model.make_train_function(force=True)`.
 
         Raises:
             ValueError: If `every` is no integer or negative.
@@ -389,22 +430,11 @@ class GradientOptimizer(SavedStateOptimizer):
 
         return TensorFlowStep(self)
 
-    def _new_slot(self, variable: Any, name: str, initial: float) -> Any:
-        initializer = keras.initializers.Constant(initial)
-        if keras.backend.standardize_dtype(variable.dtype) != "bfloat16":
-            return self.add_variable_from_reference(variable, name=name, initializer=initializer)
-        return self.add_variable(
-            variable.shape,
-            initializer=initializer,
-            dtype="float32",
-            name=f"{_path(variable).replace('/', '_')}_{name}",
-        )
-
     def _slot_variables(self) -> Mapping[str, list[Any]]:
         return self._slots
 
-    def _slot_names(self) -> set[str]:
-        return set(self.slots)
+    def _slot_initial_values(self) -> Mapping[str, float]:
+        return self.slots
 
     def _ruled(
         self,
@@ -417,12 +447,18 @@ class GradientOptimizer(SavedStateOptimizer):
         """The rule's change and new slots, in the dtype that the rule computes in."""
         dtype = computation_dtype(variable_dtype)
         step_dtype = "float64" if keras.backend.backend() == "tensorflow" else "float32"
-        return self.update_rule(
+        change, new_slots = self.update_rule(
             ops.cast(gradient, dtype),
             slots,
             ops.cast(learning_rate, dtype),
             ops.cast(step, step_dtype),
         )
+        if set(new_slots) != set(slots):
+            raise ValueError(
+                f"`{type(self).__name__}.update_rule` must return a value for each of its "
+                f"slots {sorted(slots)}. Received: values for {sorted(new_slots)}"
+            )
+        return change, new_slots
 
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
         for variable in variables:
@@ -436,15 +472,62 @@ class GradientOptimizer(SavedStateOptimizer):
                     "unfreezing layers, compile the model again)."
                 )
 
+    def _check_variables_are_distinct(self, variables: Sequence[Any]) -> None:
+        seen = set()
+        for variable in variables:
+            if self._var_key(variable) in seen:
+                raise ValueError(
+                    f"Expected each variable once. Received: '{_path(variable)}' twice. A "
+                    "layer that two models share has one gradient, which holds what both "
+                    "contribute: leave the second one out."
+                )
+            seen.add(self._var_key(variable))
+
     def _use_weight_decay(self, variable: Any) -> bool:
-        if not getattr(self, "_exclude_from_weight_decay", None):
-            # After `from_config` there are paths instead of Keras's variable ids. A
-            # loaded model may have lost or gained the outermost part of a path.
-            own = _path(self._trainable_variables[self._get_variable_index(variable)])
-            for path in self._excluded_from_weight_decay.get("var_paths", ()):
-                if f"/{own}".endswith(f"/{path}") or f"/{path}".endswith(f"/{own}"):
-                    return False
-        return super()._use_weight_decay(variable)
+        if self._var_key(variable) in getattr(self, "_exclude_from_weight_decay", ()):
+            return False
+        pattern = getattr(self, "_exclude_from_weight_decay_pattern", None)
+        own = self._trainable_variables[self._get_variable_index(variable)]
+        return pattern is None or pattern.search(_path(own)) is None
+
+    def _find_excluded_from_weight_decay(self) -> None:
+        """Finds the excluded variables of a config among those the optimizer has."""
+        excluded = self._excluded_from_weight_decay
+        if not excluded or self._exclude_from_weight_decay:
+            return
+        for position, path in enumerate(excluded.get("var_paths", ())):
+            index = excluded["var_indices"][position]
+            if index is None or index >= len(self._trainable_variables):
+                index = _index_of_path(path, [_path(v) for v in self._trainable_variables])
+            self._exclude_from_weight_decay.add(self._var_key(self._trainable_variables[index]))
+
+    def _overwrite_model_variables_with_average_value(self, variables: Sequence[Any]) -> None:
+        for variable, average in zip(variables, self._model_variables_moving_average, strict=True):
+            if average is not None:
+                variable.assign(ops.cast(average, variable.dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A compiled step has the arguments built in. (The learning rate is an input.)
+        if not name.startswith("_") and name != "learning_rate":
+            step = getattr(self, "_tensorflow_step", None)
+            if step is not None:
+                step.forget_clusters()
+
+
+def _index_of_path(path: str, paths: Sequence[str]) -> int:
+    """Where a variable's path is; the outermost part may have come or gone by loading."""
+    for same in (
+        lambda other: other == path,
+        lambda other: f"/{other}".endswith(f"/{path}") or f"/{path}".endswith(f"/{other}"),
+    ):
+        found = [index for index, other in enumerate(paths) if same(other)]
+        if len(found) == 1:
+            return found[0]
+    raise ValueError(
+        f"Expected one variable '{path}', which is excluded from weight decay. "
+        f"Received: variables {list(paths)}"
+    )
 
 
 def _path(variable: Any) -> str:
@@ -464,8 +547,10 @@ def _check_gradients_fit(grads: Sequence[Tensor | None], variables: Sequence[Any
         if gradient is None:
             continue
         expected = tuple(variable.shape)
-        if hasattr(gradient, "dense_shape"):  # rows of a tf.IndexedSlices
-            received = (*expected[:1], *gradient.values.shape[1:])
+        if hasattr(gradient, "values") and hasattr(gradient, "dense_shape"):
+            if getattr(gradient.values.shape, "rank", 0) is None:
+                continue
+            received = (*expected[:1], *gradient.values.shape[1:])  # rows of IndexedSlices
         elif getattr(gradient.shape, "rank", 0) is None:
             continue
         else:

@@ -2,7 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -26,20 +27,24 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
       them in `build`,
     - copies and pickles an optimizer with its state.
 
-    A subclass calls `_restore_loaded_state()` at the end of its `build` and names
-    its slots in `_slot_variables()`.
+    A subclass calls `_check_loaded_state_fits` at the start and `_restore_loaded_state`
+    at the end of its `build`, and names its slots in `_slot_variables` and
+    `_slot_initial_values`. `tf.train.Checkpoint` goes by the structure of objects
+    instead; its own `assert_consumed()` tells what did not fit.
     """
 
     # NumPy arrays by name that came before `build`; set without Keras's tracking.
     _loaded_state: dict[str, np.ndarray] | None = None
+    # The store that was read last (weakly), and what was wrong with its state.
+    _last_load: tuple[weakref.ref[Any], str | None] | None = None
 
     def _slot_variables(self) -> Mapping[str, list[Any]]:
-        """Lists of slot variables by slot name, aligned with the model's variables."""
+        """Slot variables by slot name, aligned with the model's; `None` where none is."""
         return {}
 
-    def _slot_names(self) -> set[str]:
-        """The slot names that a built optimizer of this configuration has."""
-        return set(self._slot_variables())
+    def _slot_initial_values(self) -> Mapping[str, float]:
+        """The slots that a built optimizer has, and the values they start from."""
+        return {}
 
     # --- Keras's hooks -------------------------------------------------------
 
@@ -56,46 +61,55 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: If the state belongs to another class or its variables are
-                not this optimizer's. Nothing is assigned then.
+                not this optimizer's. The optimizer then starts afresh, for those
+                who go on with `skip_mismatch=True`.
         """
         saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (not a dict)
         if not saved:
-            warnings.warn(
-                f"The file holds no state for the optimizer '{self.name}' "
-                f"({_registered_name(self)}): it starts afresh.",
-                stacklevel=2,
-            )
+            self._load_nothing(store)
             return
-        self._check_class(saved)
-        saved = {k: v for k, v in saved.items() if not k.startswith(_CLASS_MARK)}
-        if self.built:
-            self._assign_state(saved, self._state_variables())
-            return
-        # The variables that exist from construction are assigned at once, so that
-        # a learning rate set after loading is not undone in `build`.
-        self._check_slot_names(saved)
-        early = self._state_variables()
-        self._check_same_names(
-            {name for name in saved if "." not in name},
-            {name for name in early if "." not in name},
-        )
-        for name, variable in early.items():
-            variable.assign(saved.pop(name))
-        object.__setattr__(self, "_loaded_state", saved)
+        mismatch = None
+        try:
+            self._load(saved)
+        except ValueError as error:
+            mismatch = str(error)
+            self._start_afresh()
+            raise
+        finally:
+            with contextlib.suppress(TypeError):  # a dict takes no weak reference
+                object.__setattr__(self, "_last_load", (weakref.ref(store), mismatch))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         state: dict[str, np.ndarray] = {}
         self.save_own_variables(state)
-        return _rebuilt, (type(self), self.get_config(), state)
+        config = self.get_config()
+        rate = self._learning_rate
+        if callable(rate) and not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            config["learning_rate"] = rate  # Keras would not deserialize a lambda
+        return _rebuilt, (type(self), config, state)
 
     # --- for subclasses ------------------------------------------------------
 
+    def _check_loaded_state_fits(self, variables: Sequence[Any]) -> None:
+        """Raises if what was loaded does not fit `variables`; call it before `build`."""
+        if self._loaded_state is None:
+            return
+        shapes = {
+            f"{group}.{index}": tuple(variable.shape)
+            for group in self._expected_groups()
+            for index, variable in enumerate(variables)
+            if not self._overwrite_variable_with_gradient(variable)
+            or group == "gradient_accumulator"
+        }
+        named = {k: v for k, v in self._loaded_state.items() if _group(k) != _UNNAMED}
+        self._check_fits(named, shapes)
+
     def _restore_loaded_state(self) -> None:
-        """Assigns what was loaded before the optimizer was built."""
+        """Assigns what was loaded before the optimizer was built; call it after."""
         saved = self._loaded_state
         if saved is None:
             return
-        slots = {name: v for name, v in self._state_variables().items() if "." in name}
+        slots = {name: v for name, v in self._state_variables().items() if _group(name)}
         self._assign_state(saved, slots)
         object.__setattr__(self, "_loaded_state", None)
 
@@ -118,31 +132,85 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
             for position, variable in enumerate(self.variables)
         }
 
+    def _load(self, saved: dict[str, np.ndarray]) -> None:
+        self._check_class(saved)
+        saved = {k: v for k, v in saved.items() if not k.startswith(_CLASS_MARK)}
+        own = self._state_variables()
+        # The variables that exist from construction are assigned at once, so that a
+        # learning rate set after loading is not undone in `build`.
+        early = {name: variable for name, variable in own.items() if not _group(name)}
+        self._check_fits(
+            {name: array for name, array in saved.items() if not _group(name)},
+            {name: tuple(variable.shape) for name, variable in early.items()},
+        )
+        slots = {name: array for name, array in saved.items() if _group(name)}
+        if not slots and self._expected_groups():
+            # Saved before it was built: the state of an optimizer that never stepped.
+            self._start_afresh()
+        elif self.built:
+            self._assign_state(slots, {k: v for k, v in own.items() if k not in early})
+        else:
+            self._check_names(
+                {_group(name) for name in slots} - {_UNNAMED}, self._expected_groups()
+            )
+            object.__setattr__(self, "_loaded_state", slots)
+        self._assign_state({name: saved[name] for name in early}, early)
+
+    def _load_nothing(self, store: Any) -> None:
+        """What Keras offers for an optimizer that it does not find in a file.
+
+        Keras may also come back to an optimizer by another path through the model,
+        under which the file has nothing; what it got the first time then holds.
+        """
+        if self._last_load is not None and self._last_load[0]() is store:
+            if self._last_load[1] is not None:
+                raise ValueError(self._last_load[1])
+            return
+        warnings.warn(
+            f"The file holds no state for the optimizer '{self.name}' "
+            f"({_registered_name(self)}): it keeps the state it has.",
+            stacklevel=3,
+        )
+
+    def _start_afresh(self) -> None:
+        """The state of an optimizer that never stepped."""
+        object.__setattr__(self, "_loaded_state", None)
+        initial = {"iteration": 0, **self._slot_initial_values()}
+        fresh = {
+            name: np.full(variable.shape, initial.get(_group(name) or name, 0.0))
+            for name, variable in self._state_variables().items()
+            if name != "learning_rate" and _group(name) != _UNNAMED
+        }
+        own = self._state_variables()
+        self._assign_state(fresh, {name: own[name] for name in fresh})
+
+    def _expected_groups(self) -> set[str]:
+        """The groups of variables that a built optimizer of this configuration has."""
+        groups = set(self._slot_initial_values())
+        if self.use_ema:
+            groups.add("average")
+        if self.gradient_accumulation_steps:
+            groups.add("gradient_accumulator")
+        return groups
+
     def _check_class(self, saved: Mapping[str, Any]) -> None:
         own = _registered_name(self)
         marks = [name[len(_CLASS_MARK) :] for name in saved if name.startswith(_CLASS_MARK)]
         if marks == [own]:
             return
         if marks:
-            other = f"of {marks[0]} with the slots {_groups(saved) or 'none'}"
+            groups = sorted({_group(name) for name in saved} - {""})
+            other = f"of {marks[0]} with the slots {groups or 'none'}"
         else:
             other = f"without a class name, as Keras's own optimizers save it ({len(saved)} arrays)"
         raise ValueError(
             f"The saved optimizer state is {other}; this optimizer is {own} with the "
-            f"slots {sorted(self._slot_names()) or 'none'}. Compile the model with the "
-            "optimizer it was saved with, or pass `skip_mismatch=True` to "
+            f"slots {sorted(self._slot_initial_values()) or 'none'}. Compile the model with "
+            "the optimizer it was saved with, or pass `skip_mismatch=True` to "
             "`load_weights` to load the weights alone and start this optimizer afresh."
         )
 
-    def _check_slot_names(self, saved: Mapping[str, Any]) -> None:
-        expected = set(self._slot_names())
-        if self.use_ema:
-            expected.add("average")
-        if self.gradient_accumulation_steps:
-            expected.add("gradient_accumulator")
-        self._check_same_names(set(_groups(saved)) - {_UNNAMED}, expected)
-
-    def _check_same_names(self, saved: set[str], own: set[str]) -> None:
+    def _check_names(self, saved: set[str], own: set[str]) -> None:
         if saved == own:
             return
         raise ValueError(
@@ -154,12 +222,14 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
             "with `skip_mismatch=True` to start it afresh."
         )
 
-    def _assign_state(self, saved: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
-        self._check_same_names(set(saved), set(own))
+    def _check_fits(
+        self, saved: Mapping[str, np.ndarray], own: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._check_names(set(saved), set(own))
         misfits = [
-            f"{name}: saved {tuple(saved[name].shape)}, expected {tuple(variable.shape)}"
-            for name, variable in own.items()
-            if tuple(saved[name].shape) != tuple(variable.shape)
+            f"{name}: saved {tuple(saved[name].shape)}, expected {shape}"
+            for name, shape in own.items()
+            if tuple(saved[name].shape) != shape
         ]
         if misfits:
             raise ValueError(
@@ -168,6 +238,9 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
                 f"shape, the first {misfits[:3]}. Load it into the model it was saved "
                 "with, or pass `skip_mismatch=True` to `load_weights`."
             )
+
+    def _assign_state(self, saved: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
+        self._check_fits(saved, {name: tuple(variable.shape) for name, variable in own.items()})
         with _outside_of_tracing():
             for name, variable in own.items():
                 variable.assign(saved[name])
@@ -177,9 +250,9 @@ def _registered_name(optimizer: Any) -> str:
     return keras.saving.get_registered_name(type(optimizer))
 
 
-def _groups(names: Any) -> list[str]:
-    """The slot names in a list of state names: `velocity` of `velocity.3`."""
-    return sorted({name.rsplit(".", 1)[0] for name in names if "." in name})
+def _group(name: str) -> str:
+    """The slot of a state name: `velocity` of `velocity.3`, nothing of `iteration`."""
+    return name.rpartition(".")[0]
 
 
 def _shortened(names: set[str]) -> str:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from keras_gdopt.optimizers.base import GradientOptimizer
 
 # float32 holds a norm to 1e-7, which is more than a plot shows.
-METRIC_DTYPE = tf.float32
+_METRIC_DTYPE = tf.float32
 
 
 class StepMetrics:
@@ -20,7 +20,7 @@ class StepMetrics:
         self._latest: tf.Variable | None = None
         self._latest_iterations: tf.Variable | None = None
         self._names: tuple[str, ...] = ()
-        self._traced_when_asked_for = False
+        self._last_trace_is_blind = False
 
     @property
     def asked_for(self) -> bool:
@@ -28,21 +28,24 @@ class StepMetrics:
         return self._every is not None
 
     def note_trace(self) -> None:
-        """Notes that a step is traced, or run eagerly, now."""
-        self._traced_when_asked_for = self.asked_for
+        """Notes that a step is traced now, where it does not run eagerly."""
+        if not tf.executing_eagerly():
+            self._last_trace_is_blind = not self.asked_for
 
     def record_every(self, every: int) -> bool:
         """Records every n-th step from now on; 0 records none.
 
         Returns:
-            Whether a step traced before now cannot record and must be traced again.
+            Whether the step that was traced last cannot record.
         """
         with tf.init_scope():
             if self._every is not None:
                 self._every.assign(every)
             elif every:
                 self._every = tf.Variable(every, dtype=tf.int64, trainable=False)
-        return every > 0 and not self._traced_when_asked_for
+            if every and self._latest_iterations is not None:
+                self._latest_iterations.assign(0)
+        return every > 0 and self._last_trace_is_blind
 
     def due(self) -> tf.Tensor:
         """Whether this call of `apply` passes a multiple of `every`."""
@@ -73,7 +76,7 @@ class StepMetrics:
             **own,
         }
         self._names = tuple(metrics)
-        return tf.stack([tf.cast(value, METRIC_DTYPE) for value in metrics.values()])
+        return tf.stack([tf.cast(value, _METRIC_DTYPE) for value in metrics.values()])
 
     def store(self, metrics: tf.Tensor) -> None:
         """Keeps the vector of the step that is being made."""

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from keras_gdopt.optimizers.arithmetic import computation_dtype
-from keras_gdopt.optimizers.step_metrics import METRIC_DTYPE, StepMetrics
+from keras_gdopt.optimizers.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from keras_gdopt.optimizers.base import GradientOptimizer
@@ -43,6 +43,11 @@ class TensorFlowStep:
         self._clusters: dict[_Plan, Callable[..., Any]] = {}
         self._dense_squares: Callable[..., Any] | None = None
 
+    def forget_clusters(self) -> None:
+        """Compiles anew at the next step, for a setting of the optimizer has changed."""
+        self._clusters.clear()
+        self._dense_squares = None
+
     # --- a whole step --------------------------------------------------------
 
     def apply(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
@@ -58,60 +63,54 @@ class TensorFlowStep:
             grads, variables = optimizer._overwrite_variables_directly_with_gradients(
                 grads, variables
             )
-            if grads:
-                grads = [
-                    self._merged(gradient, variable)
-                    for gradient, variable in zip(grads, variables, strict=True)
-                ]
-                if tf.distribute.has_strategy():
-                    self._apply_under_strategy(grads, variables)
+            # By index and in its order: neither the order of the arguments nor raw
+            # variables in place of Keras's make another cluster.
+            gradients = dict(
+                sorted(
+                    zip(map(optimizer._get_variable_index, variables), grads, strict=True),
+                    key=lambda pair: pair[0],
+                )
+            )
+            if gradients:
+                gradients = self._merged(gradients)
+                if any(isinstance(_raw(v), tf.distribute.DistributedValues) for v in variables):
+                    self._apply_on_every_device(gradients)
                 else:
-                    self._apply_here(grads, variables)
+                    self._apply_here(gradients)
         optimizer._iterations.assign_add(1)
 
-    def _apply_under_strategy(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+    def _apply_on_every_device(self, gradients: dict[int, Any]) -> None:
         """Sums the gradients over the replicas, then steps on each device by itself.
 
         So clipping and accumulation see the gradient of the whole batch, as they do
         on one device.
         """
         optimizer = self._optimizer
-        raw = [_raw(variable) for variable in variables]
-        reduced = optimizer._all_reduce_sum_gradients(zip(grads, raw, strict=True))
+        strategy = optimizer._distribution_strategy
+        raw = [_raw(optimizer._trainable_variables[index]) for index in gradients]
+        reduced = optimizer._all_reduce_sum_gradients(zip(gradients.values(), raw, strict=True))
 
-        def on_every_device(distribution: Any, grads: Sequence[Any]) -> None:
-            first = distribution.experimental_local_results(raw[0])[0].device
+        def on_every_device(_: Any, grads: Sequence[Any]) -> None:
+            first = strategy.experimental_local_results(raw[0])[0].device
 
             def on_one_device(anchor: Any, grads: Sequence[Any]) -> None:
-                merged = [self._merged(g, v) for g, v in zip(grads, variables, strict=True)]
-                self._apply_here(
-                    merged, variables, device=anchor.device, record=anchor.device == first
-                )
+                # The same row may come from several replicas.
+                summed = self._merged(dict(zip(gradients, grads, strict=True)))
+                self._apply_here(summed, device=anchor.device, record=anchor.device == first)
 
-            distribution.extended.update(raw[0], on_one_device, args=(grads,), group=False)
+            strategy.extended.update(raw[0], on_one_device, args=(grads,), group=False)
 
         tf.__internal__.distribute.interim.maybe_merge_call(
-            on_every_device, optimizer._distribution_strategy, [g for g, _ in reduced]
+            on_every_device, strategy, [gradient for gradient, _ in reduced]
         )
 
     def _apply_here(
-        self,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
-        *,
-        device: str = "",
-        record: bool = True,
+        self, gradients: dict[int, Any], *, device: str = "", record: bool = True
     ) -> None:
         """One step on one device, from gradients without repeated rows."""
         optimizer = self._optimizer
-        rows: dict[int, tf.IndexedSlices] = {}
-        dense: dict[int, tf.Tensor] = {}
-        for gradient, variable in zip(grads, variables, strict=True):
-            index = optimizer._get_variable_index(variable)
-            if isinstance(gradient, tf.IndexedSlices):
-                rows[index] = self._unscaled(gradient)
-            else:
-                dense[index] = gradient
+        rows = {i: self._unscaled(g) for i, g in gradients.items() if _is_sparse(g)}
+        dense = {i: g for i, g in gradients.items() if not _is_sparse(g)}
         self.metrics.note_trace()
         learning_rate = optimizer.learning_rate
         if isinstance(learning_rate, (int, float)):  # from a callable
@@ -121,48 +120,50 @@ class TensorFlowStep:
 
         def run(*, update: bool, record: bool) -> None:
             plan = _Plan(tuple(dense), tuple(rows), update, record, device)
-            self._run(plan, dense, rows, learning_rate, step)
+            norm = None
+            row_squares = tf.zeros((2,), self._norm_dtype)
+            if rows:
+                norm = self._global_norm_with_rows(dense, rows)
+                squares = self._update_rows_of_all(rows, norm, learning_rate, step)
+                row_squares = squares if record else row_squares
+            if not self._is_idle(plan):
+                cluster = self._cluster(plan)
+                metrics = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
+                if record:
+                    self.metrics.store(metrics)
 
-        def run_update() -> None:
-            if not (record and self.metrics.asked_for):
-                run(update=True, record=False)
-            else:
+        def update() -> None:
+            if record and self.metrics.asked_for:
                 tf.cond(
                     self.metrics.due(),
                     lambda: run(update=True, record=True),
                     lambda: run(update=True, record=False),
                 )
+            else:
+                run(update=True, record=False)
 
         accumulated = optimizer.gradient_accumulation_steps
         if accumulated:
             tf.cond(
                 tf.equal((optimizer._iterations + 1) % accumulated, 0),
-                run_update,
+                update,
                 lambda: run(update=False, record=False),
             )
         else:
-            run_update()
-        for variable in variables:
-            if not _compiles(variable.constraint):
+            update()
+        for variable in (optimizer._trainable_variables[index] for index in gradients):
+            if variable.constraint is not None and not _compiles(variable.constraint):
                 variable.assign(variable.constraint(variable))
 
-    def _run(
-        self,
-        plan: _Plan,
-        dense: dict[int, tf.Tensor],
-        rows: dict[int, tf.IndexedSlices],
-        learning_rate: tf.Tensor,
-        step: tf.Tensor,
-    ) -> None:
-        """Updates rows by gather and scatter, then everything else as one cluster."""
-        norm = None
-        row_squares = tf.zeros((2,), METRIC_DTYPE)
-        if rows:
-            norm = self._global_norm_with_rows(dense, rows)
-            row_squares = self._update_rows_of_all(rows, norm, learning_rate, step, plan.record)
-        metrics = self._cluster(plan)(list(dense.values()), learning_rate, step, norm, row_squares)
-        if plan.record:
-            self.metrics.store(metrics)
+    def _is_idle(self, plan: _Plan) -> bool:
+        """Whether row updates have left nothing to do."""
+        variables = self._optimizer._trainable_variables
+        return not (
+            plan.dense
+            or plan.record
+            or self._optimizer.use_ema
+            or any(variables[index].constraint is not None for index in plan.rows)
+        )
 
     def _cluster(self, plan: _Plan) -> Callable[..., Any]:
         if plan not in self._clusters:
@@ -208,18 +209,23 @@ class TensorFlowStep:
                 changes.append(change)
         metrics = None
         if plan.record:
-            weights = [values.get(i, v) for i, v in enumerate(variables)]
+            weights = [
+                values.get(i, variable)
+                for i, variable in enumerate(variables)
+                if not optimizer._overwrite_variable_with_gradient(variable)
+            ]
             grad_square, update_square = tf.unstack(row_squares)
             metrics = self.metrics.stacked(
                 learning_rate,
                 step,
-                grad_square + _square_of_all(grads),
-                update_square + _square_of_all(changes),
-                _square_of_all(weights),
+                grad_square + self._square(grads),
+                update_square + self._square(changes),
+                self._square(weights),
                 {
                     name: [
                         new_slots[i][name] if i in new_slots else tf.convert_to_tensor(slot)
                         for i, slot in enumerate(slots)
+                        if slot is not None
                     ]
                     for name, slots in optimizer._slots.items()
                 },
@@ -247,6 +253,11 @@ class TensorFlowStep:
             total = tf.cast(accumulator, gradient.dtype) + gradient
             optimizer.assign(accumulator, tf.zeros_like(total) if plan.update else total)
             means.append(total / optimizer.gradient_accumulation_steps)
+        if plan.update:
+            # Of variables without a gradient in this step, as Keras does.
+            for index, accumulator in enumerate(optimizer._accumulated_gradients):
+                if index not in plan.dense:
+                    optimizer.assign(accumulator, tf.zeros_like(accumulator))
         return means
 
     def _average(self, values: dict[int, tf.Tensor], step: tf.Tensor) -> None:
@@ -282,8 +293,8 @@ class TensorFlowStep:
         optimizer = self._optimizer
         index = optimizer._get_variable_index(variable)
         step = optimizer.iterations + 1
-        gradient = self._merged(gradient, variable)
-        if isinstance(gradient, tf.IndexedSlices):
+        gradient = self._merged({index: gradient})[index]
+        if _is_sparse(gradient):
             self._update_rows(gradient, variable, index, learning_rate, step, decay=False)
             return
         change, slots = optimizer._ruled(
@@ -295,19 +306,25 @@ class TensorFlowStep:
 
     # --- sparse rows ---------------------------------------------------------
 
-    def _merged(self, gradient: Any, variable: Any) -> Any:
-        """A gradient without repeated rows: by row where rows suffice, else dense."""
-        if not isinstance(gradient, tf.IndexedSlices):
-            return tf.ensure_shape(gradient, variable.shape)
+    def _merged(self, gradients: dict[int, Any]) -> dict[int, Any]:
+        """Gradients without repeated rows: by row where rows suffice, else dense."""
         optimizer = self._optimizer
-        values = tf.cast(gradient.values, computation_dtype(variable.dtype))
         by_row = optimizer.lazy or optimizer.zero_gradient_changes_nothing
-        if not by_row or optimizer.gradient_accumulation_steps:
-            dense = tf.math.unsorted_segment_sum(values, gradient.indices, variable.shape[0])
-            return tf.ensure_shape(dense, variable.shape)
-        indices, positions = tf.unique(gradient.indices)
-        merged = tf.math.unsorted_segment_sum(values, positions, tf.size(indices))
-        return tf.IndexedSlices(merged, indices, gradient.dense_shape)
+        merged = {}
+        for index, gradient in gradients.items():
+            variable = optimizer._trainable_variables[index]
+            if not _is_sparse(gradient):
+                merged[index] = tf.ensure_shape(gradient, variable.shape)
+                continue
+            values = tf.cast(gradient.values, computation_dtype(variable.dtype))
+            if by_row and not optimizer.gradient_accumulation_steps:
+                rows, positions = tf.unique(gradient.indices)
+                values = tf.math.unsorted_segment_sum(values, positions, tf.size(rows))
+                merged[index] = tf.IndexedSlices(values, rows, gradient.dense_shape)
+            else:
+                dense = tf.math.unsorted_segment_sum(values, gradient.indices, variable.shape[0])
+                merged[index] = tf.ensure_shape(dense, variable.shape)
+        return merged
 
     def _update_rows_of_all(
         self,
@@ -315,12 +332,11 @@ class TensorFlowStep:
         norm: tf.Tensor | None,
         learning_rate: tf.Tensor,
         step: tf.Tensor,
-        record: bool,
     ) -> tf.Tensor:
         """Updates the variables that have a sparse gradient.
 
         Returns:
-            The squared norms of their gradients and of their changes, if recorded.
+            The squared norms of their gradients and of their changes.
         """
         optimizer = self._optimizer
         changes = []
@@ -341,9 +357,7 @@ class TensorFlowStep:
                     decay=decayed and optimizer.lazy,
                 )
             )
-        if not record:
-            return tf.zeros((2,), METRIC_DTYPE)
-        return tf.stack([_square_of_all(rows.values()), _square_of_all(changes)])
+        return tf.stack([self._square(rows.values()), self._square(changes)])
 
     def _update_rows(
         self,
@@ -391,7 +405,7 @@ class TensorFlowStep:
         if optimizer.global_clipnorm:
             limit = optimizer.global_clipnorm
             if norm is None:
-                norm = tf.sqrt(_square_of_all(grads, _widest(grads)))
+                norm = tf.sqrt(self._square(grads))
             # Keras's formula: an infinite norm makes the gradients NaN.
             scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
             return [_scaled(g, tf.cast(scale, g.dtype)) for g in grads]
@@ -403,17 +417,29 @@ class TensorFlowStep:
         """The norm that `global_clipnorm` needs before any row is updated."""
         if not self._optimizer.global_clipnorm:
             return None
-        dtype = _widest([*rows.values(), *dense.values()])
-        square = _square_of_all(rows.values(), dtype)
+        square = self._square(rows.values())
         if dense:
             if self._dense_squares is None:
                 self._dense_squares = tf.function(
-                    lambda grads: _square_of_all([self._unscaled(g) for g in grads], dtype),
+                    lambda grads: self._square(
+                        [self._unscaled(tf.cast(g, self._norm_dtype)) for g in grads]
+                    ),
                     jit_compile=xla_is_available(),
                     autograph=False,
                 )
             square += self._dense_squares(list(dense.values()))
         return tf.sqrt(square)
+
+    def _square(self, tensors: Iterable[Any]) -> tf.Tensor:
+        """The squared Euclidean norm of all tensors together, sparse ones merged."""
+        dtype = self._norm_dtype
+        squares = [tf.reduce_sum(tf.square(tf.cast(_values(t), dtype))) for t in tensors]
+        return tf.add_n(squares) if squares else tf.zeros((), dtype)
+
+    @functools.cached_property
+    def _norm_dtype(self) -> tf.DType:
+        dtypes = {computation_dtype(v.dtype) for v in self._optimizer._trainable_variables}
+        return tf.float64 if "float64" in dtypes else tf.float32
 
     def _unscaled(self, gradient: Any) -> Any:
         factor = self._optimizer.loss_scale_factor
@@ -435,28 +461,22 @@ def xla_is_available() -> bool:
 
 def _compiles(constraint: Any) -> bool:
     """Whether a constraint is known to compile: Keras's own, but not a user's."""
-    return constraint is None or type(constraint).__module__.startswith("keras.")
+    return type(constraint).__module__.startswith("keras.")
 
 
 def _raw(variable: Any) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def _is_sparse(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
+
+
 def _values(gradient: Any) -> tf.Tensor:
-    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    return gradient.values if _is_sparse(gradient) else gradient
 
 
 def _scaled(gradient: Any, scale: Any) -> Any:
-    if isinstance(gradient, tf.IndexedSlices):
+    if _is_sparse(gradient):
         return tf.IndexedSlices(gradient.values * scale, gradient.indices, gradient.dense_shape)
     return gradient * scale
-
-
-def _widest(tensors: Sequence[Any]) -> tf.DType:
-    return max((_values(tensor).dtype for tensor in tensors), key=lambda dtype: dtype.size)
-
-
-def _square_of_all(tensors: Any, dtype: tf.DType = METRIC_DTYPE) -> tf.Tensor:
-    """The squared Euclidean norm of all tensors together."""
-    squares = [tf.reduce_sum(tf.square(tf.cast(_values(tensor), dtype))) for tensor in tensors]
-    return tf.add_n(squares) if squares else tf.zeros((), dtype)

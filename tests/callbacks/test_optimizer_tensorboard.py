@@ -1,5 +1,6 @@
 """The event files, read back, against norms computed from gradients and weights."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -121,6 +122,34 @@ def test_a_model_that_trained_without_it_records_too(rng, tmp_path):
     assert model.optimizer.step_metrics["iterations"] == 20
 
 
+def test_after_a_roll_back_nothing_old_is_written(rng, tmp_path):
+    x, y = _data(rng)
+    model = _model(gdopt.Adam())
+    model.fit(x[:8], y[:8], batch_size=4, verbose=0)
+    model.save_weights(tmp_path / "early.weights.h5")
+    for run in ("first", "second"):
+        callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / run, update_freq=10)
+        model.load_weights(tmp_path / "early.weights.h5")
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+        assert list(read(tmp_path / run)["optimizer/grad_norm"]) == [10]
+    model.load_weights(tmp_path / "early.weights.h5")
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / "short", update_freq=10)
+    model.fit(x[:8], y[:8], batch_size=4, verbose=0, callbacks=[callback])
+    assert read(tmp_path / "short") == {}
+
+
+def test_evaluate_and_predict_leave_everything_alone(rng, tmp_path):
+    x, y = _data(rng)
+    model = _model(gdopt.Adam())
+    model.fit(x, y, verbose=0)
+    train_function = model.train_function
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / "run")
+    model.evaluate(x, y, verbose=0, callbacks=[callback])
+    model.predict(x, verbose=0, callbacks=[callback])
+    assert model.train_function is train_function
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_learning_rate_schedule(rng, tmp_path):
     schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.0)
     model = _model(gdopt.GradientDescent(schedule))
@@ -192,6 +221,13 @@ def test_event_files_are_whole_and_closed_when_training_breaks(error, rng, tmp_p
     with pytest.raises(type(error)):
         model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback, _Breaks(error)])
     assert list(read(tmp_path)["optimizer/grad_norm"]) == [2, 4, 6, 8]
+    # Closed with the callback: a closed writer refuses.
+    writer = callback._writer
+    del callback
+    error.__traceback__ = None
+    gc.collect()
+    with pytest.raises(RuntimeError, match="already closed"), writer.as_default():
+        pass
     # The next `fit` goes on, in a file of its own.
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=2)
     model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])

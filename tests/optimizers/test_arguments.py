@@ -58,8 +58,17 @@ def test_epsilon_out_of_range(cls, name, value):
 
 @pytest.mark.parametrize("cls", sorted({cls for cls, _ in EPSILONS}, key=lambda c: c.__name__))
 def test_both_epsilons_zero(cls):
-    with pytest.raises(ValueError, match="At least one of `epsilon` and `epsilon_root`"):
-        cls(epsilon=0.0, epsilon_root=0.0)
+    for tiny in (0.0, 1e-40):
+        with pytest.raises(ValueError, match="At least one of `epsilon` and `epsilon_root`"):
+            cls(epsilon=tiny, epsilon_root=tiny)
+
+
+@pytest.mark.parametrize("epsilons", [(1e-30, 0.0), (0.0, 1e-30)])
+@pytest.mark.parametrize("cls", sorted({cls for cls, _ in EPSILONS}, key=lambda c: c.__name__))
+def test_the_smallest_epsilons_leave_a_zero_gradient_alone(cls, epsilons):
+    variable = keras.Variable([1.0])
+    cls(epsilon=epsilons[0], epsilon_root=epsilons[1]).apply([tf.zeros(1)], [variable])
+    assert variable.numpy() == [1.0]
 
 
 def test_switches_take_only_booleans():
@@ -125,6 +134,29 @@ def test_an_unknown_variable_is_named(case):
     optimizer.apply([tf.ones(1)], [known])
     with pytest.raises(ValueError, match=r"not built for the variable 'stranger'.*\['known'\]"):
         optimizer.apply([tf.ones(1)], [keras.Variable([1.0], name="stranger")])
+
+
+def test_the_same_variable_twice_is_named():
+    variable = keras.Variable([1.0], name="shared")
+    with pytest.raises(ValueError, match=r"Expected each variable once\. Received: 'shared' twice"):
+        gdopt.GradientDescent().apply([tf.ones(1), tf.ones(1)], [variable, variable])
+
+
+def test_a_gradient_may_be_a_list():
+    variable = keras.Variable([1.0, 2.0])
+    gdopt.GradientDescent(1.0).apply([[1.0, 1.0]], [variable])
+    np.testing.assert_array_equal(variable.numpy(), [0.0, 1.0])
+
+
+def test_a_rule_that_forgets_a_slot_is_named():
+    class Forgetful(gdopt.GradientOptimizer):
+        slots = {"a": 0.0, "b": 0.0}
+
+        def update_rule(self, gradient, slots, learning_rate, step):
+            return -learning_rate * gradient, {"a": gradient}
+
+    with pytest.raises(ValueError, match=r"Forgetful.update_rule.*\['a', 'b'\].*\['a'\]"):
+        Forgetful(0.1).apply([tf.ones(1)], [keras.Variable([1.0])])
 
 
 def test_apply_without_variables_before_build():

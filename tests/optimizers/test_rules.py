@@ -133,7 +133,7 @@ def test_adam_after_two_hand_worked_steps(float64):
     # t = 1: m^ = g = 2, v^ = g^2 = 4: theta = 1 - 0.1 * 2 / 2.
     # t = 2, g = -2: m = 0.9 * 0.2 - 0.2 = -0.02, m^ = -0.02 / 0.19;
     #                v^ = 4: theta = 0.9 + 0.1 * (0.02 / 0.19) / 2.
-    optimizer = gdopt.Adam(0.1, epsilon=0.0, epsilon_root=1e-300)
+    optimizer = gdopt.Adam(0.1, epsilon=0.0, epsilon_root=1e-30)
     trajectory = _run(optimizer, [np.array([1.0])], [[np.array([2.0])], [np.array([-2.0])]])
     np.testing.assert_allclose(
         [step[0][0] for step in trajectory], [0.9, 0.9 + 0.001 / 0.19], atol=1e-15

@@ -135,6 +135,34 @@ def test_metrics_are_not_saved(tmp_path):
         ]
 
 
+@pytest.mark.parametrize("names", [("block/dense/kernel", "dense/kernel"), ("w", "w")])
+def test_exclusions_do_not_spread_to_other_variables(names):
+    def variables():
+        return [keras.Variable([1.0], name=name.replace("/", "_")) for name in names]
+
+    optimizer, original = gdopt.GradientDescent(0.0, weight_decay=0.5), variables()
+    optimizer.exclude_from_weight_decay(var_list=original[:1])
+    optimizer.build(original)
+    for again in (copy.deepcopy(optimizer), type(optimizer).from_config(optimizer.get_config())):
+        own = variables()
+        again.build(own)
+        assert [again._use_weight_decay(v) for v in own] == [False, True]
+
+
+def test_exclusions_of_an_optimizer_that_is_not_built_go_by_path():
+    excluded = keras.Variable([1.0], name="outer_kernel")
+    optimizer = gdopt.GradientDescent(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[excluded], var_names=["bias"])
+    config = optimizer.get_config()
+    again = gdopt.GradientDescent.from_config(config)
+    names = ["other", "outer_kernel", "bias"]
+    own = [keras.Variable([1.0], name=name) for name in names]
+    again.build(own)
+    assert [again._use_weight_decay(v) for v in own] == [True, False, False]
+    with pytest.raises(ValueError, match=r"Expected one variable 'outer_kernel'.*\['other'\]"):
+        gdopt.GradientDescent.from_config(config).build(own[:1])
+
+
 def test_exclusions_from_weight_decay_are_saved(tmp_path):
     def model_without_decay_on_biases():
         optimizer = gdopt.GradientDescent(0.1, weight_decay=0.5)
@@ -146,6 +174,44 @@ def test_exclusions_from_weight_decay_are_saved(tmp_path):
     expected = _fit(_fit(model_without_decay_on_biases()))
     _fit(model_without_decay_on_biases()).save(tmp_path / "model.keras")
     _assert_same(_fit(keras.models.load_model(tmp_path / "model.keras")), expected)
+
+
+# --- before the first step -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["keras", "weights", "weights into built", "deepcopy", "pickle"])
+@every_optimizer
+def test_state_of_an_optimizer_that_never_stepped(case, way, tmp_path):
+    """Saved before it is built: it starts afresh, whatever the receiving one has done."""
+    model = _model(case())
+    expected = _fit(_model(case()))
+    if way == "keras":
+        model.save(tmp_path / "a.keras")
+        loaded = keras.models.load_model(tmp_path / "a.keras")
+    elif way.startswith("weights"):
+        model.save_weights(tmp_path / "a.weights.h5")
+        loaded = _model(case(), seed=5)
+        if way == "weights into built":
+            _fit(loaded)
+        loaded.load_weights(tmp_path / "a.weights.h5")
+    else:
+        copied = copy.deepcopy if way == "deepcopy" else lambda o: pickle.loads(pickle.dumps(o))
+        loaded = _model(copied(model.optimizer))
+    assert int(loaded.optimizer.iterations) == 0
+    _assert_same(_fit(loaded), expected)
+
+
+def test_copies_of_an_optimizer_with_a_callable_rate():
+    optimizer = copy.deepcopy(gdopt.Momentum(lambda: 0.25))
+    assert optimizer.learning_rate == 0.25
+
+
+def test_clone_model_of_a_compiled_model():
+    model = _fit(_model(gdopt.Adam(0.01, weight_decay=0.1)))
+    twin = keras.models.clone_model(model)
+    assert type(twin.optimizer) is gdopt.Adam
+    assert twin.optimizer.get_config() == model.optimizer.get_config()
+    _fit(twin)
 
 
 # --- state that does not fit -------------------------------------------------------
@@ -204,6 +270,41 @@ def test_state_of_another_model_is_an_error_in_build():
     optimizer = copy.deepcopy(_fit(_model(gdopt.Momentum())).optimizer)
     with pytest.raises(ValueError, match=r"Only in the saved state: velocity\.1, velocity\.2"):
         optimizer.build([keras.Variable(np.zeros((4, 5)))])
+
+
+def test_a_build_that_fails_fails_again():
+    optimizer = copy.deepcopy(_fit(_model(gdopt.Momentum())).optimizer)
+    other = keras.Variable(np.zeros(3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Only in the saved state: velocity"):
+            optimizer.apply([tf.ones(3)], [other])
+    assert not optimizer.built
+
+
+def _multi(optimizer):
+    return keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(default_optimizer=optimizer)
+    )
+
+
+@pytest.mark.filterwarnings("error:The file holds no state")
+def test_inside_keras_multi_optimizer(tmp_path):
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this version of Keras has no MultiOptimizer")
+    model = _fit(_model(_multi(gdopt.Momentum())))
+    expected = _fit(_fit(_model(_multi(gdopt.Momentum()))))
+    model.save_weights(tmp_path / "a.weights.h5")
+    loaded = _model(_multi(gdopt.Momentum()), seed=5)
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "a.weights.h5")
+    _fit(loaded)
+    for received, wanted in zip(loaded.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(received, wanted)
+    # A mismatch is an error there, too, though Keras visits the optimizer twice.
+    loaded = _model(_multi(gdopt.Momentum(use_ema=True)), seed=5)
+    loaded.optimizer.build(loaded.trainable_variables)
+    with pytest.raises(ValueError, match="only in this optimizer: average"):
+        loaded.load_weights(tmp_path / "a.weights.h5")
 
 
 def test_a_file_without_optimizer_state_warns(tmp_path):

@@ -177,7 +177,7 @@ def test_constraints_equal_numpy(case, constraint, projection, start, gradients,
 
 @every_optimizer
 def test_accumulation_equals_the_mean_gradient(case, start, gradients, float64):
-    """An update every 4 calls; bias corrections and averages count updates."""
+    """An update every 4 calls; bias corrections count updates."""
     optimizer = case(learning_rate=0.1, gradient_accumulation_steps=4, clipnorm=0.7)
     received = _applied(optimizer, start, gradients)
     means = [
@@ -220,6 +220,90 @@ def test_bfloat16_variables_are_updated_in_float32(case, rng):
     expected = case.transcribed(rounded, gradients, [0.1] * 5)[-1]
     # Five roundings of the weights to 8 bits.
     np.testing.assert_allclose(variable.numpy().astype("float32"), expected, atol=0.05)
+
+
+def test_bfloat16_averages_and_accumulators_are_in_float32():
+    """In bfloat16 an average of momentum 0.999 and a long sum would both stand still."""
+    variable = keras.Variable([2.0], dtype="bfloat16")
+    optimizer = gdopt.GradientDescent(0.0, use_ema=True, ema_momentum=0.999)
+    optimizer.build([variable])
+    optimizer._model_variables_moving_average[0].assign([1.0])
+    optimizer.iterations.assign(1)
+    for _ in range(1000):
+        optimizer.apply([tf.constant([0.0])])
+    expected = 2.0 - 0.999**1000
+    average = optimizer._model_variables_moving_average[0].numpy()[0]
+    assert average == pytest.approx(expected, abs=1e-3)
+    optimizer.finalize_variable_values([variable])
+    assert float(variable.numpy()[0]) == pytest.approx(expected, abs=1e-2)
+
+    variable = keras.Variable([0.0], dtype="bfloat16")
+    optimizer = gdopt.GradientDescent(1.0, gradient_accumulation_steps=1024)
+    for _ in range(1024):
+        optimizer.apply([tf.constant([1.0])], [variable])
+    assert float(variable.numpy()[0]) == -1.0
+
+
+@every_optimizer
+def test_constraints_of_embeddings(case, rng, float64):
+    start = np.abs(rng.normal(size=(5, 2)))
+    table = keras.Variable(start)
+    table.constraint = keras.constraints.NonNeg()
+    optimizer = case(learning_rate=1.0, lazy=True)
+    optimizer.apply([tf.IndexedSlices(tf.constant([[100.0, -1.0]], "float64"), [1])], [table])
+    expected = case.transcribed(start[1], [[100.0, -1.0]], [1.0])[-1]
+    np.testing.assert_allclose(table.numpy()[1], np.maximum(expected, 0.0), atol=1e-12)
+    assert table.numpy()[1, 0] == 0.0
+
+
+def test_a_constraint_of_ones_own_holds_for_raw_variables():
+    variable = keras.Variable([4.0])
+    variable.constraint = _Halved()
+    optimizer = gdopt.GradientDescent(0.0)
+    optimizer.build([variable])
+    optimizer.apply([tf.constant([1.0])], [variable.value])
+    assert variable.numpy() == [2.0]
+
+
+def test_accumulation_with_a_missing_gradient_equals_keras():
+    """The sums of a round end with it, as in Keras, also of a variable left out."""
+    results = []
+    for optimizer in (
+        gdopt.Momentum(1.0, momentum=0.0, classical=True, gradient_accumulation_steps=2),
+        keras.optimizers.SGD(1.0, gradient_accumulation_steps=2),
+    ):
+        variables = [keras.Variable([0.0]), keras.Variable([0.0])]
+        for gradient in (1.0, None, None, 1.0):
+            other = tf.constant([1.0])
+            mine = None if gradient is None else tf.constant([gradient])
+            optimizer.apply([other, mine], variables)
+        results.append([v.numpy()[0] for v in variables])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", ["momentum", "clipvalue", "weight_decay", "loss_scale_factor"])
+def test_a_changed_setting_holds_from_the_next_eager_step(name):
+    """As with Keras's own optimizers; also in a model that is compiled again."""
+    weights = []
+    for cls, extra in ((gdopt.Momentum, {"classical": True}), (keras.optimizers.SGD, {})):
+        optimizer = cls(1.0, momentum=0.5, clipvalue=4.0, weight_decay=0.25, **extra)
+        variable = keras.Variable([8.0])
+        for value in (None, 0.125):
+            if value is not None:
+                setattr(optimizer, name, value)
+            optimizer.apply([tf.constant([2.0])], [variable])
+        weights.append(variable.numpy()[0])
+    assert weights[0] == weights[1]
+
+
+def test_a_changed_learning_rate_compiles_nothing_again():
+    optimizer, variable = gdopt.Adam(), keras.Variable([1.0])
+    optimizer.apply([tf.constant([1.0])], [variable])
+    (cluster,) = optimizer._tensorflow_step._clusters.values()
+    optimizer.learning_rate = 0.5
+    optimizer.apply([tf.constant([1.0])], [variable])
+    assert list(optimizer._tensorflow_step._clusters.values()) == [cluster]
+    assert cluster.experimental_get_tracing_count() == 1
 
 
 # --- mixed precision -----------------------------------------------------------------
@@ -346,9 +430,46 @@ def test_two_devices_in_mixed_float16(case, two_devices, rng):
     _assert_close(two.get_weights(), one.get_weights(), rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@every_optimizer
+def test_apply_outside_of_the_scope_updates_both_devices(case, compiled, two_devices, rng):
+    with two_devices.scope():
+        optimizer, variable = case(learning_rate=0.1), keras.Variable([1.0, 2.0])
+        optimizer.build([variable])
+
+    def step(gradient):
+        optimizer.apply([gradient], [variable])
+
+    step = tf.function(step) if compiled else step
+    for _ in range(2):
+        step(tf.constant([0.5, -1.0]))
+    expected = case.transcribed([1.0, 2.0], [[0.5, -1.0]] * 2, [0.1] * 2)[-1]
+    for value in two_devices.experimental_local_results(variable.value):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@every_optimizer
+def test_update_step_as_a_strategy_calls_it(case, two_devices, rng, float64):
+    """Variable by variable, on each device."""
+    gradients, start = rng.normal(size=(5, 3)), rng.normal(size=3)
+    with two_devices.scope():
+        optimizer, variable = case(learning_rate=0.1), keras.Variable(start)
+        optimizer.build([variable])
+        for gradient in gradients:
+            two_devices.extended.update(
+                variable.value,
+                lambda v, g: optimizer.update_step(g, v, optimizer.learning_rate),
+                args=(tf.constant(gradient),),
+                group=False,
+            )
+            optimizer.iterations.assign_add(1)
+    expected = case.transcribed(start, gradients, [0.1] * 5)[-1]
+    for value in two_devices.experimental_local_results(variable.value):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+
+
 @every_optimizer
 def test_custom_loop_under_a_strategy(case, two_devices, rng, float64):
-    """`update_step` by Keras's own path, as a strategy calls it."""
     gradients = rng.normal(size=(5, 3))
     start = rng.normal(size=3)
     with two_devices.scope():

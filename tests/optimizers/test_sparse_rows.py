@@ -202,6 +202,41 @@ def test_lazy_mode_updates_present_rows_by_the_rule(case, rng, float64):
 
 
 @every_optimizer
+def test_lazy_mode_decays_the_present_rows(case, rng, float64):
+    start, values = rng.normal(size=(4, 3)), rng.normal(size=(2, 3))
+    table = keras.Variable(start)
+    optimizer = case(learning_rate=0.1, lazy=True, weight_decay=0.5)
+    optimizer.apply([tf.IndexedSlices(values, tf.constant([2, 0]))], [table])
+    expected = start.copy()
+    moved = case.transcribed(start[[2, 0]] * 0, [values], [0.1])[-1]
+    expected[[2, 0]] = start[[2, 0]] * (1 - 0.5 * 0.1) + moved
+    np.testing.assert_allclose(table.numpy(), expected, rtol=0, atol=1e-14)
+
+
+def test_bfloat16_rows_are_summed_in_float32():
+    table = keras.Variable(np.zeros((2, 1)), dtype="bfloat16")
+    ones = tf.IndexedSlices(tf.ones((512, 1), "bfloat16"), tf.zeros(512, "int32"))
+    gdopt.GradientDescent(1.0).apply([ones], [table])
+    assert float(table.numpy()[0, 0]) == -512.0
+
+
+def test_global_norm_of_a_float16_gradient_beside_rows():
+    """Both are unscaled in float32, where the factor does not underflow."""
+    weights = []
+    for sparse in (True, False):
+        table, dense = keras.Variable(np.zeros((2, 1))), keras.Variable([0.0])
+        rows = tf.constant([[0.0], [0.0]])
+        if sparse:
+            rows = tf.IndexedSlices(tf.zeros((1, 1)), tf.constant([1]))
+        optimizer = gdopt.GradientDescent(
+            1.0, lazy=True, global_clipnorm=1e-4, loss_scale_factor=2.0**25
+        )
+        optimizer.apply([rows, tf.constant([32768.0], "float16")], [table, dense])
+        weights.append(dense.numpy()[0])
+    assert weights[0] == weights[1] == pytest.approx(-1e-4)
+
+
+@every_optimizer
 def test_a_declared_zero_gradient_changes_nothing(case, rng, float64):
     """The declaration that lets exact mode update by rows holds for the rule."""
     optimizer = case()

@@ -107,11 +107,27 @@ def test_only_the_steps_asked_for_are_recorded(compiled, variables, rng):
 
     assert recorded_over(7) == [0, 0, 3, 3, 3, 6, 6]
     optimizer.record_step_metrics(every=5)  # without another trace
-    assert recorded_over(4) == [6, 6, 10, 10]
+    assert recorded_over(4) == [0, 0, 10, 10]
     optimizer.record_step_metrics(every=0)
     assert recorded_over(3) == [10, 10, 10]
     optimizer.record_step_metrics(every=1)
     assert recorded_over(2) == [15, 16]
+
+
+@every_optimizer
+def test_variables_of_several_dtypes(case, rng):
+    variables = [keras.Variable([3.0], dtype="float32"), keras.Variable([4.0], dtype="float64")]
+    optimizer = case(learning_rate=0.1)
+    optimizer.record_step_metrics()
+    optimizer.apply([tf.constant([3.0]), tf.constant([4.0], "float64")], variables)
+    assert optimizer.step_metrics["grad_norm"] == pytest.approx(5.0)
+
+
+def test_tiny_norms_of_float64_models(float64):
+    optimizer, variable = gdopt.GradientDescent(1.0), keras.Variable([1e-24])
+    optimizer.record_step_metrics()
+    optimizer.apply([tf.constant([1e-24], "float64")], [variable])
+    assert optimizer.step_metrics["grad_norm"] == pytest.approx(1e-24)
 
 
 def test_nothing_is_computed_unless_asked_for(variables, rng):
@@ -122,11 +138,16 @@ def test_nothing_is_computed_unless_asked_for(variables, rng):
     assert [plan.record for plan in optimizer._tensorflow_step._clusters] == [False]
 
 
-def test_says_whether_a_traced_step_must_be_traced_again(variables, rng):
+def test_says_whether_the_traced_step_must_be_traced_again(variables, rng):
     optimizer = gdopt.Adam()
-    _step(optimizer, variables, _gradients(rng, variables))
+    optimizer.build(variables)
+    gradients = [tf.constant(g) for g in _gradients(rng, variables)]
+    assert not optimizer.record_step_metrics(0)
+    tf.function(lambda: optimizer.apply(gradients))()
     assert optimizer.record_step_metrics()
-    _step(optimizer, variables, _gradients(rng, variables))
+    optimizer.apply(gradients)  # eagerly: that traces nothing
+    assert optimizer.record_step_metrics()
+    tf.function(lambda: optimizer.apply(gradients))()
     assert not optimizer.record_step_metrics(7)
     assert not optimizer.record_step_metrics(0)
 
