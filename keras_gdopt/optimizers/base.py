@@ -220,6 +220,7 @@ class GradientOptimizer(SavedStateOptimizer):
                     f"weights in float32. Received: variable '{_path(variable)}' of "
                     "dtype float16"
                 )
+        self._find_excluded_from_weight_decay(variables)
         super().build(variables)
         self._slots = {
             name: self.add_optimizer_variables(
@@ -227,7 +228,6 @@ class GradientOptimizer(SavedStateOptimizer):
             )
             for name, initial in self.slots.items()
         }
-        self._find_excluded_from_weight_decay()
         self._restore_loaded_state()
 
     def add_variable_from_reference(
@@ -490,16 +490,16 @@ class GradientOptimizer(SavedStateOptimizer):
         own = self._trainable_variables[self._get_variable_index(variable)]
         return pattern is None or pattern.search(_path(own)) is None
 
-    def _find_excluded_from_weight_decay(self) -> None:
-        """Finds the excluded variables of a config among those the optimizer has."""
+    def _find_excluded_from_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Finds the excluded variables of a config among those the optimizer will have."""
         excluded = self._excluded_from_weight_decay
         if not excluded or self._exclude_from_weight_decay:
             return
         for position, path in enumerate(excluded.get("var_paths", ())):
             index = excluded["var_indices"][position]
-            if index is None or index >= len(self._trainable_variables):
-                index = _index_of_path(path, [_path(v) for v in self._trainable_variables])
-            self._exclude_from_weight_decay.add(self._var_key(self._trainable_variables[index]))
+            if index is None or index >= len(variables):
+                index = _index_of_path(path, [_path(variable) for variable in variables])
+            self._exclude_from_weight_decay.add(self._var_key(variables[index]))
 
     def _overwrite_model_variables_with_average_value(self, variables: Sequence[Any]) -> None:
         for variable, average in zip(variables, self._model_variables_moving_average, strict=True):

@@ -270,7 +270,7 @@ class TensorFlowStep:
             if average is None:
                 continue
             variable = optimizer._trainable_variables[index]
-            value = values.get(index, tf.convert_to_tensor(variable))
+            value = tf.cast(values.get(index, variable), computation_dtype(variable.dtype))
             # The first average is the weight itself.
             momentum = tf.constant(optimizer.ema_momentum, value.dtype) * tf.cast(
                 step > 1, value.dtype

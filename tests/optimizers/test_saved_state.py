@@ -159,8 +159,10 @@ def test_exclusions_of_an_optimizer_that_is_not_built_go_by_path():
     own = [keras.Variable([1.0], name=name) for name in names]
     again.build(own)
     assert [again._use_weight_decay(v) for v in own] == [True, False, False]
-    with pytest.raises(ValueError, match=r"Expected one variable 'outer_kernel'.*\['other'\]"):
-        gdopt.GradientDescent.from_config(config).build(own[:1])
+    again = gdopt.GradientDescent.from_config(config)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Expected one variable 'outer_kernel'.*'other'"):
+            again.build(own[:1])
 
 
 def test_exclusions_from_weight_decay_are_saved(tmp_path):
