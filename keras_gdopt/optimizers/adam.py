@@ -25,8 +25,8 @@ class Adam(GradientOptimizer):
     `keras.optimizers.Adam` adds its epsilon (1e-7) to the root of $v_t$ *before*
     the bias correction, which makes it larger by $1/\sqrt{1 - \beta_2^t}$, a factor
     of 32 in the first step; squares each repetition of an embedding row on its own;
-    and computes $1 - \beta^t$ in float32, which costs the first step 57 units in
-    the last place.
+    and computes $1 - \beta^t$ in float32, which costs the first step dozens of
+    units in the last place.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
