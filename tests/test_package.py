@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import subprocess
 import sys
-from importlib.metadata import version
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,8 +54,9 @@ def test_public_names():
         _ = gdopt.Magic
 
 
-def test_version_is_the_installed_one():
-    assert gdopt.__version__ == version("keras-gdopt")
+def test_version_is_that_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert gdopt.__version__ == project["project"]["version"]
 
 
 def test_typing_marker_ships():

@@ -22,7 +22,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 
     - names the class and each variable in the store (`iteration`, `velocity.0`,
       `velocity.1`, ...: the slot and the index of the model's variable),
-    - raises on state that does not fit, before anything is assigned,
+    - raises on state that does not fit, and then starts afresh,
     - keeps the arrays that an optimizer receives before it is built and restores
       them in `build`,
     - copies and pickles an optimizer with its state.
