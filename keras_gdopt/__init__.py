@@ -4,14 +4,35 @@ import importlib
 from importlib.metadata import version
 from types import ModuleType
 
+from keras_gdopt.optimizers.adadelta import Adadelta
+from keras_gdopt.optimizers.adagrad import Adagrad
 from keras_gdopt.optimizers.adam import Adam
 from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.gradient_descent import GradientDescent
+from keras_gdopt.optimizers.lookahead import Lookahead
 from keras_gdopt.optimizers.momentum import Momentum
+from keras_gdopt.optimizers.nadam import Nadam
+from keras_gdopt.optimizers.nag import NAG
+from keras_gdopt.optimizers.radam import RAdam
+from keras_gdopt.optimizers.rmsprop import RMSprop
 
 __version__ = version("keras-gdopt")
 
-__all__ = ["Adam", "GradientDescent", "GradientOptimizer", "Momentum", "__version__", "callbacks"]
+__all__ = [
+    "NAG",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "GradientDescent",
+    "GradientOptimizer",
+    "Lookahead",
+    "Momentum",
+    "Nadam",
+    "RAdam",
+    "RMSprop",
+    "__version__",
+    "callbacks",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

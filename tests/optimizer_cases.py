@@ -19,8 +19,8 @@ class Case:
     cls: type
     arguments: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cls(*args, **{**dict(self.arguments), **kwargs})
+    def __call__(self, **kwargs: Any) -> Any:
+        return self.cls(**{**dict(self.arguments), **kwargs})
 
     def __str__(self) -> str:
         given = ",".join(f"{name}={value}" for name, value in self.arguments)
@@ -31,18 +31,56 @@ class Case:
         """The transcription in `tests/reference`; it must exist for each algorithm."""
         return importlib.import_module(f"tests.reference.{self.cls.__module__.split('.')[-1]}")
 
+    def rule(self, optimizer=None) -> Any:
+        """The optimizer that has the update rule, slots and settings."""
+        return optimizer or self()
+
+    def hyperparameters(self, optimizer=None) -> dict[str, Any]:
+        rule = self.rule(optimizer)
+        return {name: getattr(rule, name) for name in rule.hyperparameters}
+
+    def initial_slots(self, shape, optimizer=None) -> dict[str, np.ndarray]:
+        initial = self.reference.slots(**self.hyperparameters(optimizer))
+        return {name: np.full(shape, value) for name, value in initial.items()}
+
     def transcribed(self, theta, gradients, learning_rates, optimizer=None):
         """The weights after each update, by the transcription, in float64."""
-        optimizer = optimizer or self()
-        hyperparameters = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
+        hyperparameters = self.hyperparameters(optimizer)
         theta = np.asarray(theta, "float64")
-        slots = {name: np.full(theta.shape, v) for name, v in self.reference.SLOTS.items()}
+        slots = self.initial_slots(theta.shape, optimizer)
         trajectory = []
         for t, (g, eta) in enumerate(zip(gradients, learning_rates, strict=True), start=1):
             g = np.asarray(g, "float64")
             theta, slots = self.reference.update(theta, g, slots, eta, t, **hyperparameters)
             trajectory.append(theta)
         return trajectory
+
+
+class WrapperCase(Case):
+    """An optimizer around another one, which takes the arguments that are not its own.
+
+    The inner one is Momentum, as in the transcription.
+    """
+
+    def __call__(self, **kwargs: Any) -> Any:
+        own = set(inspect.signature(self.cls).parameters)
+        outside = {name: kwargs.pop(name) for name in own & set(kwargs)}
+        return self.cls(gdopt.Momentum(**kwargs), **{**dict(self.arguments), **outside})
+
+    def __str__(self) -> str:
+        given = ",".join(f"{name}={value}" for name, value in self.arguments)
+        return f"{self.cls.__name__}(gdopt.Momentum(),{given})"
+
+    def rule(self, optimizer=None) -> Any:
+        return (optimizer or self()).inner_optimizer
+
+    def hyperparameters(self, optimizer=None) -> dict[str, Any]:
+        wrapper = optimizer or self()
+        own = set(inspect.signature(self.cls).parameters) - {"optimizer", "name"}
+        return {
+            **super().hyperparameters(wrapper),
+            **{name: getattr(wrapper, name) for name in own},
+        }
 
 
 def optimizer_classes() -> list[type]:
@@ -57,23 +95,35 @@ def optimizer_classes() -> list[type]:
     ]
 
 
-def _cases() -> list[Case]:
-    """Each class with its defaults, and once more with each of its switches on."""
-    cases = []
-    for cls in optimizer_classes():
-        cases.append(Case(cls))
-        for name, parameter in inspect.signature(cls).parameters.items():
-            if parameter.default is False and name != "lazy":
-                cases.append(Case(cls, ((name, True),)))
-    return cases
+def rule_classes() -> list[type]:
+    """Those that have an update rule; the others wrap one of them."""
+    return [cls for cls in optimizer_classes() if issubclass(cls, gdopt.GradientOptimizer)]
 
 
-CASES = _cases()
-VARIANTS = [
-    Case(cls, tuple(variant.items()))
-    for cls in optimizer_classes()
-    for variant in Case(cls).reference.VARIANTS
-]
+def _variants(cls) -> list[Case]:
+    """The algorithm with each set of arguments that its transcription names."""
+    kind = Case if cls in rule_classes() else WrapperCase
+    cases = [kind(cls)]
+    return [kind(cls, tuple(variant.items())) for variant in cases[0].reference.VARIANTS]
 
-every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
+
+def _cases(cls) -> list[Case]:
+    """A variant for each set of slots and each position of the switches."""
+    cases = {}
+    for case in _variants(cls):
+        if isinstance(case, WrapperCase):
+            return [case]
+        hyperparameters = case.hyperparameters()
+        slots = frozenset(case.reference.slots(**hyperparameters))
+        switches = frozenset(n for n, value in hyperparameters.items() if value is True)
+        cases.setdefault((slots, switches), case)
+    return list(cases.values())
+
+
+VARIANTS = [case for cls in optimizer_classes() for case in _variants(cls)]
+CASES = [case for cls in optimizer_classes() for case in _cases(cls)]
+RULES = [case for case in CASES if not isinstance(case, WrapperCase)]
+
 every_variant = pytest.mark.parametrize("case", VARIANTS, ids=str)
+every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULES, ids=str)

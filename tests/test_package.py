@@ -41,10 +41,17 @@ def _imports(path):
 
 def test_public_names():
     assert sorted(gdopt.__all__) == [
+        "Adadelta",
+        "Adagrad",
         "Adam",
         "GradientDescent",
         "GradientOptimizer",
+        "Lookahead",
         "Momentum",
+        "NAG",
+        "Nadam",
+        "RAdam",
+        "RMSprop",
         "__version__",
         "callbacks",
     ]

@@ -1,17 +1,19 @@
 """Adam: Zhang 2019, Eq. 33-35; Kingma and Ba 2015."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, one_minus_power
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+from keras_gdopt.optimizers.adaptive_moments import AdaptiveMoments
+from keras_gdopt.optimizers.argument_checks import checked_flag
+from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.base import Slots, Update
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
-class Adam(GradientOptimizer):
+class Adam(AdaptiveMoments):
     r"""Adaptive moment estimation, with epsilon where the paper has it.
 
     $$\begin{aligned}
@@ -21,6 +23,11 @@ class Adam(GradientOptimizer):
     \hat v_t &= v_t / (1 - \beta_2^t) \\
     \theta_t &= \theta_{t-1} - \eta_t\, \hat m_t / (\sqrt{\hat v_t + \epsilon_r} + \epsilon)
     \end{aligned}$$
+
+    With `amsgrad=True`, the largest second moment so far divides the step,
+    $v^{\max}_t = \max(v^{\max}_{t-1}, v_t)$ and
+    $\hat v_t = v^{\max}_t / (1 - \beta_2^t)$, corrected as Keras and torch do (the
+    paper has no bias correction).
 
     `keras.optimizers.Adam` adds its epsilon (1e-7) to the root of $v_t$ *before*
     the bias correction, which makes it larger by $1/\sqrt{1 - \beta_2^t}$, a factor
@@ -37,6 +44,8 @@ class Adam(GradientOptimizer):
         epsilon: Added to the root, not negative. Defaults to 1e-8.
         epsilon_root: Added under the root, not negative. Defaults to 0. At least
             one of both epsilons must be above 0.
+        amsgrad: Whether to divide by the largest second moment so far. Defaults to
+            False.
         lazy: Whether embedding rows absent from the batch, and their moments, are
             left alone. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
@@ -44,7 +53,8 @@ class Adam(GradientOptimizer):
     Raises:
         ValueError: If an argument is unknown, of the wrong type or out of range.
 
-    Slots: `momentum` (m) and `velocity` (v), as Keras names them.
+    Slots: `momentum` (m), `velocity` (v) and, with `amsgrad`, `velocity_hat`, as
+    Keras names them.
 
     Example:
 
@@ -57,11 +67,11 @@ class Adam(GradientOptimizer):
     [0.9 2.1]
 
     Source: Kingma and Ba 2015, *Adam: A Method for Stochastic Optimization*,
-    Algorithm 1; Zhang 2019 (arXiv 1903.03614), Eq. 33-35.
+    Algorithm 1; Zhang 2019 (arXiv 1903.03614), Eq. 33-35. AMSGrad: Reddi, Kale and
+    Kumar 2018, *On the Convergence of Adam and Beyond*, Algorithm 2.
     """
 
-    hyperparameters = ("beta_1", "beta_2", "epsilon", "epsilon_root")
-    slots = {"momentum": 0.0, "velocity": 0.0}
+    hyperparameters = (*AdaptiveMoments.hyperparameters, "amsgrad")
 
     def __init__(
         self,
@@ -70,29 +80,26 @@ class Adam(GradientOptimizer):
         beta_2: float = 0.999,
         epsilon: float = 1e-8,
         epsilon_root: float = 0.0,
+        amsgrad: bool = False,
         *,
         lazy: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate, lazy=lazy, **kwargs)
-        self.beta_1 = checked_fraction("beta_1", beta_1)
-        self.beta_2 = checked_fraction("beta_2", beta_2)
-        self.epsilon, self.epsilon_root = checked_epsilons(epsilon, epsilon_root)
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, epsilon_root, lazy=lazy, **kwargs)
+        self.amsgrad = checked_flag("amsgrad", amsgrad)
+
+    @property
+    def slots(self) -> Mapping[str, float]:
+        """The moments, see `GradientOptimizer.slots`."""
+        return {**super().slots, **({"velocity_hat": 0.0} if self.amsgrad else {})}
 
     def update_rule(
         self, gradient: Tensor, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Update:
         """The rule above, see `GradientOptimizer.update_rule`."""
-        m = self.beta_1 * slots["momentum"] + (1 - self.beta_1) * gradient
-        v = self.beta_2 * slots["velocity"] + (1 - self.beta_2) * ops.square(gradient)
-        # The bias corrections of m and v are moved to the scalars, where they cost
-        # one rounding instead of one for each entry.
-        correction = one_minus_power(self.beta_2, step)
-        root = ops.sqrt(correction)
-        rate = ops.cast(learning_rate, step.dtype) * root / one_minus_power(self.beta_1, step)
-        rate, epsilon, epsilon_root = (
-            ops.cast(scalar, gradient.dtype)
-            for scalar in (rate, self.epsilon * root, self.epsilon_root * correction)
-        )
-        change = -rate * m / (ops.sqrt(v + epsilon_root) + epsilon)
-        return change, {"momentum": m, "velocity": v}
+        m, v = self._moments(gradient, slots)
+        new_slots = {"momentum": m, "velocity": v}
+        if self.amsgrad:
+            v = new_slots["velocity_hat"] = ops.maximum(slots["velocity_hat"], v)
+        rate, epsilon, epsilon_root = self._bias_corrected(learning_rate, step, gradient.dtype)
+        return -rate * m / (ops.sqrt(v + epsilon_root) + epsilon), new_slots

@@ -17,6 +17,7 @@ def checked_number(
     minimum: float = 0.0,
     above: float | None = None,
     below: float | None = None,
+    most: float | None = None,
 ) -> float:
     """Returns `value` as a float, or raises if it is not a finite number in range.
 
@@ -26,6 +27,7 @@ def checked_number(
         minimum: The smallest value allowed. Defaults to 0.
         above: If given, an open lower bound that replaces `minimum`.
         below: If given, an open upper bound.
+        most: If given, the largest value allowed.
 
     Raises:
         ValueError: If `value` is no real number, is not finite or lies outside.
@@ -33,6 +35,8 @@ def checked_number(
     bounds = f"above {above:g}" if above is not None else f"of at least {minimum:g}"
     if below is not None:
         bounds += f" and below {below:g}"
+    if most is not None:
+        bounds += f" and at most {most:g}"
     if not isinstance(value, Real) or isinstance(value, bool):
         in_range = False
     else:
@@ -41,6 +45,7 @@ def checked_number(
             math.isfinite(number)
             and (number > above if above is not None else number >= minimum)
             and (below is None or number < below)
+            and (most is None or number <= most)
         )
     if not in_range:
         raise ValueError(
@@ -55,11 +60,22 @@ def checked_fraction(name: str, value: Any) -> float:
     return checked_number(name, value, below=1.0)
 
 
-def checked_epsilons(epsilon: Any, epsilon_root: Any) -> tuple[float, float]:
-    """Returns both epsilons of a denominator, or raises if it could become 0."""
+def checked_epsilons(
+    epsilon: Any, epsilon_root: Any, *, smallest_square: float = 0.0
+) -> tuple[float, float]:
+    """Returns both epsilons of a denominator, or raises if it could become 0.
+
+    Args:
+        epsilon: Added to the root.
+        epsilon_root: Added under the root.
+        smallest_square: What is under the root at least.
+
+    Raises:
+        ValueError: If one is no finite number or negative, or all are too small.
+    """
     epsilon = checked_number("epsilon", epsilon)
     epsilon_root = checked_number("epsilon_root", epsilon_root)
-    if max(epsilon, epsilon_root) < _SMALLEST_EPSILON:
+    if max(epsilon, epsilon_root, smallest_square) < _SMALLEST_EPSILON:
         raise ValueError(
             "At least one of `epsilon` and `epsilon_root` must be at least "
             f"{_SMALLEST_EPSILON:g}: below that a gradient of 0 would divide 0 by 0. "

@@ -1,5 +1,6 @@
 """From a pure update rule to a Keras optimizer."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_learning_rate,
 )
 from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
-from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
+from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
 
 Slots = Mapping[str, Tensor]
 """One variable's slots by name."""
@@ -154,6 +155,10 @@ class GradientOptimizer(SavedStateOptimizer):
         """
         return {}
 
+    scalar_slots: ClassVar[Mapping[str, float]] = {}
+    """Slots that hold one number for a whole variable, and where it starts from. Where
+    variables are updated by rows (see `lazy`), it is one number a row."""
+
     def update_rule(
         self,
         gradient: Tensor,
@@ -166,14 +171,15 @@ class GradientOptimizer(SavedStateOptimizer):
         Args:
             gradient: The gradient of one variable, of any shape.
             slots: This variable's slots by name, each of the gradient's shape and
-                dtype.
+                dtype; scalar slots of a shape that broadcasts against it.
             learning_rate: Scalar of the gradient's dtype, or an array that
                 broadcasts against the gradient.
             step: The 1-based count of updates, as a floating-point scalar (float64
                 with TensorFlow) or an array that broadcasts against the gradient.
 
         Returns:
-            The change to add to the variable, and the new slots by name.
+            The change to add to the variable, and the new slots by name. Of a scalar
+            slot, a scalar will do.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `update_rule`.")
 
@@ -217,35 +223,18 @@ class GradientOptimizer(SavedStateOptimizer):
                     f"{type(self).__name__} does not update variables in float16, where "
                     "small numbers such as an epsilon of 1e-8 are 0. Use the "
                     "`mixed_float16` policy, which computes in float16 and keeps the "
-                    f"weights in float32. Received: variable '{_path(variable)}' of "
+                    f"weights in float32. Received: variable '{variable_path(variable)}' of "
                     "dtype float16"
                 )
         self._find_excluded_from_weight_decay(variables)
         super().build(variables)
         self._slots = {
             name: self.add_optimizer_variables(
-                variables, name, keras.initializers.Constant(initial)
+                variables, name, functools.partial(_filled, initial)
             )
-            for name, initial in self.slots.items()
+            for name, initial in self._slot_initial_values().items()
         }
         self._restore_loaded_state()
-
-    def add_variable_from_reference(
-        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
-    ) -> Any:
-        """A slot for a variable: of its shape, and of the dtype that updates are made in."""
-        dtype = computation_dtype(reference_variable.dtype)
-        if dtype == keras.backend.standardize_dtype(reference_variable.dtype):
-            return super().add_variable_from_reference(
-                reference_variable, name=name, initializer=initializer
-            )
-        path = _path(reference_variable).replace("/", "_").replace(":", "_")
-        return self.add_variable(
-            reference_variable.shape,
-            initializer=initializer,
-            dtype=dtype,
-            name=f"{path}_{name or 'var'}",
-        )
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
         """Updates one variable and its slots: Keras's hook for strategies and loops.
@@ -320,7 +309,7 @@ class GradientOptimizer(SavedStateOptimizer):
         if self._excluded_from_weight_decay:
             excluded = {k: list(v) for k, v in self._excluded_from_weight_decay.items()}
             if self.built:
-                paths = [_path(variable) for variable in self._trainable_variables]
+                paths = [variable_path(variable) for variable in self._trainable_variables]
                 indices = [
                     index
                     for index, variable in enumerate(self._trainable_variables)
@@ -368,7 +357,7 @@ class GradientOptimizer(SavedStateOptimizer):
             )
         super().exclude_from_weight_decay(var_list=var_list, var_names=var_names)
         self._excluded_from_weight_decay = {
-            "var_paths": [_path(variable) for variable in var_list or ()],
+            "var_paths": [variable_path(variable) for variable in var_list or ()],
             "var_indices": [None for _ in var_list or ()],  # known once built
             "var_names": list(var_names or ()),
         }
@@ -434,7 +423,14 @@ class GradientOptimizer(SavedStateOptimizer):
         return self._slots
 
     def _slot_initial_values(self) -> Mapping[str, float]:
-        return self.slots
+        return {**self.slots, **self.scalar_slots}
+
+    def _slot_shape(self, slot: str, variable: Any) -> tuple[int, ...]:
+        shape = tuple(variable.shape)
+        if slot not in self.scalar_slots:
+            return shape
+        by_row = self.lazy or self.zero_gradient_changes_nothing
+        return shape[:1] + (1,) * (len(shape) - 1) if by_row else ()
 
     def _ruled(
         self,
@@ -458,15 +454,18 @@ class GradientOptimizer(SavedStateOptimizer):
                 f"`{type(self).__name__}.update_rule` must return a value for each of its "
                 f"slots {sorted(slots)}. Received: values for {sorted(new_slots)}"
             )
+        for name in self.scalar_slots:
+            value = ops.convert_to_tensor(new_slots[name], dtype)
+            new_slots[name] = ops.broadcast_to(value, slots[name].shape)
         return change, new_slots
 
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
         for variable in variables:
             if self._var_key(variable) not in self._trainable_variables_indices:
-                known = [_path(v) for v in self._trainable_variables]
+                known = [variable_path(v) for v in self._trainable_variables]
                 raise ValueError(
                     f"{type(self).__name__} was not built for the variable "
-                    f"'{_path(variable)}'. It was built for {len(known)} variable(s): "
+                    f"'{variable_path(variable)}'. It was built for {len(known)} variable(s): "
                     f"{known[:5]}{'...' if len(known) > 5 else ''}. Create a new "
                     "optimizer for a new set of variables (after freezing or "
                     "unfreezing layers, compile the model again)."
@@ -477,7 +476,7 @@ class GradientOptimizer(SavedStateOptimizer):
         for variable in variables:
             if self._var_key(variable) in seen:
                 raise ValueError(
-                    f"Expected each variable once. Received: '{_path(variable)}' twice. A "
+                    f"Expected each variable once. Received: '{variable_path(variable)}' twice. A "
                     "layer that two models share has one gradient, which holds what both "
                     "contribute: leave the second one out."
                 )
@@ -488,7 +487,7 @@ class GradientOptimizer(SavedStateOptimizer):
             return False
         pattern = getattr(self, "_exclude_from_weight_decay_pattern", None)
         own = self._trainable_variables[self._get_variable_index(variable)]
-        return pattern is None or pattern.search(_path(own)) is None
+        return pattern is None or pattern.search(variable_path(own)) is None
 
     def _find_excluded_from_weight_decay(self, variables: Sequence[Any]) -> None:
         """Finds the excluded variables of a config among those the optimizer will have."""
@@ -498,7 +497,7 @@ class GradientOptimizer(SavedStateOptimizer):
         for position, path in enumerate(excluded.get("var_paths", ())):
             index = excluded["var_indices"][position]
             if index is None or index >= len(variables):
-                index = _index_of_path(path, [_path(variable) for variable in variables])
+                index = _index_of_path(path, [variable_path(variable) for variable in variables])
             self._exclude_from_weight_decay.add(self._var_key(variables[index]))
 
     def _overwrite_model_variables_with_average_value(self, variables: Sequence[Any]) -> None:
@@ -513,6 +512,11 @@ class GradientOptimizer(SavedStateOptimizer):
             step = getattr(self, "_tensorflow_step", None)
             if step is not None:
                 step.forget_clusters()
+
+
+def _filled(value: float, shape: Sequence[int], dtype: Any = None) -> Tensor:
+    """An initializer that, unlike Keras's `Constant`, keeps float64 precise."""
+    return ops.full(shape, ops.convert_to_tensor(value, dtype), dtype=dtype)
 
 
 def _index_of_path(path: str, paths: Sequence[str]) -> int:
@@ -530,17 +534,12 @@ def _index_of_path(path: str, paths: Sequence[str]) -> int:
     )
 
 
-def _path(variable: Any) -> str:
-    """A Keras variable's path; the name of a variable that has none."""
-    return getattr(variable, "path", None) or variable.name
-
-
 def _check_gradients_fit(grads: Sequence[Tensor | None], variables: Sequence[Any]) -> None:
     if len(grads) != len(variables):
         raise ValueError(
             "Expected one gradient for each variable. Received: "
             f"{len(grads)} gradient(s) for {len(variables)} variable(s): "
-            f"{[_path(variable) for variable in variables[:5]]}"
+            f"{[variable_path(variable) for variable in variables[:5]]}"
             f"{'...' if len(variables) > 5 else ''}"
         )
     for gradient, variable in zip(grads, variables, strict=True):
@@ -560,6 +559,6 @@ def _check_gradients_fit(grads: Sequence[Tensor | None], variables: Sequence[Any
             for size, wanted in zip(received, expected, strict=True)
         ):
             raise ValueError(
-                f"The gradient for the variable '{_path(variable)}' must have the "
+                f"The gradient for the variable '{variable_path(variable)}' must have the "
                 f"variable's shape {expected}. Received: a gradient of shape {received}"
             )

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_gdopt.optimizers.arithmetic import computation_dtype
+
 _CLASS_MARK = "class="
 # The group of variables that a subclass added without declaring a slot for them.
 _UNNAMED = "variable"
@@ -28,8 +30,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     - copies and pickles an optimizer with its state.
 
     A subclass calls `_check_loaded_state_fits` at the start and `_restore_loaded_state`
-    at the end of its `build`, and names its slots in `_slot_variables` and
-    `_slot_initial_values`. `tf.train.Checkpoint` goes by the structure of objects
+    at the end of its `build`, and names its slots in `_slot_variables`,
+    `_slot_initial_values` and `_slot_shape`. `tf.train.Checkpoint` goes by the structure of objects
     instead; its own `assert_consumed()` tells what did not fit.
     """
 
@@ -37,6 +39,10 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     _loaded_state: dict[str, np.ndarray] | None = None
     # The store that was read last (weakly), and what was wrong with its state.
     _last_load: tuple[weakref.ref[Any], str | None] | None = None
+
+    def _scalar_variables(self) -> Mapping[str, Any]:
+        """Variables that exist from construction on, by the name they are saved under."""
+        return {"iteration": self._iterations, "learning_rate": self._learning_rate}
 
     def _slot_variables(self) -> Mapping[str, list[Any]]:
         """Slot variables by slot name, aligned with the model's; `None` where none is."""
@@ -46,7 +52,29 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         """The slots that a built optimizer has, and the values they start from."""
         return {}
 
+    def _slot_shape(self, slot: str, variable: Any) -> tuple[int, ...]:
+        """The shape of a variable's slot."""
+        del slot
+        return tuple(variable.shape)
+
     # --- Keras's hooks -------------------------------------------------------
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """A slot for a variable, of the dtype that updates are made in."""
+        shape = self._slot_shape(name or "", reference_variable)
+        dtype = computation_dtype(reference_variable.dtype)
+        same_dtype = dtype == keras.backend.standardize_dtype(reference_variable.dtype)
+        if same_dtype and shape == tuple(reference_variable.shape):
+            return super().add_variable_from_reference(
+                reference_variable, name=name, initializer=initializer
+            )
+        path = variable_path(reference_variable).replace("/", "_").replace(":", "_")
+        with _placed_as(reference_variable, getattr(self, "_distribution_strategy", None)):
+            return self.add_variable(
+                shape, initializer=initializer, dtype=dtype, name=f"{path}_{name or 'var'}"
+            )
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into `store`, a mapping from name to array."""
@@ -95,7 +123,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         if self._loaded_state is None:
             return
         shapes = {
-            f"{group}.{index}": tuple(variable.shape)
+            f"{group}.{index}": self._slot_shape(group, variable)
             for group in self._expected_groups()
             for index, variable in enumerate(variables)
             if not self._overwrite_variable_with_gradient(variable)
@@ -116,9 +144,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     # --- the parts -----------------------------------------------------------
 
     def _state_variables(self) -> dict[str, Any]:
-        """All variables of the optimizer by the name they are saved under."""
-        names: dict[int, str] = {id(self._iterations): "iteration"}
-        names[id(self._learning_rate)] = "learning_rate"
+        """The optimizer's own variables by the name they are saved under."""
+        names = {id(variable): name for name, variable in self._scalar_variables().items()}
         groups = {
             "average": getattr(self, "_model_variables_moving_average", []),
             "gradient_accumulator": getattr(self, "_accumulated_gradients", []),
@@ -129,7 +156,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
                 names[id(variable)] = f"{group}.{index}"
         return {
             names.get(id(variable), f"{_UNNAMED}.{position}"): variable
-            for position, variable in enumerate(self.variables)
+            for position, variable in enumerate(self._variables)
         }
 
     def _load(self, saved: dict[str, np.ndarray]) -> None:
@@ -244,6 +271,19 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         with _outside_of_tracing():
             for name, variable in own.items():
                 variable.assign(saved[name])
+
+
+def variable_path(variable: Any) -> str:
+    """A Keras variable's path; the name of a variable that has none."""
+    return getattr(variable, "path", None) or variable.name
+
+
+def _placed_as(variable: Any, strategy: Any) -> contextlib.AbstractContextManager[Any]:
+    """A scope in which new variables are placed, and mirrored, as `variable` is."""
+    if strategy is None:
+        return contextlib.nullcontext()
+    raw = variable.value if isinstance(variable, keras.Variable) else variable
+    return strategy.extended.colocate_vars_with(raw)
 
 
 def _registered_name(optimizer: Any) -> str:

@@ -73,7 +73,7 @@ class TensorFlowStep:
             )
             if gradients:
                 gradients = self._merged(gradients)
-                if any(isinstance(_raw(v), tf.distribute.DistributedValues) for v in variables):
+                if any(is_distributed(variable) for variable in variables):
                     self._apply_on_every_device(gradients)
                 else:
                     self._apply_here(gradients)
@@ -86,23 +86,15 @@ class TensorFlowStep:
         on one device.
         """
         optimizer = self._optimizer
-        strategy = optimizer._distribution_strategy
         raw = [_raw(optimizer._trainable_variables[index]) for index in gradients]
         reduced = optimizer._all_reduce_sum_gradients(zip(gradients.values(), raw, strict=True))
 
-        def on_every_device(_: Any, grads: Sequence[Any]) -> None:
-            first = strategy.experimental_local_results(raw[0])[0].device
+        def apply_here(grads: Sequence[Any], *, device: str, first: bool) -> None:
+            # The same row may come from several replicas.
+            summed = self._merged(dict(zip(gradients, grads, strict=True)))
+            self._apply_here(summed, device=device, record=first)
 
-            def on_one_device(anchor: Any, grads: Sequence[Any]) -> None:
-                # The same row may come from several replicas.
-                summed = self._merged(dict(zip(gradients, grads, strict=True)))
-                self._apply_here(summed, device=anchor.device, record=anchor.device == first)
-
-            strategy.extended.update(raw[0], on_one_device, args=(grads,), group=False)
-
-        tf.__internal__.distribute.interim.maybe_merge_call(
-            on_every_device, strategy, [gradient for gradient, _ in reduced]
-        )
+        on_every_device(raw[0], apply_here, [gradient for gradient, _ in reduced])
 
     def _apply_here(
         self, gradients: dict[int, Any], *, device: str = "", record: bool = True
@@ -167,11 +159,7 @@ class TensorFlowStep:
 
     def _cluster(self, plan: _Plan) -> Callable[..., Any]:
         if plan not in self._clusters:
-            self._clusters[plan] = tf.function(
-                functools.partial(self._cluster_body, plan),
-                jit_compile=xla_is_available(),
-                autograph=False,
-            )
+            self._clusters[plan] = compiled(functools.partial(self._cluster_body, plan))
         return self._clusters[plan]
 
     def _cluster_body(
@@ -420,12 +408,10 @@ class TensorFlowStep:
         square = self._square(rows.values())
         if dense:
             if self._dense_squares is None:
-                self._dense_squares = tf.function(
+                self._dense_squares = compiled(
                     lambda grads: self._square(
                         [self._unscaled(tf.cast(g, self._norm_dtype)) for g in grads]
-                    ),
-                    jit_compile=xla_is_available(),
-                    autograph=False,
+                    )
                 )
             square += self._dense_squares(list(dense.values()))
         return tf.sqrt(square)
@@ -453,10 +439,45 @@ class TensorFlowStep:
         return {name: tf.convert_to_tensor(slot[index]) for name, slot in slots.items()}
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors and variables, as one XLA cluster wherever it is called."""
+    return tf.function(function, jit_compile=xla_is_available(), autograph=False)
+
+
 @functools.cache
 def xla_is_available() -> bool:
     """Whether TensorFlow can compile with XLA here: not on the GPU of a Mac."""
     return platform.system() != "Darwin" or not tf.config.list_physical_devices("GPU")
+
+
+def is_distributed(variable: Any) -> bool:
+    """Whether a strategy keeps a copy of the variable on each of its devices."""
+    return isinstance(_raw(variable), tf.distribute.DistributedValues)
+
+
+def on_every_device(anchor: Any, function: Callable[..., None], *args: Any) -> None:
+    """Calls a function on each device that a distributed variable is on.
+
+    There it sees that device's copies of variables and its replica's `args`.
+
+    Args:
+        anchor: The distributed variable.
+        function: Called as `function(*args, device=name, first=flag)`, where `first`
+            says whether it is the first of the devices.
+        *args: Structures of tensors, as a replica has them.
+    """
+    anchor = _raw(anchor)
+    strategy = anchor.distribute_strategy
+
+    def across_replicas(_: Any, *args: Any) -> None:
+        first = strategy.experimental_local_results(anchor)[0].device
+
+        def on_one_device(component: Any, *args: Any) -> None:
+            function(*args, device=component.device, first=component.device == first)
+
+        strategy.extended.update(anchor, on_one_device, args=args, group=False)
+
+    tf.__internal__.distribute.interim.maybe_merge_call(across_replicas, strategy, *args)
 
 
 def _compiles(constraint: Any) -> bool:

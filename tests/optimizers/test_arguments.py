@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer, optimizer_classes
+from tests.optimizer_cases import every_optimizer, rule_classes
 
 NOT_A_RATE = [-0.1, float("nan"), float("inf"), "fast", None, True, [0.1]]
 NOT_A_FRACTION = [-0.1, 1.0, 1.5, float("nan"), "0.9", None, True]
@@ -14,16 +14,17 @@ NOT_AN_EPSILON = [-1e-8, float("nan"), float("inf"), "small", None]
 
 FRACTIONS = [
     (cls, name)
-    for cls in optimizer_classes()
+    for cls in rule_classes()
     for name in ("momentum", "beta_1", "beta_2", "rho")
     if name in cls.hyperparameters
 ]
 EPSILONS = [
     (cls, name)
-    for cls in optimizer_classes()
+    for cls in rule_classes()
     for name in ("epsilon", "epsilon_root")
     if name in cls.hyperparameters
 ]
+WITH_EPSILONS = sorted({cls for cls, _ in EPSILONS}, key=lambda cls: cls.__name__)
 
 
 @pytest.mark.parametrize("value", NOT_A_RATE, ids=repr)
@@ -56,7 +57,7 @@ def test_epsilon_out_of_range(cls, name, value):
         cls(**{name: value})
 
 
-@pytest.mark.parametrize("cls", sorted({cls for cls, _ in EPSILONS}, key=lambda c: c.__name__))
+@pytest.mark.parametrize("cls", WITH_EPSILONS)
 def test_both_epsilons_zero(cls):
     for tiny in (0.0, 1e-40):
         with pytest.raises(ValueError, match="At least one of `epsilon` and `epsilon_root`"):
@@ -64,7 +65,7 @@ def test_both_epsilons_zero(cls):
 
 
 @pytest.mark.parametrize("epsilons", [(1e-30, 0.0), (0.0, 1e-30)])
-@pytest.mark.parametrize("cls", sorted({cls for cls, _ in EPSILONS}, key=lambda c: c.__name__))
+@pytest.mark.parametrize("cls", WITH_EPSILONS)
 def test_the_smallest_epsilons_leave_a_zero_gradient_alone(cls, epsilons):
     variable = keras.Variable([1.0])
     cls(epsilon=epsilons[0], epsilon_root=epsilons[1]).apply([tf.zeros(1)], [variable])

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import CASES, every_optimizer
+from tests.optimizer_cases import CASES, every_optimizer, every_rule
 
 # XLA writes a file for each module it compiles; only a new process heeds the flag.
 _COUNT = """
@@ -133,7 +133,7 @@ def test_compiled_and_eager_steps_agree(case, rng):
             np.testing.assert_allclose(received, expected, rtol=2e-6, atol=2e-7)
 
 
-@every_optimizer
+@every_rule
 def test_update_step_compiles_by_itself(case):
     optimizer, variable = case(learning_rate=0.1), keras.Variable([1.0, -2.0])
     optimizer.build([variable])
@@ -148,7 +148,7 @@ def test_update_step_compiles_by_itself(case):
     np.testing.assert_allclose(variable.numpy(), twin.numpy(), rtol=1e-6)
 
 
-@every_optimizer
+@every_rule
 def test_one_cluster_holds_all_dense_variables(case):
     """Clipping, decay, averages and constraints, too: no other op touches a variable."""
     optimizer = case(weight_decay=0.1, global_clipnorm=1.0, use_ema=True)

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer
+from tests.optimizer_cases import every_optimizer, every_rule
 
 ROWS, WIDTH = 12, 3
 # Repeated within a batch; rows 8 to 11 never come.
@@ -58,7 +58,7 @@ def test_exact_mode_equals_the_dense_gradient(case, setting, rng):
         np.testing.assert_allclose(received, expected, rtol=2e-6, atol=2e-7)
 
 
-@every_optimizer
+@every_rule
 def test_update_step_sums_repeated_rows(case, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
     tables = []
@@ -156,7 +156,7 @@ def test_custom_loop_over_an_embedding_equals_the_dense_gradient(case, compiled,
 
 
 @pytest.mark.parametrize("setting", ["plain", "clipnorm", "global_clipnorm", "weight_decay"])
-@every_optimizer
+@every_rule
 def test_lazy_mode_leaves_absent_rows_alone(case, setting, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
     sparse, _ = _gradients(rng)
@@ -174,14 +174,14 @@ def test_lazy_mode_leaves_absent_rows_alone(case, setting, rng):
             np.testing.assert_array_equal(slot[0].numpy()[absent], old[absent])
 
 
-@every_optimizer
+@every_rule
 def test_lazy_mode_updates_present_rows_by_the_rule(case, rng, float64):
     """Each row follows the rule at the steps it is present in, with the step's t."""
     start = rng.normal(size=(ROWS, WIDTH))
     optimizer, table = case(learning_rate=0.1, lazy=True), keras.Variable(start)
-    hyperparameters = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
+    hyperparameters = case.hyperparameters(optimizer)
     expected = start.copy()
-    slots = {n: np.full(start.shape, v) for n, v in case.reference.SLOTS.items()}
+    slots = case.initial_slots(start.shape, optimizer)
     for t, ids in enumerate(BATCHES, start=1):
         values = rng.normal(size=(len(ids), WIDTH))
         full = np.zeros_like(start)
@@ -236,11 +236,12 @@ def test_global_norm_of_a_float16_gradient_beside_rows():
     assert weights[0] == weights[1] == pytest.approx(-1e-4)
 
 
-@every_optimizer
+@every_rule
 def test_a_declared_zero_gradient_changes_nothing(case, rng, float64):
     """The declaration that lets exact mode update by rows holds for the rule."""
     optimizer = case()
-    slots = {name: tf.constant(np.abs(rng.normal(size=5))) for name in optimizer.slots}
+    names = case.initial_slots(5, optimizer)
+    slots = {name: tf.constant(np.abs(rng.normal(size=5))) for name in names}
     change, new = optimizer.update_rule(
         tf.zeros(5, tf.float64), slots, tf.constant(0.1, tf.float64), tf.constant(3.0, tf.float64)
     )
@@ -253,7 +254,7 @@ def test_lazy_refuses_accumulation():
         gdopt.Adam(lazy=True, gradient_accumulation_steps=2)
 
 
-@every_optimizer
+@every_rule
 def test_only_an_embedding_trains(case, rng):
     """A step without any dense gradient."""
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")

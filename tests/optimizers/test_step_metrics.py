@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer
+from tests.optimizer_cases import every_rule
 
 
 def _norm(arrays):
@@ -30,7 +30,7 @@ def _gradients(rng, variables):
     return [rng.normal(size=tuple(v.shape)).astype("float32") for v in variables]
 
 
-@every_optimizer
+@every_rule
 def test_metrics_equal_norms_of_gradients_and_weights(case, variables, rng):
     optimizer = case(learning_rate=0.01)
     optimizer.record_step_metrics()
@@ -114,7 +114,7 @@ def test_only_the_steps_asked_for_are_recorded(compiled, variables, rng):
     assert recorded_over(2) == [15, 16]
 
 
-@every_optimizer
+@every_rule
 def test_variables_of_several_dtypes(case, rng):
     variables = [keras.Variable([3.0], dtype="float32"), keras.Variable([4.0], dtype="float64")]
     optimizer = case(learning_rate=0.1)
@@ -153,7 +153,7 @@ def test_says_whether_the_traced_step_must_be_traced_again(variables, rng):
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-@every_optimizer
+@every_rule
 def test_metrics_of_sparse_gradients(case, lazy, rng):
     """Norms of the merged rows, where the norm of the slices would be another."""
     table = keras.Variable(rng.normal(size=(9, 4)).astype("float32"))
@@ -185,7 +185,7 @@ def test_accumulation_records_updates_and_their_mean_gradient(variables, rng):
     assert optimizer.step_metrics["grad_norm"] == pytest.approx(_norm(mean), rel=1e-3)
 
 
-@every_optimizer
+@every_rule
 def test_two_devices_record_the_reduced_gradient(case, two_devices, rng):
     x = rng.normal(size=(16, 4)).astype("float32")
     y = rng.normal(size=(16, 1)).astype("float32")

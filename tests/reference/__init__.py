@@ -2,8 +2,11 @@
 
 Each file is named like the algorithm's own and has
 
-- `SLOTS`: the slot names and their initial values,
 - `VARIANTS`: the constructor arguments to test the algorithm with,
-- `update(theta, g, slots, eta, t, **hyperparameters)`: one update, from the weights
-  and slots before it to those after it, with `t` counted from 1.
+- `slots(**hyperparameters)`: the slot names and their initial values,
+- `update(theta, g, slots, eta, t, **hyperparameters)`: one update, from what the
+  variable and the slots hold before it to what they hold after it, with `t` counted
+  from 1,
+- `terms(g, slots, eta, t, **hyperparameters)`: the terms whose sum is the change of the
+  variable, against whose size rounding errors are measured.
 """

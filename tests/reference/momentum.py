@@ -1,6 +1,5 @@
 """Zhang 2019, Algorithm 4; Goodfellow et al. 2016, Algorithm 8.2."""
 
-SLOTS = {"velocity": 0.0}
 VARIANTS = [
     {},
     {"momentum": 0.0},
@@ -10,6 +9,10 @@ VARIANTS = [
 ]
 
 
+def slots(momentum, classical):
+    return {"velocity": 0.0}
+
+
 def update(theta, g, slots, eta, t, momentum, classical):
     v = slots["velocity"]
     if classical:
@@ -17,3 +20,10 @@ def update(theta, g, slots, eta, t, momentum, classical):
         return theta + v, {"velocity": v}
     v = momentum * v + (1 - momentum) * g
     return theta - eta * v, {"velocity": v}
+
+
+def terms(g, slots, eta, t, momentum, classical):
+    v = slots["velocity"]
+    if classical:
+        return [momentum * v, -eta * g]
+    return [-eta * momentum * v, -eta * (1 - momentum) * g]

@@ -1,0 +1,53 @@
+"""What Adam, Nadam and RAdam share: two moments, their decays and two epsilons."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
+from keras_gdopt.optimizers.arithmetic import Tensor, one_minus_power
+from keras_gdopt.optimizers.base import GradientOptimizer, Slots
+
+
+class AdaptiveMoments(GradientOptimizer):
+    """Keeps moving averages of the gradient and of its square, `momentum` and `velocity`."""
+
+    hyperparameters = ("beta_1", "beta_2", "epsilon", "epsilon_root")
+    slots = {"momentum": 0.0, "velocity": 0.0}
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        beta_1: float,
+        beta_2: float,
+        epsilon: float,
+        epsilon_root: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate, **kwargs)
+        self.beta_1 = checked_fraction("beta_1", beta_1)
+        self.beta_2 = checked_fraction("beta_2", beta_2)
+        self.epsilon, self.epsilon_root = checked_epsilons(epsilon, epsilon_root)
+
+    def _moments(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Both moving averages, without their bias corrections."""
+        m = self.beta_1 * slots["momentum"] + (1 - self.beta_1) * gradient
+        v = self.beta_2 * slots["velocity"] + (1 - self.beta_2) * ops.square(gradient)
+        return m, v
+
+    def _bias_corrected(
+        self, learning_rate: Tensor, step: Tensor, dtype: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A rate and both epsilons with which the raw moments give what is published.
+
+        With $c_1 = 1 - \\beta_1^t$ and $c_2 = 1 - \\beta_2^t$,
+        $\\eta (m / c_1) / (\\sqrt{v / c_2 + \\epsilon_r} + \\epsilon)$ equals
+        $(\\eta \\sqrt{c_2} / c_1)\\, m / (\\sqrt{v + c_2 \\epsilon_r} + \\sqrt{c_2} \\epsilon)$:
+        the corrections cost one rounding, and not one for each entry.
+        """
+        correction = one_minus_power(self.beta_2, step)
+        root = ops.sqrt(correction)
+        rate = ops.cast(learning_rate, step.dtype) * root / one_minus_power(self.beta_1, step)
+        scalars = (rate, self.epsilon * root, self.epsilon_root * correction)
+        rate, epsilon, epsilon_root = (ops.cast(scalar, dtype) for scalar in scalars)
+        return rate, epsilon, epsilon_root

@@ -1,0 +1,141 @@
+"""Nesterov's accelerated gradient: Zhang 2019, Eq. 21 and Algorithm 5."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_gdopt.optimizers.argument_checks import checked_flag, checked_fraction
+from keras_gdopt.optimizers.arithmetic import Tensor, global_norm
+from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+
+
+@keras.saving.register_keras_serializable("keras_gdopt")
+class NAG(GradientOptimizer):
+    r"""Momentum whose gradient is taken where the velocity is about to lead.
+
+    $$\begin{aligned}
+    \hat\theta_t &= \theta_{t-1} - c_{t-1} v_{t-1}, \qquad c_{t-1} = \eta_{t-1}\, \rho \\
+    v_t &= \rho\, v_{t-1} + (1 - \rho)\, \nabla L(\hat\theta_t) \\
+    \theta_t &= \theta_{t-1} - \eta_t\, v_t
+    \end{aligned}$$
+
+    With `classical=True`, the velocity holds steps instead of gradients:
+
+    $$\begin{aligned}
+    \hat\theta_t &= \theta_{t-1} + \rho\, v_{t-1} \\
+    v_t &= \rho\, v_{t-1} - \eta_t\, \nabla L(\hat\theta_t) \\
+    \theta_t &= \theta_{t-1} + v_t
+    \end{aligned}$$
+
+    The gradient is that of the model's weights, so while `fit` runs, *the model holds
+    the look-ahead point* $\hat\theta_{t+1}$: validation, `ModelCheckpoint`, moving
+    averages and constraints see it, and `EarlyStopping(restore_best_weights=True)`
+    restores one. $\theta_t$ itself, which follows the rule exactly at any schedule of
+    the rate, is put there by `finalize_variable_values`, which Keras calls at the end
+    of `fit`; the first step after that takes its gradient at $\theta_t$. Neither
+    `train_on_batch` nor a `fit` that an exception ends (Ctrl-C) finalizes. There, and
+    in a loop of one's own, call
+    `optimizer.finalize_variable_values(model.trainable_variables)` before the weights
+    are used; training goes on from either point.
+
+    `keras.optimizers.SGD(nesterov=True)` takes the same look-ahead points as
+    `classical=True`, but leaves the last of them in the model, where this class
+    leaves $\theta_t$. Keras has no counterpart of the default form.
+
+    Args:
+        learning_rate: The rate η: a non-negative number, a
+            `keras.optimizers.schedules.LearningRateSchedule` or a callable without
+            arguments. Defaults to 0.01.
+        momentum: The decay ρ of the velocity, in [0, 1). Defaults to 0.9.
+        classical: Whether to take the classical form. Defaults to False.
+        lazy: Whether embedding rows absent from the batch, and their velocity, are
+            left alone. Defaults to False. See `GradientOptimizer`.
+        **kwargs: Keras's base arguments, see `GradientOptimizer`.
+
+    Raises:
+        ValueError: If an argument is unknown, of the wrong type or out of range.
+
+    Slots: `velocity` (v) and `look_ahead` (c; ρ in the classical form, and 0 after
+    finalizing). Step metric of its own: `velocity_norm`, the norm of all velocities
+    together.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_gdopt as gdopt
+    >>> optimizer = gdopt.NAG(learning_rate=1.0, momentum=0.5)
+    >>> weight = keras.Variable([1.0])
+    >>> optimizer.apply([keras.ops.convert_to_tensor([1.0])], [weight])
+    >>> print(keras.ops.convert_to_numpy(weight))  # 1 - 0.5, and half of that ahead
+    [0.25]
+    >>> optimizer.finalize_variable_values([weight])
+    >>> print(keras.ops.convert_to_numpy(weight))
+    [0.5]
+
+    Source: Zhang 2019, *Gradient Descent based Optimization Algorithms for Deep
+    Learning Models Training* (arXiv 1903.03614), Eq. 21 and Algorithm 5. Classical
+    form: Nesterov 1983; Sutskever, Martens, Dahl and Hinton 2013, *On the importance
+    of initialization and momentum in deep learning*, Eq. 3-4; Goodfellow, Bengio and
+    Courville 2016, *Deep Learning*, Algorithm 8.3.
+    """
+
+    hyperparameters = ("momentum", "classical")
+    slots = {"velocity": 0.0}
+    scalar_slots = {"look_ahead": 0.0}
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.01,
+        momentum: float = 0.9,
+        classical: bool = False,
+        *,
+        lazy: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate, lazy=lazy, **kwargs)
+        self.momentum = checked_fraction("momentum", momentum)
+        self.classical = checked_flag("classical", classical)
+
+    def update_rule(
+        self, gradient: Tensor, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Update:
+        """From one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
+        del step
+        back = self._way_back(slots)
+        if self.classical:
+            velocity = self.momentum * slots["velocity"] - learning_rate * gradient
+            ahead, change = self.momentum, back + velocity
+        else:
+            velocity = self.momentum * slots["velocity"] + (1 - self.momentum) * gradient
+            ahead, change = learning_rate * self.momentum, back - learning_rate * velocity
+        new_slots = {"velocity": velocity, "look_ahead": ahead}
+        return change - self._way_back(new_slots), new_slots
+
+    def _way_back(self, slots: Slots) -> Tensor:
+        """What leads from the look-ahead point to the weights themselves."""
+        way = slots["look_ahead"] * slots["velocity"]
+        return -way if self.classical else way
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Puts the weights themselves where the look-ahead point is.
+
+        Args:
+            var_list: The model's trainable variables.
+        """
+        for variable in var_list:
+            index = self._trainable_variables_indices.get(self._var_key(variable))
+            if index is None or self._slots["velocity"][index] is None:
+                continue  # not trained by this optimizer
+            slots = {name: slot[index] for name, slot in self._slots.items()}
+            variable.assign(variable + ops.cast(self._way_back(slots), variable.dtype))
+            slots["look_ahead"].assign(ops.zeros_like(slots["look_ahead"]))
+        super().finalize_variable_values(var_list)
+
+    def rule_metrics(
+        self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
+    ) -> dict[str, Tensor]:
+        """The norm of the velocity, see `GradientOptimizer.rule_metrics`."""
+        del learning_rate, step
+        return {"velocity_norm": global_norm(slots["velocity"])}

@@ -1,0 +1,61 @@
+"""Lookahead's two moments with TensorFlow: start of the slow weights, and synchronization."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from keras_gdopt.optimizers.tensorflow_step import compiled, is_distributed, on_every_device
+
+if TYPE_CHECKING:
+    from keras_gdopt.optimizers.lookahead import Lookahead
+
+
+class TensorFlowSync:
+    """Runs what `Lookahead` does around the inner optimizer's step.
+
+    Each of both is one XLA cluster, and a step in which neither is due costs two
+    conditions. Holds no state that is saved.
+    """
+
+    def __init__(self, lookahead: "Lookahead") -> None:
+        self._lookahead = lookahead
+        self._clusters: dict[tuple[Callable[[], None], str], Callable[..., Any]] = {}
+
+    def before(self) -> None:
+        """Sets the slow weights to the weights, where a first step is about to come."""
+        self._wherever_the_weights_are(self._start)
+
+    def after(self, updates: tf.Tensor) -> None:
+        """Counts the inner optimizer's updates, and synchronizes where it is due.
+
+        Args:
+            updates: 1 if the inner optimizer has updated the weights, else 0.
+        """
+        self._wherever_the_weights_are(self._count, updates)
+
+    def _wherever_the_weights_are(self, function: Callable[..., None], *args: Any) -> None:
+        variables = [v for v in self._lookahead._trainable_variables if is_distributed(v)]
+        if variables:
+            on_every_device(variables[0], function, *args)
+        else:
+            function(*args)
+
+    def _start(self, *, device: str = "", first: bool = True) -> None:
+        del first
+        is_new = tf.equal(tf.convert_to_tensor(self._lookahead._fast_updates), 0)
+        tf.cond(is_new, self._cluster(self._lookahead._start, device), lambda: None)
+
+    def _count(self, updates: tf.Tensor, *, device: str = "", first: bool = True) -> None:
+        del first
+        lookahead = self._lookahead
+        count = tf.convert_to_tensor(lookahead._fast_updates) + updates
+        lookahead.assign(lookahead._fast_updates, count)
+        is_due = tf.logical_and(updates > 0, tf.equal(count % lookahead.sync_period, 0))
+        tf.cond(is_due, self._cluster(lookahead._synchronize, device), lambda: None)
+
+    def _cluster(self, function: Callable[[], None], device: str) -> Callable[..., Any]:
+        key = (function, device)
+        if key not in self._clusters:
+            self._clusters[key] = compiled(function)
+        return self._clusters[key]
