@@ -85,10 +85,13 @@ class Adadelta(GradientOptimizer):
         del step
         squares, deltas = slots["accumulated_grad"], slots["accumulated_delta_var"]
         squares = self.rho * squares + (1 - self.rho) * ops.square(gradient)
-        delta = -self._root(deltas) / self._root(squares) * gradient
+        delta = -self._ratio_of_roots(deltas, squares) * gradient
         deltas = self.rho * deltas + (1 - self.rho) * ops.square(delta)
         new_slots = {"accumulated_grad": squares, "accumulated_delta_var": deltas}
         return learning_rate * delta, new_slots
 
-    def _root(self, squares: Tensor) -> Tensor:
-        return ops.sqrt(squares + self.epsilon_root) + self.epsilon
+    def _ratio_of_roots(self, deltas: Tensor, squares: Tensor) -> Tensor:
+        deltas, squares = deltas + self.epsilon_root, squares + self.epsilon_root
+        if not self.epsilon:
+            return ops.sqrt(deltas / squares)  # with one rounding less
+        return (ops.sqrt(deltas) + self.epsilon) / (ops.sqrt(squares) + self.epsilon)

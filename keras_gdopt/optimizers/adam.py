@@ -101,5 +101,5 @@ class Adam(AdaptiveMoments):
         new_slots = {"momentum": m, "velocity": v}
         if self.amsgrad:
             v = new_slots["velocity_hat"] = ops.maximum(slots["velocity_hat"], v)
-        rate, epsilon, epsilon_root = self._bias_corrected(learning_rate, step, gradient.dtype)
-        return -rate * m / (ops.sqrt(v + epsilon_root) + epsilon), new_slots
+        rate, *epsilons = self._bias_corrected(learning_rate, step)
+        return -ops.cast(rate, m.dtype) * m / self._root(v, *epsilons), new_slots

@@ -35,19 +35,23 @@ class AdaptiveMoments(GradientOptimizer):
         v = self.beta_2 * slots["velocity"] + (1 - self.beta_2) * ops.square(gradient)
         return m, v
 
-    def _bias_corrected(
-        self, learning_rate: Tensor, step: Tensor, dtype: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _bias_corrected(self, learning_rate: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A rate and both epsilons with which the raw moments give what is published.
 
         With $c_1 = 1 - \\beta_1^t$ and $c_2 = 1 - \\beta_2^t$,
         $\\eta (m / c_1) / (\\sqrt{v / c_2 + \\epsilon_r} + \\epsilon)$ equals
         $(\\eta \\sqrt{c_2} / c_1)\\, m / (\\sqrt{v + c_2 \\epsilon_r} + \\sqrt{c_2} \\epsilon)$:
         the corrections cost one rounding, and not one for each entry.
+
+        Returns:
+            Rate, epsilon and epsilon_root, in the dtype of `step`.
         """
         correction = one_minus_power(self.beta_2, step)
         root = ops.sqrt(correction)
         rate = ops.cast(learning_rate, step.dtype) * root / one_minus_power(self.beta_1, step)
-        scalars = (rate, self.epsilon * root, self.epsilon_root * correction)
-        rate, epsilon, epsilon_root = (ops.cast(scalar, dtype) for scalar in scalars)
-        return rate, epsilon, epsilon_root
+        return rate, self.epsilon * root, self.epsilon_root * correction
+
+    @staticmethod
+    def _root(v: Tensor, epsilon: Tensor, epsilon_root: Tensor) -> Tensor:
+        """The root of the second moment with its epsilons."""
+        return ops.sqrt(v + ops.cast(epsilon_root, v.dtype)) + ops.cast(epsilon, v.dtype)

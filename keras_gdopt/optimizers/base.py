@@ -456,7 +456,7 @@ class GradientOptimizer(SavedStateOptimizer):
             )
         for name in self.scalar_slots:
             value = ops.convert_to_tensor(new_slots[name], dtype)
-            new_slots[name] = ops.broadcast_to(value, slots[name].shape)
+            new_slots[name] = value + ops.zeros_like(slots[name])
         return change, new_slots
 
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:

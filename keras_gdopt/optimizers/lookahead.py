@@ -73,9 +73,7 @@ class Lookahead(SavedStateOptimizer):
     ) -> None:
         inner = _resolved(optimizer)
         super().__init__(learning_rate=0.0, name=name)
-        # The count and the rate are the inner optimizer's.
-        for variable in list(self._variables):
-            self._untrack_variable(variable)
+        self._unused = len(self._variables)  # Keras's count and rate: the inner one's hold
         self.inner_optimizer = inner
         self.sync_period = checked_count("sync_period", sync_period, minimum=1)
         self.slow_step_size = checked_number("slow_step_size", slow_step_size, above=0.0, most=1.0)
@@ -175,7 +173,7 @@ class Lookahead(SavedStateOptimizer):
     @property
     def variables(self) -> list[Any]:
         """The slow weights and their count, and the inner optimizer's variables."""
-        return self._variables + self.inner_optimizer.variables
+        return self._own_variables() + self.inner_optimizer.variables
 
     @property
     def _learning_rate(self) -> Any:  # where Keras's TensorBoard looks
@@ -191,8 +189,11 @@ class Lookahead(SavedStateOptimizer):
 
     @property
     def loss_scale_factor(self) -> float | None:
-        """The inner optimizer's; `LossScaleOptimizer` sets it to `None`."""
-        return getattr(self, "inner_optimizer", None) and self.inner_optimizer.loss_scale_factor
+        """What the inner optimizer multiplies the loss with (at first, where that changes)."""
+        inner = getattr(self, "inner_optimizer", None)
+        if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+            return inner.initial_scale
+        return inner and inner.loss_scale_factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: float | None) -> None:
@@ -267,6 +268,9 @@ class Lookahead(SavedStateOptimizer):
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         pairs = zip(self._trainable_variables, self._slow, strict=True)
         return (pair for pair in pairs if pair[1] is not None)
+
+    def _own_variables(self) -> list[Any]:
+        return list(self._variables[self._unused :])
 
     def _scalar_variables(self) -> Mapping[str, Any]:
         return {"fast_updates": self._fast_updates}

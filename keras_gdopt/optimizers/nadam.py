@@ -79,7 +79,10 @@ class Nadam(AdaptiveMoments):
     ) -> Update:
         """The rule above, see `GradientOptimizer.update_rule`."""
         m, v = self._moments(gradient, slots)
-        rate, epsilon, epsilon_root = self._bias_corrected(learning_rate, step, gradient.dtype)
-        ahead = self.beta_1 * m + (1 - self.beta_1) * gradient
-        change = -rate * ahead / (ops.sqrt(v + epsilon_root) + epsilon)
-        return change, {"momentum": m, "velocity": v}
+        rate, *epsilons = self._bias_corrected(learning_rate, step)
+        # rate * (beta_1 * m + (1 - beta_1) * gradient), from the old moment and with its
+        # factors in two scalars: two roundings less.
+        square = self.beta_1**2
+        ahead = ops.cast(rate * square, m.dtype) * slots["momentum"]
+        ahead += ops.cast(rate * (1 - square), m.dtype) * gradient
+        return -ahead / self._root(v, *epsilons), {"momentum": m, "velocity": v}

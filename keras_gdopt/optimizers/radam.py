@@ -98,16 +98,14 @@ class RAdam(AdaptiveMoments):
         plain_rate = learning_rate / one_minus_power(self.beta_1, step)
         longest = 2 / (1 - self.beta_2) - 1
         if longest <= self.sma_threshold:
-            return -ops.cast(plain_rate, gradient.dtype) * m, new_slots
+            return -ops.cast(plain_rate, m.dtype) * m, new_slots
         correction = one_minus_power(self.beta_2, step)
         length = longest - 2 * step * (1 - correction) / correction
         rectified = length > self.sma_threshold
         rectification = self._rectification(ops.maximum(length, self.sma_threshold), longest)
-        rate, epsilon, epsilon_root = self._bias_corrected(
-            learning_rate * rectification, step, gradient.dtype
-        )
-        rate = ops.where(rectified, rate, ops.cast(plain_rate, gradient.dtype))
-        divisor = ops.where(rectified, ops.sqrt(v + epsilon_root) + epsilon, 1.0)
+        rate, *epsilons = self._bias_corrected(learning_rate * rectification, step)
+        rate = ops.cast(ops.where(rectified, rate, plain_rate), m.dtype)
+        divisor = ops.where(rectified, self._root(v, *epsilons), 1.0)
         return -rate * m / divisor, new_slots
 
     @staticmethod

@@ -40,6 +40,10 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     # The store that was read last (weakly), and what was wrong with its state.
     _last_load: tuple[weakref.ref[Any], str | None] | None = None
 
+    def _own_variables(self) -> list[Any]:
+        """The variables that are saved; those of an optimizer inside are its own."""
+        return list(self._variables)
+
     def _scalar_variables(self) -> Mapping[str, Any]:
         """Variables that exist from construction on, by the name they are saved under."""
         return {"iteration": self._iterations, "learning_rate": self._learning_rate}
@@ -156,7 +160,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
                 names[id(variable)] = f"{group}.{index}"
         return {
             names.get(id(variable), f"{_UNNAMED}.{position}"): variable
-            for position, variable in enumerate(self._variables)
+            for position, variable in enumerate(self._own_variables())
         }
 
     def _load(self, saved: dict[str, np.ndarray]) -> None:

@@ -79,7 +79,9 @@ def test_nothing_is_compiled_again_where_keras_does_not_compile(tmp_path):
     for name, history in counts["ours"].items():
         traces = [traces for traces, _ in history]
         assert traces in ([2, 2, 2, 3], [1, 1, 1, 2]), name
-        assert [compiled for _, compiled in history] == [1, 1, 1, 1], name
+        # Lookahead's two clusters stand beside the inner optimizer's.
+        clusters = 3 if name.startswith("Lookahead") else 1
+        assert [compiled for _, compiled in history] == [clusters] * 4, name
 
 
 def test_nothing_is_compiled_again_under_jit_compile(tmp_path):

@@ -153,7 +153,7 @@ class _Halved(keras.constraints.Constraint):
     [(keras.constraints.NonNeg(), lambda w: np.maximum(w, 0.0)), (_Halved(), lambda w: w * 0.5)],
     ids=["of Keras", "of one's own"],
 )
-@every_optimizer
+@every_rule
 def test_constraints_equal_numpy(case, constraint, projection, start, gradients, float64):
     optimizer = case(learning_rate=0.1)
     variables = [keras.Variable(w) for w in start]
@@ -247,10 +247,10 @@ def test_constraints_of_embeddings(case, rng, float64):
     start = np.abs(rng.normal(size=(5, 2)))
     table = keras.Variable(start)
     table.constraint = keras.constraints.NonNeg()
-    optimizer = case(learning_rate=1.0, lazy=True)
+    optimizer = case(learning_rate=1e4, lazy=True)
     optimizer.apply([tf.IndexedSlices(tf.constant([[100.0, -1.0]], "float64"), [1])], [table])
-    expected = case.transcribed(start[1], [[100.0, -1.0]], [1.0])[-1]
-    np.testing.assert_allclose(table.numpy()[1], np.maximum(expected, 0.0), atol=1e-12)
+    expected = case.transcribed(start[1], [[100.0, -1.0]], [1e4])[-1]
+    np.testing.assert_allclose(table.numpy()[1], np.maximum(expected, 0.0), rtol=1e-12)
     assert table.numpy()[1, 0] == 0.0
 
 
@@ -317,6 +317,8 @@ def test_mixed_precision_equals_the_rule_on_the_same_gradients(case, policy, rng
     start = model.get_weights()
     optimizer = case(learning_rate=0.1)
     model.compile(optimizer, "mse")
+    # NAG and Lookahead change the weights at the end of `fit`.
+    object.__setattr__(optimizer, "finalize_variable_values", lambda variables: None)
     seen = []
     apply = optimizer.apply
 
@@ -383,9 +385,10 @@ def test_both_devices_hold_the_same_weights(case, two_devices, rng):
     start = _mlp().get_weights()
     with two_devices.scope():
         model = _fitted(case(learning_rate=0.05), start, data)
-    # Without the counts and rates, which only the first device need hold.
-    slots = [v for v in model.optimizer.variables if len(v.shape)]
-    assert len(slots) >= 4 * len(case.initial_slots(())) or not case.initial_slots(())
+    # Without the count and the rate, which only the first device need hold.
+    unshared = {"iteration", "learning_rate"}
+    slots = [v for v in model.optimizer.variables if v.name not in unshared]
+    assert len(slots) >= 4 * len(case.initial_slots(()))
     for variable in [*model.trainable_variables, *slots]:
         first, second = two_devices.experimental_local_results(variable.value)
         np.testing.assert_array_equal(first, second)
@@ -445,7 +448,7 @@ def test_apply_outside_of_the_scope_updates_both_devices(case, compiled, two_dev
         step(tf.constant([0.5, -1.0]))
     expected = case.transcribed([1.0, 2.0], [[0.5, -1.0]] * 2, [0.1] * 2)[-1]
     for value in two_devices.experimental_local_results(variable.value):
-        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
 
 
 @every_rule
