@@ -51,7 +51,8 @@ class AdaptiveMoments(GradientOptimizer):
         rate = ops.cast(learning_rate, step.dtype) * root / one_minus_power(self.beta_1, step)
         return rate, self.epsilon * root, self.epsilon_root * correction
 
-    @staticmethod
-    def _root(v: Tensor, epsilon: Tensor, epsilon_root: Tensor) -> Tensor:
+    def _root(self, v: Tensor, epsilon: Tensor, epsilon_root: Tensor) -> Tensor:
         """The root of the second moment with its epsilons."""
-        return ops.sqrt(v + ops.cast(epsilon_root, v.dtype)) + ops.cast(epsilon, v.dtype)
+        if self.epsilon_root:
+            v = v + ops.cast(epsilon_root, v.dtype)
+        return ops.sqrt(v) + ops.cast(epsilon, v.dtype)

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+_SMALLEST_PART, _MOST_PARTS = 2**15, 8
+
 Tensor = Any
 """A tensor of the Keras backend in use."""
 
@@ -29,7 +31,24 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors together, which may differ in dtype."""
     dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors}
     dtype = "float64" if "float64" in dtypes else "float32"
-    return ops.sqrt(sum(ops.sum(ops.square(ops.cast(tensor, dtype))) for tensor in tensors))
+    return ops.sqrt(sum(sum_of_squares(ops.cast(tensor, dtype)) for tensor in tensors))
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's squared entries.
+
+    On a CPU, XLA sums in one thread, and slowly where there are several axes; so a
+    large tensor's parts are first added to one another entry by entry, which XLA does
+    in all threads.
+    """
+    size = math.prod(tensor.shape) if None not in tuple(tensor.shape) else 0
+    parts = min(size // _SMALLEST_PART, _MOST_PARTS)
+    if parts < 2:
+        return ops.sum(ops.square(tensor))
+    squares = ops.square(ops.reshape(tensor, (size,)))
+    length = size // parts
+    total = ops.sum(sum(squares[i * length : (i + 1) * length] for i in range(parts)))
+    return total + ops.sum(squares[parts * length :]) if size % parts else total
 
 
 def computation_dtype(variable_dtype: Any) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import computation_dtype
+from keras_gdopt.optimizers.arithmetic import computation_dtype, sum_of_squares
 from keras_gdopt.optimizers.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from keras_gdopt.optimizers.base import GradientOptimizer
+
+
+# Entries. A `fit` step of an MLP of 51 k parameters takes 1.12 times as long as with
+# Keras's Adam where the update is a cluster, and as long where it is not; one of 127 k
+# 0.83 and 0.98 times (benchmarks/fit_step.py).
+SMALLEST_CLUSTER = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +48,19 @@ class TensorFlowStep:
         self.metrics = StepMetrics(optimizer)
         self._optimizer = optimizer
         self._clusters: dict[_Plan, Callable[..., Any]] = {}
+        # Traced once for each shape, however many variables have it.
+        self._rules: dict[Any, Callable[..., Any]] = {}
         self._dense_squares: Callable[..., Any] | None = None
 
     def forget_clusters(self) -> None:
         """Compiles anew at the next step, for a setting of the optimizer has changed."""
         self._clusters.clear()
+        self._rules.clear()
         self._dense_squares = None
 
     # --- a whole step --------------------------------------------------------
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         """What Keras's `apply` does, with sparse rows merged first.
 
@@ -159,7 +170,11 @@ class TensorFlowStep:
 
     def _cluster(self, plan: _Plan) -> Callable[..., Any]:
         if plan not in self._clusters:
-            self._clusters[plan] = compiled(functools.partial(self._cluster_body, plan))
+            variables = self._optimizer._trainable_variables
+            self._clusters[plan] = compiled(
+                functools.partial(self._cluster_body, plan),
+                [variables[index] for index in plan.dense],
+            )
         return self._clusters[plan]
 
     def _cluster_body(
@@ -187,8 +202,8 @@ class TensorFlowStep:
             clipped = self._clipped(grads, norm)
             for index, gradient in zip(plan.dense, clipped, strict=True):
                 variable = variables[index]
-                change, new_slots[index] = optimizer._ruled(
-                    gradient, self._slots_of(index), learning_rate, step, variable.dtype
+                change, new_slots[index] = self._rule(variable.dtype)(
+                    gradient, self._slots_of(index), learning_rate, step
                 )
                 value = tf.cast(variable, change.dtype)
                 if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
@@ -231,6 +246,13 @@ class TensorFlowStep:
         for index, value in values.items():
             optimizer.assign(variables[index], value)
         return metrics
+
+    def _rule(self, dtype: Any) -> Callable[..., Any]:
+        if dtype not in self._rules:
+            self._rules[dtype] = tf.function(
+                functools.partial(self._optimizer._ruled, variable_dtype=dtype), autograph=False
+            )
+        return self._rules[dtype]
 
     def _accumulated(self, plan: _Plan, grads: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The mean gradients of an update; otherwise adds `grads` to the sums."""
@@ -302,7 +324,8 @@ class TensorFlowStep:
         for index, gradient in gradients.items():
             variable = optimizer._trainable_variables[index]
             if not _is_sparse(gradient):
-                merged[index] = tf.ensure_shape(gradient, variable.shape)
+                known = gradient.shape.is_fully_defined()
+                merged[index] = gradient if known else tf.ensure_shape(gradient, variable.shape)
                 continue
             values = tf.cast(gradient.values, computation_dtype(variable.dtype))
             if by_row and not optimizer.gradient_accumulation_steps:
@@ -411,7 +434,8 @@ class TensorFlowStep:
                 self._dense_squares = compiled(
                     lambda grads: self._square(
                         [self._unscaled(tf.cast(g, self._norm_dtype)) for g in grads]
-                    )
+                    ),
+                    dense.values(),
                 )
             square += self._dense_squares(list(dense.values()))
         return tf.sqrt(square)
@@ -419,7 +443,7 @@ class TensorFlowStep:
     def _square(self, tensors: Iterable[Any]) -> tf.Tensor:
         """The squared Euclidean norm of all tensors together, sparse ones merged."""
         dtype = self._norm_dtype
-        squares = [tf.reduce_sum(tf.square(tf.cast(_values(t), dtype))) for t in tensors]
+        squares = [_sum_of_squares(tf.cast(_values(t), dtype)) for t in tensors]
         return tf.add_n(squares) if squares else tf.zeros((), dtype)
 
     @functools.cached_property
@@ -439,9 +463,22 @@ class TensorFlowStep:
         return {name: tf.convert_to_tensor(slot[index]) for name, slot in slots.items()}
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of tensors and variables, as one XLA cluster wherever it is called."""
-    return tf.function(function, jit_compile=xla_is_available(), autograph=False)
+def compiled(function: Callable[..., Any], tensors: Iterable[Any]) -> Callable[..., Any]:
+    """A function as one XLA cluster wherever it is called.
+
+    The launch of a cluster costs more than it saves where there is little to compute;
+    such a function runs as plain operations, unless it is called from compiled code.
+
+    Args:
+        function: Of tensors and variables.
+        tensors: What it computes on, for its size.
+    """
+    large = sum(math.prod(tensor.shape) for tensor in tensors) >= SMALLEST_CLUSTER
+    return tf.function(function, jit_compile=large and xla_is_available(), autograph=False)
+
+
+# Traced once for each shape.
+_sum_of_squares = tf.function(sum_of_squares, autograph=False)
 
 
 @functools.cache

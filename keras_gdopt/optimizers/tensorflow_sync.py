@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class TensorFlowSync:
     """Runs what `Lookahead` does around the inner optimizer's step.
 
-    Each of both is one XLA cluster, and a step in which neither is due costs two
+    Each of both is one cluster, and a step in which neither is due costs two
     conditions. Holds no state that is saved.
     """
 
@@ -57,5 +57,5 @@ class TensorFlowSync:
     def _cluster(self, function: Callable[[], None], device: str) -> Callable[..., Any]:
         key = (function, device)
         if key not in self._clusters:
-            self._clusters[key] = compiled(function)
+            self._clusters[key] = compiled(function, self._lookahead._trainable_variables)
         return self._clusters[key]

@@ -11,12 +11,14 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
 from tests.optimizer_cases import CASES, every_optimizer, every_rule
 
 # XLA writes a file for each module it compiles; only a new process heeds the flag.
 _COUNT = """
 import json, os, sys
 import keras, numpy as np
+from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
 from tests.optimizer_cases import CASES
 
 def compilations():
@@ -24,7 +26,9 @@ def compilations():
     return len({name.split(".")[0] for name in names})
 
 def counts(optimizer):
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), keras.layers.Dense(1)])
+    # Large enough for a cluster.
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,)), dense(SMALLEST_CLUSTER // 4), dense(1)])
     model.compile(optimizer, "mse", jit_compile=jit_compile)
     traces, train_step = [], model.train_step
     model.train_step = lambda data: (traces.append(1), train_step(data))[1]
@@ -154,7 +158,8 @@ def test_update_step_compiles_by_itself(case):
 def test_one_cluster_holds_all_dense_variables(case):
     """Clipping, decay, averages and constraints, too: no other op touches a variable."""
     optimizer = case(weight_decay=0.1, global_clipnorm=1.0, use_ema=True)
-    variables = [keras.Variable(np.ones((3, i + 1)), name=f"v{i}") for i in range(3)]
+    shapes = [(2, SMALLEST_CLUSTER // 2), (3, 1), (3, 2)]
+    variables = [keras.Variable(np.ones(shape)) for shape in shapes]
     variables[0].constraint = keras.constraints.MaxNorm(1.0)
     optimizer.build(variables)
 
@@ -170,6 +175,16 @@ def test_one_cluster_holds_all_dense_variables(case):
     (cluster,) = touching
     assert cluster.type == "StatefulPartitionedCall"
     assert cluster.get_attr("_XlaMustCompile")
+
+
+def test_a_small_model_runs_as_plain_operations():
+    """The launch of a cluster would cost more than the update."""
+    optimizer, variable = gdopt.Adam(), keras.Variable(np.ones(SMALLEST_CLUSTER - 1))
+    optimizer.build([variable])
+    step = tf.function(lambda: optimizer.apply([tf.ones(variable.shape)]))
+    functions = step.get_concrete_function().graph._functions
+    assert functions
+    assert not any(f.definition.attr["_XlaMustCompile"].b for f in functions.values())
 
 
 def test_memory_of_clusters_does_not_grow():

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
 from tests.optimizer_cases import every_optimizer, every_rule, every_variant
 
 SHAPES = [(), (3,), (2, 3), (2, 3, 2), (2, 2, 3, 2)]
@@ -56,16 +57,16 @@ def test_update_step_by_itself_equals_apply(case, rng, float64):
     np.testing.assert_allclose(variable.numpy(), by_apply[-1][0], rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", [10_000, SMALLEST_CLUSTER], ids=["plain", "cluster"])
 @every_rule
-def test_a_float32_step_is_right_to_four_units_in_the_last_place(case, rng):
+def test_a_float32_step_is_right_to_four_units_in_the_last_place(case, size, rng):
     """Of its largest term, from any state: the rule starts from the same float32 state."""
-    size = 10_000
     optimizer = case(learning_rate=0.01)
     hyperparameters = case.hyperparameters(optimizer)
     eta = float(np.float32(0.01))
     variable = keras.Variable(np.zeros(size, "float32"))
     optimizer.build([variable])
-    for t in range(1, 31):
+    for t in range(1, 16):
         # Weights start from 0, so that the change itself is what is measured.
         variable.assign(np.zeros(size, "float32"))
         before = {

@@ -1,0 +1,142 @@
+"""Times contenders in turn, within one process, and prints one table of them."""
+
+import gc
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PAGE = 4096
+
+
+@dataclass
+class Contender:
+    """Something that makes a step again and again.
+
+    Args:
+        name: As the table shows it.
+        make: Called once; returns the step, which returns when its work is done.
+    """
+
+    name: str
+    make: Callable[[], Callable[[], object]]
+    compile_seconds: float = field(default=0.0, init=False)
+    memory: float = field(default=0.0, init=False)
+    seconds: list[float] = field(default_factory=list, init=False)
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Work:
+    """Contenders that do the same; the first is what the others are compared with."""
+
+    name: str
+    contenders: Sequence[Contender]
+    steps: int = 1
+    """Steps between two looks at the clock."""
+    bounds: dict[str, float] = field(default_factory=dict)
+    """Ratios to the first contender that must not be exceeded, by name."""
+
+
+def measure(work: Work, repetitions: int) -> None:
+    """Warms each contender up, then times them in turn.
+
+    Args:
+        work: What to measure; the results are kept in its contenders.
+        repetitions: How often each contender is timed.
+    """
+    steps = []
+    for contender in work.contenders:
+        gc.collect()
+        with _PeakMemory() as peak:
+            started = time.perf_counter()
+            step = contender.make()
+            step()
+            step()  # TensorFlow traces a step that makes variables twice
+            contender.compile_seconds = time.perf_counter() - started
+            for _ in range(5):
+                step()
+        contender.memory = peak.growth
+        steps.append(step)
+    for repetition in range(repetitions):
+        # In turns, and every other time backwards: neither side has the better half.
+        order = list(zip(work.contenders, steps, strict=True))
+        for contender, step in order if repetition % 2 else reversed(order):
+            started = time.perf_counter()
+            for _ in range(work.steps):
+                step()
+            contender.seconds.append((time.perf_counter() - started) / work.steps)
+
+
+def table(works: Sequence[Work]) -> str:
+    """A Markdown table of what was measured.
+
+    A ratio is the median over the repetitions of a contender's time to that of the
+    first in the same repetition.
+    """
+    lines = [
+        "| work | contender | ms a step | ratio | bound | to the first step, s | memory, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for work in works:
+        first = work.contenders[0]
+        for contender in work.contenders:
+            pairs = zip(contender.seconds, first.seconds, strict=True)
+            ratio = statistics.median(own / its for own, its in pairs)
+            bound = work.bounds.get(contender.name)
+            mark = "" if bound is None else f"{bound:g}" + ("" if ratio <= bound else " missed")
+            lines.append(
+                f"| {work.name} | {contender.name} | {contender.median * 1e3:.3f} | {ratio:.3f} | "
+                f"{mark} | {contender.compile_seconds:.1f} | {contender.memory / 1e6:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+class _PeakMemory:
+    """By how much the process's resident memory grew at most."""
+
+    def __enter__(self) -> "_PeakMemory":
+        self._before = self._most = _resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self._most = max(self._most, _resident())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def growth(self) -> float:
+        """In bytes; 0 where the system has no `/proc`."""
+        return self._most - self._before
+
+
+def _resident() -> float:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * _PAGE if statm.exists() else 0
+
+
+def environment() -> str:
+    """One line on what was measured with."""
+    import os
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("tensorflow", "keras", "torch", "jax", "optax"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, " + ", ".join(found)
