@@ -1,8 +1,8 @@
 """The update alone: ours, Keras's, optax's and torch's on the same shapes.
 
-    python -m benchmarks.update_step              # all of it
-    python -m benchmarks.update_step resnet50     # one of: resnet50 rules one-tensor mlp
-                                                  #   embedding settings metrics lookahead
+python -m benchmarks.update_step              # all of it
+python -m benchmarks.update_step resnet50     # one of: resnet50 rules one-tensor mlp
+                                              #   embedding settings metrics lookahead
 
 The peers beside Keras need the extra `bench`.
 """
@@ -77,7 +77,7 @@ def with_keras(
 
 
 def with_optax(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
-    """optax's Adam, jitted, its buffers donated."""
+    """Adam of optax, jitted, its buffers donated."""
 
     def make() -> Callable[[], object]:
         import jax
@@ -104,7 +104,7 @@ def with_optax(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
 
 
 def with_torch(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
-    """torch's fused Adam: one pass over the memory."""
+    """Adam of torch, fused: one pass over the memory."""
 
     def make() -> Callable[[], object]:
         import torch

@@ -11,6 +11,8 @@ import pytest
 
 import keras_gdopt as gdopt
 
+BRISK = {"Adadelta": 100}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,6 +27,10 @@ class Case:
     def __str__(self) -> str:
         given = ",".join(f"{name}={value}" for name, value in self.arguments)
         return f"{self.cls.__name__}({given})"
+
+    def brisk(self, learning_rate: float, **kwargs: Any) -> Any:
+        """With a rate that shows in a few steps: Adadelta's multiplies small steps."""
+        return self(learning_rate=learning_rate * BRISK.get(self.cls.__name__, 1), **kwargs)
 
     @property
     def reference(self) -> Any:
@@ -123,6 +129,26 @@ def _cases(cls) -> list[Case]:
 VARIANTS = [case for cls in optimizer_classes() for case in _variants(cls)]
 CASES = [case for cls in optimizer_classes() for case in _cases(cls)]
 RULES = [case for case in CASES if not isinstance(case, WrapperCase)]
+
+# Those that differ in more than their rule: scalars of their own and changes at the end of
+# `fit` (NAG), another optimizer inside (Lookahead), and for the rest Adam.
+A_FEW = [
+    case for case in CASES if str(case) in ("Adam()", "NAG()") or isinstance(case, WrapperCase)
+]
+
+
+def every_optimizer_with(name: str, values) -> pytest.MarkDecorator:
+    """Each optimizer with the first of the values, and a few with all of them.
+
+    What a setting does is up to the base class, and not to the rule.
+    """
+    values = list(values)
+    pairs = [(case, value) for case in CASES for value in values[:1]]
+    pairs += [(case, value) for case in A_FEW for value in values[1:]]
+    return pytest.mark.parametrize(
+        ("case", name), pairs, ids=[f"{case}-{value}" for case, value in pairs]
+    )
+
 
 every_variant = pytest.mark.parametrize("case", VARIANTS, ids=str)
 every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,6 +1,7 @@
 """What Adam, Nadam and RAdam share: two moments, their decays and two epsilons."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from keras import ops
 
@@ -12,8 +13,7 @@ from keras_gdopt.optimizers.base import GradientOptimizer, Slots
 class AdaptiveMoments(GradientOptimizer):
     """Keeps moving averages of the gradient and of its square, `momentum` and `velocity`."""
 
-    hyperparameters = ("beta_1", "beta_2", "epsilon", "epsilon_root")
-    slots = {"momentum": 0.0, "velocity": 0.0}
+    hyperparameters: ClassVar[Sequence[str]] = ("beta_1", "beta_2", "epsilon", "epsilon_root")
 
     def __init__(
         self,
@@ -29,6 +29,11 @@ class AdaptiveMoments(GradientOptimizer):
         self.beta_2 = checked_fraction("beta_2", beta_2)
         self.epsilon, self.epsilon_root = checked_epsilons(epsilon, epsilon_root)
 
+    @property
+    def slots(self) -> Mapping[str, float]:
+        """The moments, see `GradientOptimizer.slots`."""
+        return {"momentum": 0.0, "velocity": 0.0}
+
     def _moments(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Both moving averages, without their bias corrections."""
         m = self.beta_1 * slots["momentum"] + (1 - self.beta_1) * gradient
@@ -36,11 +41,11 @@ class AdaptiveMoments(GradientOptimizer):
         return m, v
 
     def _bias_corrected(self, learning_rate: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A rate and both epsilons with which the raw moments give what is published.
+        r"""A rate and both epsilons with which the raw moments give what is published.
 
-        With $c_1 = 1 - \\beta_1^t$ and $c_2 = 1 - \\beta_2^t$,
-        $\\eta (m / c_1) / (\\sqrt{v / c_2 + \\epsilon_r} + \\epsilon)$ equals
-        $(\\eta \\sqrt{c_2} / c_1)\\, m / (\\sqrt{v + c_2 \\epsilon_r} + \\sqrt{c_2} \\epsilon)$:
+        With $c_1 = 1 - \beta_1^t$ and $c_2 = 1 - \beta_2^t$,
+        $\eta (m / c_1) / (\sqrt{v / c_2 + \epsilon_r} + \epsilon)$ equals
+        $(\eta \sqrt{c_2} / c_1)\, m / (\sqrt{v + c_2 \epsilon_r} + \sqrt{c_2} \epsilon)$:
         the corrections cost one rounding, and not one for each entry.
 
         Returns:

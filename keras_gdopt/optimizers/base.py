@@ -229,9 +229,7 @@ class GradientOptimizer(SavedStateOptimizer):
         self._find_excluded_from_weight_decay(variables)
         super().build(variables)
         self._slots = {
-            name: self.add_optimizer_variables(
-                variables, name, functools.partial(_filled, initial)
-            )
+            name: self.add_optimizer_variables(variables, name, functools.partial(_filled, initial))
             for name, initial in self._slot_initial_values().items()
         }
         self._restore_loaded_state()

@@ -195,9 +195,7 @@ def test_fit_leaves_the_slow_weights_in_the_model(start, gradients, float64):
     _, slow_weights = _transcribed("Adam", start, gradients)
     model = _model(_lookahead("Adam"), start)
     model.fit(gradients, np.zeros(11), batch_size=1, shuffle=False, verbose=0)
-    np.testing.assert_allclose(
-        model.layers[0].kernel.numpy(), slow_weights[-1], rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(model.layers[0].kernel.numpy(), slow_weights[-1], rtol=0, atol=1e-12)
 
 
 def test_slow_weights_of_bfloat16_variables_are_in_float32():
@@ -393,9 +391,8 @@ def test_state_that_keras_would_drop_is_an_error(start, gradients, tmp_path):
     model.save(tmp_path / "a.keras")
     custom = {"_Linear": _Linear, "_itself": _itself}
     loaded = keras.models.load_model(tmp_path / "a.keras", custom_objects=custom)
-    np.testing.assert_array_equal(
-        loaded.optimizer.inner_optimizer.variables[-1], model.optimizer.inner_optimizer.variables[-1]
-    )
+    received, expected = (m.optimizer.inner_optimizer.variables[-1] for m in (loaded, model))
+    np.testing.assert_array_equal(received, expected)
 
 
 def test_state_of_another_model_is_an_error(start, gradients):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer, every_rule
+from tests.optimizer_cases import A_FEW, every_optimizer, every_optimizer_with, every_rule
 
 
 def _data(rng, samples=48):
@@ -307,8 +307,7 @@ def test_a_changed_learning_rate_compiles_nothing_again():
 # --- mixed precision -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@every_optimizer
+@every_optimizer_with("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_equals_the_rule_on_the_same_gradients(case, policy, rng):
     """Weights stay in float32; the wrapper of Keras unscales before ours begins."""
     keras.mixed_precision.set_global_policy(policy)
@@ -339,13 +338,12 @@ def test_mixed_precision_equals_the_rule_on_the_same_gradients(case, policy, rng
         np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
-@every_optimizer
+@every_optimizer_with("jit_compile", [True, False])
 def test_mixed_float16_skips_steps_that_overflow(case, jit_compile, rng):
     keras.mixed_precision.set_global_policy("mixed_float16")
     x, y = _data(rng)
     model = _mlp()
-    model.compile(case(learning_rate=0.01), "mse", jit_compile=jit_compile)
+    model.compile(case.brisk(0.01), "mse", jit_compile=jit_compile)
     before = model.get_weights()
     model.fit(x[:8] * 1e5, y[:8], batch_size=8, verbose=0)
     _assert_close(model.get_weights(), before, rtol=0, atol=0)
@@ -356,6 +354,14 @@ def test_mixed_float16_skips_steps_that_overflow(case, jit_compile, rng):
 # --- strategies ----------------------------------------------------------------------
 
 STRATEGY_SETTINGS = {
+    "everything": {
+        "learning_rate": keras.optimizers.schedules.CosineDecay(0.1, 20),
+        "global_clipnorm": 0.5,
+        "weight_decay": 0.1,
+        "use_ema": True,
+        "ema_momentum": 0.5,
+        "ema_overwrite_frequency": 3,
+    },
     "plain": {},
     "schedule": {"learning_rate": keras.optimizers.schedules.CosineDecay(0.1, 20)},
     "clipnorm": {"clipnorm": 0.1},
@@ -365,8 +371,7 @@ STRATEGY_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", STRATEGY_SETTINGS)
-@every_optimizer
+@every_optimizer_with("setting", STRATEGY_SETTINGS)
 def test_two_devices_equal_one(case, setting, two_devices, rng):
     data = _data(rng)
     start = _mlp().get_weights()
@@ -377,25 +382,16 @@ def test_two_devices_equal_one(case, setting, two_devices, rng):
     _assert_close(two.get_weights(), one.get_weights())
     for ours, single in zip(two.optimizer.variables, one.optimizer.variables, strict=True):
         np.testing.assert_allclose(ours.numpy(), single.numpy(), rtol=1e-4, atol=1e-6)
-
-
-@every_optimizer
-def test_both_devices_hold_the_same_weights(case, two_devices, rng):
-    data = _data(rng)
-    start = _mlp().get_weights()
-    with two_devices.scope():
-        model = _fitted(case(learning_rate=0.05), start, data)
     # Without the count and the rate, which only the first device need hold.
     unshared = {"iteration", "learning_rate"}
-    slots = [v for v in model.optimizer.variables if v.name not in unshared]
+    slots = [v for v in two.optimizer.variables if v.name not in unshared]
     assert len(slots) >= 4 * len(case.initial_slots(()))
-    for variable in [*model.trainable_variables, *slots]:
+    for variable in [*two.trainable_variables, *slots]:
         first, second = two_devices.experimental_local_results(variable.value)
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-@every_optimizer
+@every_optimizer_with("lazy", [True, False])
 def test_two_devices_sum_repeated_rows(case, lazy, two_devices, rng):
     """The same row may come from both devices."""
     ids = rng.integers(0, 5, size=(32, 3))
@@ -421,7 +417,7 @@ def test_two_devices_sum_repeated_rows(case, lazy, two_devices, rng):
     _assert_close(two, one)
 
 
-@every_optimizer
+@pytest.mark.parametrize("case", A_FEW, ids=str)
 def test_two_devices_in_mixed_float16(case, two_devices, rng):
     keras.mixed_precision.set_global_policy("mixed_float16")
     data = _data(rng)
@@ -433,8 +429,7 @@ def test_two_devices_in_mixed_float16(case, two_devices, rng):
     _assert_close(two.get_weights(), one.get_weights(), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@every_optimizer
+@every_optimizer_with("compiled", [True, False])
 def test_apply_outside_of_the_scope_updates_both_devices(case, compiled, two_devices, rng):
     with two_devices.scope():
         optimizer, variable = case(learning_rate=0.1), keras.Variable([1.0, 2.0])

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer, every_rule
+from tests.optimizer_cases import every_optimizer, every_optimizer_with, every_rule
 
 ROWS, WIDTH = 12, 3
 # Repeated within a batch; rows 8 to 11 never come.
@@ -34,6 +34,14 @@ def _trained(optimizer, start, gradients):
 
 
 SETTINGS = {
+    "everything": {
+        "global_clipnorm": 0.5,
+        "weight_decay": 0.1,
+        "use_ema": True,
+        "ema_momentum": 0.5,
+        "ema_overwrite_frequency": 3,
+        "loss_scale_factor": 8.0,
+    },
     "plain": {},
     "clipnorm": {"clipnorm": 0.5},
     "clipvalue": {"clipvalue": 0.3},
@@ -45,8 +53,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@every_optimizer
+@every_optimizer_with("setting", SETTINGS)
 def test_exact_mode_equals_the_dense_gradient(case, setting, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
     sparse, dense = _gradients(rng)
@@ -108,8 +115,7 @@ def _fit_both(new_optimizer, rng, jit_compile):
     return model.get_weights(), twin.get_weights()
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
-@every_optimizer
+@every_optimizer_with("jit_compile", [True, False])
 def test_fit_of_an_embedding_equals_its_dense_twin(case, jit_compile, rng):
     received, expected = _fit_both(lambda: case(learning_rate=0.05), rng, jit_compile)
     for a, b in zip(received, expected, strict=True):
@@ -138,8 +144,7 @@ def _custom_step(optimizer, table, sparse):
     return step
 
 
-@pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
-@every_optimizer
+@every_optimizer_with("compiled", ["xla", "graph", "eager"])
 def test_custom_loop_over_an_embedding_equals_the_dense_gradient(case, compiled, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
     tables = []

@@ -30,6 +30,5 @@ def terms(g, slots, eta, t, beta_1, beta_2, epsilon, epsilon_root):
     rate = eta / (1 - beta_1**t) / (np.sqrt(v_hat + epsilon_root) + epsilon)
     return [
         -rate * beta_1**2 * slots["momentum"],
-        -rate * beta_1 * (1 - beta_1) * g,
-        -rate * (1 - beta_1) * g,
+        -rate * (beta_1 * (1 - beta_1) + (1 - beta_1)) * g,
     ]

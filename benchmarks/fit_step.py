@@ -1,0 +1,110 @@
+"""A whole step of `model.fit`, ours against Keras's, both as Keras compiles by default.
+
+python -m benchmarks.fit_step                # both models
+python -m benchmarks.fit_step mlp-51k        # one of: mlp-2048 mlp-51k
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from benchmarks.side_by_side import Contender, Work, environment, measure, table
+
+BATCH = 32
+
+
+def _contender(
+    name: str, optimizer: Callable[[], Any], inputs: int, hidden: list[int], batches: int
+) -> Contender:
+    """An epoch of `fit` on data that lies in memory as batches."""
+
+    def make() -> Callable[[], object]:
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(BATCH * batches, inputs)).astype("float32")
+        y = rng.integers(0, 10, size=BATCH * batches)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).cache().prefetch(4)
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(units, activation="relu") for units in hidden]
+        model = keras.Sequential([keras.Input((inputs,)), *layers, keras.layers.Dense(10)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer(), loss)
+        return lambda: model.fit(data, epochs=1, verbose=0)
+
+    return Contender(name, make)
+
+
+def _work(
+    name: str, inputs: int, hidden: list[int], *, batches: int, contenders: dict, bounds: dict
+) -> Work:
+    return Work(
+        f"fit, {name}, batch {BATCH}, an epoch of {batches}",
+        [
+            _contender(label, optimizer, inputs, hidden, batches)
+            for label, optimizer in contenders.items()
+        ],
+        bounds=bounds,
+    )
+
+
+def mlp_2048() -> Work:
+    """Of 2048-2048-2048-10 units, 8.4 million parameters: the update is most of a step."""
+    return _work(
+        "MLP 2048-2048-2048-10",
+        2048,
+        [2048, 2048],
+        batches=20,
+        contenders={
+            "keras.Adam": keras.optimizers.Adam,
+            "Adam": gdopt.Adam,
+            "RAdam": gdopt.RAdam,
+        },
+        bounds={"Adam": 0.8},
+    )
+
+
+def mlp_51k() -> Work:
+    """Of 784-64-10 units, 51 thousand parameters: calls cost more than arithmetic."""
+    return _work(
+        "MLP of 51 k",
+        784,
+        [64],
+        batches=200,
+        contenders={
+            "keras.Adam": keras.optimizers.Adam,
+            "Adam": gdopt.Adam,
+            "RAdam": gdopt.RAdam,
+            "keras.SGD": keras.optimizers.SGD,
+            "GradientDescent": gdopt.GradientDescent,
+        },
+        bounds={"Adam": 1.03},
+    )
+
+
+WORKS = {"mlp-2048": mlp_2048, "mlp-51k": mlp_51k}
+
+
+def main() -> None:
+    """Measures what the command line names, and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", nargs="*", help=f"any of {', '.join(WORKS)}; default: both")
+    parser.add_argument("--repetitions", type=int, default=40)
+    arguments = parser.parse_args()
+    unknown = set(arguments.work) - set(WORKS)
+    if unknown:
+        parser.error(f"no work named {sorted(unknown)}; expected any of {list(WORKS)}")
+    works = [WORKS[name]() for name in arguments.work or WORKS]
+    for work in works:
+        measure(work, arguments.repetitions)
+    print(f"\n{environment()}\n\n{table(works)}")
+
+
+if __name__ == "__main__":
+    main()
