@@ -102,7 +102,10 @@ def load(name: str, seed: int) -> Data:
 
 
 def available_optimizers() -> dict[str, Callable[[], keras.optimizers.Optimizer]]:
-    """Every optimizer of the package that can be made without arguments, by name."""
+    """Every optimizer of the package with its default arguments, by name.
+
+    One that wraps another optimizer is put around Adam.
+    """
     found: dict[str, Callable[[], keras.optimizers.Optimizer]] = {}
     for name in gdopt.__all__:
         candidate = getattr(gdopt, name)
@@ -111,11 +114,15 @@ def available_optimizers() -> dict[str, Callable[[], keras.optimizers.Optimizer]
         if not issubclass(candidate, keras.optimizers.Optimizer):
             continue
         parameters = inspect.signature(candidate).parameters.values()
-        if all(
-            p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        required = [
+            p.name
             for p in parameters
-        ):
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if not required:
             found[name] = candidate
+        elif required == ["optimizer"]:
+            found[name] = lambda wrapper=candidate: wrapper(gdopt.Adam())
     return found
 
 
@@ -217,10 +224,17 @@ def write_summary(log_dir: Path, summary: Any) -> None:
 
 
 def hparams(name: str, optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The optimizer's name and the numbers and switches of its own."""
+    """The optimizer's name and the numbers and switches of its own, and of one inside it."""
+    inside = hparams(name, optimizer.inner_optimizer) if is_wrapper(optimizer) else {}
     own = inspect.signature(type(optimizer)).parameters
     config = {key: value for key, value in optimizer.get_config().items() if key in own}
-    return {"optimizer": name, **{k: v for k, v in config.items() if isinstance(v, (int, float))}}
+    numbers = {key: value for key, value in config.items() if isinstance(value, (int, float))}
+    return {"optimizer": name, **inside, **numbers}
+
+
+def is_wrapper(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether another optimizer is inside, as in Lookahead."""
+    return hasattr(optimizer, "inner_optimizer")
 
 
 def write_hparams_columns(log_dir: Path, names: list[str]) -> None:
@@ -285,7 +299,8 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         default=list(optimizers),
-        help=f"some of {', '.join(optimizers)}; each with its default arguments",
+        help=f"some of {', '.join(optimizers)}; each with its default arguments, Lookahead "
+        "around Adam",
     )
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training set")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and batches")
