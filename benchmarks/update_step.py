@@ -231,7 +231,7 @@ def _adam(name: str, shapes: Sequence[tuple[int, ...]], steps: int = 1) -> Work:
 def settings() -> list[Work]:
     """Adam with what a language model's training adds to it."""
     shapes = resnet50_shapes()
-    added = {"weight_decay": 0.01, "global_clipnorm": 1.0, "use_ema": True}
+    added: dict[str, Any] = {"weight_decay": 0.01, "global_clipnorm": 1.0, "use_ema": True}
     contenders = [
         with_keras("keras.Adam", lambda: keras.optimizers.Adam(**added), shapes),
         with_keras("Adam", lambda: gdopt.Adam(**added), shapes),

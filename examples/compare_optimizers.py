@@ -11,6 +11,7 @@ curves.
 """
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -122,8 +123,12 @@ def available_optimizers() -> dict[str, Callable[[], keras.optimizers.Optimizer]
         if not required:
             found[name] = candidate
         elif required == ["optimizer"]:
-            found[name] = lambda wrapper=candidate: wrapper(gdopt.Adam())
+            found[name] = functools.partial(_around_adam, candidate)
     return found
+
+
+def _around_adam(wrapper: type[keras.optimizers.Optimizer]) -> keras.optimizers.Optimizer:
+    return wrapper(gdopt.Adam())
 
 
 def new_model(data: Data) -> keras.Model:

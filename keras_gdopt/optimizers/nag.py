@@ -57,9 +57,10 @@ class NAG(GradientOptimizer):
     Raises:
         ValueError: If an argument is unknown, of the wrong type or out of range.
 
-    Slots: `velocity` (v) and `look_ahead` (c; ρ in the classical form, and 0 after
-    finalizing). Step metric of its own: `velocity_norm`, the norm of all velocities
-    together.
+    Slots: `velocity` (v) and, one number a variable, `look_ahead`, of which ρ times is
+    how many velocities the model is ahead: the last rate (1 in the classical form), and
+    0 after finalizing. Step metric of its own: `velocity_norm`, the norm of all
+    velocities together.
 
     Example:
 
@@ -103,20 +104,17 @@ class NAG(GradientOptimizer):
     ) -> Update:
         """From one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
         del step
-        back = self._way_back(slots)
+        rho, ahead = self.momentum, slots["look_ahead"]
+        # What was looked ahead is `ahead * rho` old velocities. It is written with the new
+        # one, so that XLA need not keep the old one while it overwrites it.
         if self.classical:
-            velocity = self.momentum * slots["velocity"] - learning_rate * gradient
-            ahead, change = self.momentum, back + velocity
-        else:
-            velocity = self.momentum * slots["velocity"] + (1 - self.momentum) * gradient
-            ahead, change = learning_rate * self.momentum, back - learning_rate * velocity
-        new_slots = {"velocity": velocity, "look_ahead": ahead}
-        return change - self._way_back(new_slots), new_slots
-
-    def _way_back(self, slots: Slots) -> Tensor:
-        """What leads from the look-ahead point to the weights themselves."""
-        way = slots["look_ahead"] * slots["velocity"]
-        return -way if self.classical else way
+            velocity = rho * slots["velocity"] - learning_rate * gradient
+            change = (1 + rho - ahead) * velocity - ahead * learning_rate * gradient
+            return change, {"velocity": velocity, "look_ahead": 1.0}
+        velocity = rho * slots["velocity"] + (1 - rho) * gradient
+        factor = ahead - learning_rate * (1 + rho)
+        change = factor * velocity - ahead * (1 - rho) * gradient
+        return change, {"velocity": velocity, "look_ahead": learning_rate}
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Puts the weights themselves where the look-ahead point is.
@@ -128,9 +126,11 @@ class NAG(GradientOptimizer):
             index = self._trainable_variables_indices.get(self._var_key(variable))
             if index is None or self._slots["velocity"][index] is None:
                 continue  # not trained by this optimizer
-            slots = {name: slot[index] for name, slot in self._slots.items()}
-            variable.assign(variable + ops.cast(self._way_back(slots), variable.dtype))
-            slots["look_ahead"].assign(ops.zeros_like(slots["look_ahead"]))
+            ahead = self._slots["look_ahead"][index]
+            way = ahead * self.momentum * self._slots["velocity"][index]
+            way = ops.cast(-way if self.classical else way, variable.dtype)
+            variable.assign(variable + way)
+            ahead.assign(ops.zeros_like(ahead))
         super().finalize_variable_values(var_list)
 
     def rule_metrics(

@@ -1,6 +1,6 @@
 """Zhang 2019, Algorithm 5; Goodfellow et al. 2016, Algorithm 8.3.
 
-The variable holds the look-ahead point; `look_ahead` is how many velocities it is away
+The variable holds the look-ahead point, which is `look_ahead * momentum` velocities away
 from the weights.
 """
 
@@ -18,23 +18,25 @@ def slots(momentum, classical):
 
 
 def update(theta, g, slots, eta, t, momentum, classical):
-    v, c = slots["velocity"], slots["look_ahead"]
+    v, ahead = slots["velocity"], slots["look_ahead"]
     if classical:
-        weights = theta - c * v
+        weights = theta - ahead * momentum * v
         v = momentum * v - eta * g
         weights = weights + v
-        c = momentum + 0 * c
-        return weights + c * v, {"velocity": v, "look_ahead": c}
-    weights = theta + c * v
+        return weights + momentum * v, {"velocity": v, "look_ahead": 1.0 + 0 * ahead}
+    weights = theta + ahead * momentum * v
     v = momentum * v + (1 - momentum) * g
     weights = weights - eta * v
-    c = eta * momentum + 0 * c
-    return weights - c * v, {"velocity": v, "look_ahead": c}
+    return weights - eta * momentum * v, {"velocity": v, "look_ahead": eta + 0 * ahead}
 
 
 def terms(g, slots, eta, t, momentum, classical):
-    v, c = slots["velocity"], slots["look_ahead"]
+    v, ahead = slots["velocity"], slots["look_ahead"]
     if classical:
-        return [-c * v, (1 + momentum) * momentum * v, -(1 + momentum) * eta * g]
+        return [
+            -ahead * momentum * v,
+            (1 + momentum) * momentum * v,
+            -(1 + momentum) * eta * g,
+        ]
     far = eta * (1 + momentum)
-    return [c * v, -far * momentum * v, -far * (1 - momentum) * g]
+    return [ahead * momentum * v, -far * momentum * v, -far * (1 - momentum) * g]
