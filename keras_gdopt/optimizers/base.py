@@ -34,7 +34,9 @@ class GradientOptimizer(SavedStateOptimizer):
     and this class does the rest. With TensorFlow, one step updates all dense
     variables as *one* XLA cluster (clipping, weight decay, the rule, the moving
     average of the weights and Keras's own constraints in it), also where Keras
-    leaves the train function uncompiled, as it does on a CPU. Gradients of
+    leaves the train function uncompiled, as it does on a CPU. (With fewer than 65,536
+    entries, where the launch of a cluster costs more than the update, one step is a
+    graph of plain operations, unless the train function is compiled.) Gradients of
     embeddings have their repeated rows summed before anything else happens to
     them. Under a distribution strategy the gradients are summed over the replicas
     first, and each device then runs the same step by itself, so that clipping,
