@@ -100,8 +100,12 @@ def test_checkpoint_restores_an_optimizer_that_is_not_built(case, tmp_path):
     _assert_same(_fit(loaded), expected)
 
 
-@every_optimizer_with("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_keep_the_state(case, copied):
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}
+
+
+@every_optimizer_with("way", COPIES)
+def test_copies_keep_the_state(case, way):
+    copied = COPIES[way]
     model = _fit(_model(case(weight_decay=0.1)))
     twin = _model(copied(model.optimizer))
     twin.set_weights(model.get_weights())
@@ -198,8 +202,7 @@ def test_state_of_an_optimizer_that_never_stepped(case, way, tmp_path):
             _fit(loaded)
         loaded.load_weights(tmp_path / "a.weights.h5")
     else:
-        copied = copy.deepcopy if way == "deepcopy" else lambda o: pickle.loads(pickle.dumps(o))
-        loaded = _model(copied(model.optimizer))
+        loaded = _model(COPIES[way](model.optimizer))
     assert int(loaded.optimizer.iterations) == 0
     _assert_same(_fit(loaded), expected)
 
