@@ -130,7 +130,7 @@ class NAG(GradientOptimizer):
             way = ahead * self.momentum * self._slots["velocity"][index]
             way = ops.cast(-way if self.classical else way, variable.dtype)
             variable.assign(variable + way)
-            ahead.assign(ops.zeros_like(ahead))
+            ahead.assign(ops.zeros(ahead.shape, ahead.dtype))
         super().finalize_variable_values(var_list)
 
     def rule_metrics(

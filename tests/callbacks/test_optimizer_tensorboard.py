@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer
+from tests.optimizer_cases import every_rule
 
 TAGS = ["learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
 
@@ -77,7 +77,7 @@ def _expected(after, x, y, batch_size):
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-@every_optimizer
+@every_rule
 def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
     x, y = _data(rng)
     model = _model(case(learning_rate=0.01), jit_compile=jit_compile)

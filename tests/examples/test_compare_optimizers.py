@@ -79,7 +79,10 @@ def test_same_weights_and_batches_for_everyone(tmp_path):
     ("arguments", "message"),
     [
         (["--data", "stars"], "unknown --data 'stars'; expected one of digits, mnist"),
-        (["--optimizers", "Adam", "Magic"], "unknown --optimizers Magic; expected some of Adam"),
+        (
+            ["--optimizers", "Adam", "Magic"],
+            "unknown --optimizers Magic; expected some of NAG",
+        ),
         (["--epochs", "0"], "--epochs must be at least 1; received 0"),
         (["--seed", "-1"], "--seed must not be negative; received -1"),
         (["--logdir", "file/runs"], "cannot write to --logdir file/runs: Not a directory"),

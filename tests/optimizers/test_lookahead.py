@@ -204,7 +204,7 @@ def test_slow_weights_of_bfloat16_variables_are_in_float32():
     for _ in range(1000):
         optimizer.apply([tf.constant([2.0], "bfloat16")], [variable])
     # In bfloat16 steps of 0.002 would be lost.
-    assert optimizer._slow[0].numpy()[0] < 255.0
+    assert optimizer._slots["slow"][0].numpy()[0] < 255.0
 
 
 # --- what is the inner optimizer's ---------------------------------------------------

@@ -29,7 +29,7 @@ for case in CASES:
     y = x @ np.array([[1.0], [-2.0], [0.5], [0.0]], "float32")
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     settings = {"weight_decay": 1e-4, "global_clipnorm": 10.0, "use_ema": True, "ema_momentum": 0.5}
-    model.compile(case(learning_rate=0.05, **settings), "mse")
+    model.compile(case.brisk(0.05, **settings), "mse")
     losses = model.fit(x, y, batch_size=8, epochs=8, verbose=0).history["loss"]
     assert losses[-1] < 0.7 * losses[0], (case, losses)
     path = os.path.join(tempfile.mkdtemp(), "model.keras")
@@ -44,8 +44,9 @@ for case in CASES:
             )
 
     # What needs TensorFlow says so.
-    assert optimizer.step_metrics == {}
-    recording = (optimizer.record_step_metrics, RuntimeError)
+    rule = case.rule(optimizer)
+    assert rule.step_metrics == {}
+    recording = (rule.record_step_metrics, RuntimeError)
     for call, error in (recording, (lambda: case(lazy=True), ValueError)):
         try:
             call()

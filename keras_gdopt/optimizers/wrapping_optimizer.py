@@ -1,0 +1,190 @@
+"""What an optimizer around another one leaves to it, and how both are saved."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import keras
+
+from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
+
+
+class WrappingOptimizer(SavedStateOptimizer):
+    """An optimizer with another one inside, whose rate, count and variables are its own.
+
+    The inner optimizer is where Keras's callbacks look for it, in `inner_optimizer`, and
+    Keras saves its state under that name. A subclass takes it as its argument
+    `optimizer`: an instance, a config, or a name that `keras.optimizers.get` knows.
+    """
+
+    hyperparameters: ClassVar[Sequence[str]] = ()
+    """Names of the constructor's arguments besides `optimizer` and `name`."""
+
+    slots: ClassVar[Mapping[str, float]] = {}
+    """Names of the slots, each with the 0 that it starts from."""
+
+    def __init__(self, optimizer: Any, name: str | None) -> None:
+        inner = _resolved(optimizer)
+        super().__init__(learning_rate=0.0, name=name)
+        self._unused = len(self._variables)  # Keras's count and rate: the inner one's hold
+        self.inner_optimizer = inner
+        self._slots: dict[str, list[Any]] = {}
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Builds the inner optimizer and makes the slots.
+
+        Args:
+            variables: The model's trainable variables.
+
+        Raises:
+            ValueError: If loaded state does not fit.
+        """
+        if self.built:
+            return
+        self._check_loaded_state_fits(variables)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        super().build(variables)
+        self._slots = {name: self.add_optimizer_variables(variables, name) for name in self.slots}
+        self._restore_loaded_state()
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self.inner_optimizer.learning_rate = value
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's count of updates."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's own variables, and then the inner optimizer's."""
+        return self._own_variables() + self.inner_optimizer.variables
+
+    @property
+    def _learning_rate(self) -> Any:  # where Keras's TensorBoard looks
+        return self.inner_optimizer._learning_rate
+
+    @_learning_rate.setter
+    def _learning_rate(self, value: Any) -> None:
+        """Drops what Keras's constructor makes."""
+
+    @property
+    def _model_variables_moving_average(self) -> list[Any]:  # where `SwapEMAWeights` looks
+        return self.inner_optimizer._model_variables_moving_average
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """What the inner optimizer multiplies the loss with (at first, where that changes)."""
+        inner = getattr(self, "inner_optimizer", None)
+        if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+            return inner.initial_scale
+        return inner and inner.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value: float | None) -> None:
+        if not hasattr(self, "inner_optimizer"):
+            return  # Keras's constructor
+        if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "The loss would be scaled once and unscaled twice. Under a mixed_float16 "
+                "policy Keras wraps the optimizer in a LossScaleOptimizer: pass "
+                "`Lookahead(optimizer)` without one inside, or compile with "
+                "`auto_scale_loss=False`. Received: a LossScaleOptimizer inside Lookahead, "
+                f"and loss_scale_factor={value} from outside"
+            )
+        self.inner_optimizer.loss_scale_factor = value
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss as the inner optimizer scales it."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay, before `build`."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    # --- config and state ----------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, for `from_config`."""
+        return {
+            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            **self._own_config(),
+        }
+
+    def _own_config(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self.hyperparameters, "name")}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "WrappingOptimizer":
+        """An optimizer with the arguments of `config`, and without state."""
+        with keras.saving.custom_object_scope(custom_objects or {}):
+            return cls(**config)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads the optimizer's own state back from `store`.
+
+        Raises:
+            ValueError: If the state does not fit, or Keras would drop the inner
+                optimizer's.
+        """
+        inner = self.inner_optimizer
+        while hasattr(inner, "inner_optimizer"):
+            inner = inner.inner_optimizer
+        if not inner.built and not isinstance(inner, SavedStateOptimizer):
+            raise ValueError(
+                f"{type(inner).__name__} of Keras loads its state only once it is built. "
+                "Call `model.optimizer.build(model.trainable_variables)` before "
+                "`model.load_weights`."
+            )
+        super().load_own_variables(store)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state: dict[str, Any] = {}
+        self.save_own_variables(state)
+        return _rebuilt, (type(self), self.inner_optimizer, self._own_config(), state)
+
+    def _slot_variables(self) -> Mapping[str, list[Any]]:
+        return self._slots
+
+    def _slot_initial_values(self) -> Mapping[str, float]:
+        return self.slots
+
+    def _own_variables(self) -> list[Any]:
+        return list(self._variables[self._unused :])
+
+
+def _resolved(optimizer: Any) -> Any:
+    """The optimizer that an instance, a config or a name stands for, or raises."""
+    resolved = optimizer
+    if isinstance(optimizer, dict) and "registered_name" in optimizer:
+        # `keras.optimizers.get` would take a built-in of the same name.
+        resolved = keras.saving.deserialize_keras_object(optimizer)
+    elif isinstance(optimizer, (dict, str)):
+        resolved = keras.optimizers.get(optimizer)
+    if not isinstance(resolved, keras.optimizers.Optimizer):
+        raise ValueError(
+            "Argument `optimizer` must be an optimizer (of this package or of Keras), its "
+            "config or the name of one of Keras's. "
+            f"Received: optimizer={optimizer!r} (of type {type(optimizer).__name__})"
+        )
+    return resolved
+
+
+def _rebuilt(
+    cls: type[WrappingOptimizer], inner: Any, config: dict[str, Any], state: dict[str, Any]
+) -> WrappingOptimizer:
+    """A copy of an optimizer; its slots return when it is built."""
+    optimizer = cls(inner, **config)
+    SavedStateOptimizer.load_own_variables(optimizer, state)
+    return optimizer
