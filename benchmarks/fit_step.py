@@ -1,10 +1,9 @@
 """A whole step of `model.fit`, ours against Keras's, both as Keras compiles by default.
 
-python -m benchmarks.fit_step                # both models
+python -m benchmarks.fit_step                # all models
 python -m benchmarks.fit_step mlp-51k        # one of: mlp-2048 mlp-51k
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from benchmarks.side_by_side import Contender, Work, environment, measure, table
+from benchmarks.side_by_side import Contender, Work, run
 
 BATCH = 32
 
@@ -38,23 +37,24 @@ def _contender(
         model.compile(optimizer(), loss)
         return lambda: model.fit(data, epochs=1, verbose=0)
 
-    return Contender(name, make)
+    return Contender(name, make, steps=batches)
 
 
 def _work(
     name: str, inputs: int, hidden: list[int], *, batches: int, contenders: dict, bounds: dict
-) -> Work:
-    return Work(
-        f"fit, {name}, batch {BATCH}, an epoch of {batches}",
+) -> list[Work]:
+    work = Work(
+        f"fit, {name}, batch {BATCH}, epochs of {batches}",
         [
             _contender(label, optimizer, inputs, hidden, batches)
             for label, optimizer in contenders.items()
         ],
         bounds=bounds,
     )
+    return [work]
 
 
-def mlp_2048() -> Work:
+def mlp_2048() -> list[Work]:
     """Of 2048-2048-2048-10 units, 8.4 million parameters: the update is most of a step."""
     return _work(
         "MLP 2048-2048-2048-10",
@@ -70,7 +70,7 @@ def mlp_2048() -> Work:
     )
 
 
-def mlp_51k() -> Work:
+def mlp_51k() -> list[Work]:
     """Of 784-64-10 units, 51 thousand parameters: calls cost more than arithmetic."""
     return _work(
         "MLP of 51 k",
@@ -91,20 +91,5 @@ def mlp_51k() -> Work:
 WORKS = {"mlp-2048": mlp_2048, "mlp-51k": mlp_51k}
 
 
-def main() -> None:
-    """Measures what the command line names, and prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", nargs="*", help=f"any of {', '.join(WORKS)}; default: both")
-    parser.add_argument("--repetitions", type=int, default=40)
-    arguments = parser.parse_args()
-    unknown = set(arguments.work) - set(WORKS)
-    if unknown:
-        parser.error(f"no work named {sorted(unknown)}; expected any of {list(WORKS)}")
-    works = [WORKS[name]() for name in arguments.work or WORKS]
-    for work in works:
-        measure(work, arguments.repetitions)
-    print(f"\n{environment()}\n\n{table(works)}")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__.splitlines()[0], WORKS)

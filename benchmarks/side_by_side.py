@@ -1,12 +1,15 @@
 """Times contenders in turn, within one process, and prints one table of them."""
 
+import argparse
 import gc
+import os
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PAGE = 4096
@@ -18,11 +21,13 @@ class Contender:
 
     Args:
         name: As the table shows it.
-        make: Called once; returns the step, which returns when its work is done.
+        make: Called once; returns a function that returns when its work is done.
+        steps: How many steps one call of that function makes.
     """
 
     name: str
     make: Callable[[], Callable[[], object]]
+    steps: int = 1
     compile_seconds: float = field(default=0.0, init=False)
     memory: float = field(default=0.0, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
@@ -39,8 +44,8 @@ class Work:
 
     name: str
     contenders: Sequence[Contender]
-    steps: int = 1
-    """Steps between two looks at the clock."""
+    calls: int = 1
+    """Calls between two looks at the clock."""
     bounds: dict[str, float] = field(default_factory=dict)
     """Ratios to the first contender that must not be exceeded, by name."""
 
@@ -70,9 +75,10 @@ def measure(work: Work, repetitions: int) -> None:
         order = list(zip(work.contenders, steps, strict=True))
         for contender, step in order if repetition % 2 else reversed(order):
             started = time.perf_counter()
-            for _ in range(work.steps):
+            for _ in range(work.calls):
                 step()
-            contender.seconds.append((time.perf_counter() - started) / work.steps)
+            passed = time.perf_counter() - started
+            contender.seconds.append(passed / (work.calls * contender.steps))
 
 
 def table(works: Sequence[Work]) -> str:
@@ -130,9 +136,6 @@ def _resident() -> float:
 
 def environment() -> str:
     """One line on what was measured with."""
-    import os
-    from importlib.metadata import PackageNotFoundError, version
-
     found = []
     for package in ("tensorflow", "keras", "torch", "jax", "optax"):
         try:
@@ -140,3 +143,26 @@ def environment() -> str:
         except PackageNotFoundError:
             continue
     return f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, " + ", ".join(found)
+
+
+def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> None:
+    """Measures what the command line names, and prints one table.
+
+    Args:
+        description: What `--help` says.
+        works: Makers of what can be measured, by the name to ask for them.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("work", nargs="*", help=f"any of {', '.join(works)}; default: all")
+    parser.add_argument("--repetitions", type=int, default=30)
+    arguments = parser.parse_args()
+    unknown = set(arguments.work) - set(works)
+    if unknown:
+        parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")
+    measured = []
+    for name in arguments.work or works:
+        for work in works[name]():
+            measure(work, arguments.repetitions)
+            measured.append(work)
+            print(f"measured: {work.name}", flush=True)
+    print(f"\n{environment()}\n\n{table(measured)}")

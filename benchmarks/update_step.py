@@ -7,7 +7,6 @@ python -m benchmarks.update_step resnet50     # one of: resnet50 rules one-tenso
 The peers beside Keras need the extra `bench`.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from benchmarks.side_by_side import Contender, Work, environment, measure, table
+from benchmarks.side_by_side import Contender, Work, run
 
 ROWS, WIDTH, IDS = 200_000, 16, 256
 
@@ -225,7 +224,7 @@ def _adam(name: str, shapes: Sequence[tuple[int, ...]], steps: int = 1) -> Work:
         with_keras("Adam", gdopt.Adam, shapes),
         *_peers(shapes),
     ]
-    return Work(name, contenders, steps=steps)
+    return Work(name, contenders, calls=steps)
 
 
 def settings() -> list[Work]:
@@ -256,7 +255,7 @@ def metrics() -> list[Work]:
         Work(
             "Step metrics, ResNet-50, now and then",
             now_and_then,
-            steps=50,
+            calls=50,
             bounds={"recorded every 50th step": 1.03},
         ),
     ]
@@ -280,7 +279,7 @@ def lookahead() -> list[Work]:
     bounds = {"Lookahead(Adam), no synchronization": 1.05}
     return [
         Work("Lookahead, ResNet-50", contenders, bounds=bounds),
-        Work("Lookahead, ResNet-50, k = 5", every_fifth, steps=5),
+        Work("Lookahead, ResNet-50, k = 5", every_fifth, calls=5),
     ]
 
 
@@ -313,7 +312,7 @@ def embedding() -> list[Work]:
         contender("Adam(lazy=True)", lambda: gdopt.Adam(lazy=True)),
     ]
     bounds = {"Adam": 1.0, "Adam(lazy=True)": 0.1}
-    return [Work("Adam, embedding 200,000 × 16, 256 ids", contenders, steps=10, bounds=bounds)]
+    return [Work("Adam, embedding 200,000 × 16, 256 ids", contenders, calls=10, bounds=bounds)]
 
 
 WORKS = {
@@ -324,23 +323,5 @@ WORKS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Measures what the command line names, and prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", nargs="*", help=f"any of {', '.join(WORKS)}; default: all")
-    parser.add_argument("--repetitions", type=int, default=40)
-    arguments = parser.parse_args()
-    unknown = set(arguments.work) - set(WORKS)
-    if unknown:
-        parser.error(f"no work named {sorted(unknown)}; expected any of {list(WORKS)}")
-    measured = []
-    for name in arguments.work or WORKS:
-        for work in WORKS[name]():
-            measure(work, arguments.repetitions)
-            measured.append(work)
-            print(f"measured: {work.name}", flush=True)
-    print(f"\n{environment()}\n\n{table(measured)}")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__.splitlines()[0], WORKS)

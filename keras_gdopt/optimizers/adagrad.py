@@ -78,7 +78,7 @@ class Adagrad(GradientOptimizer):
             "initial_accumulator_value", initial_accumulator_value
         )
         self.epsilon, self.epsilon_root = checked_epsilons(
-            epsilon, epsilon_root, smallest_square=self.initial_accumulator_value
+            epsilon, epsilon_root, initial_accumulator_value=self.initial_accumulator_value
         )
 
     @property

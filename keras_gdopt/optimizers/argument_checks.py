@@ -61,25 +61,27 @@ def checked_fraction(name: str, value: Any) -> float:
 
 
 def checked_epsilons(
-    epsilon: Any, epsilon_root: Any, *, smallest_square: float = 0.0
+    epsilon: Any, epsilon_root: Any, **under_the_root: float
 ) -> tuple[float, float]:
     """Returns both epsilons of a denominator, or raises if it could become 0.
 
     Args:
         epsilon: Added to the root.
         epsilon_root: Added under the root.
-        smallest_square: What is under the root at least.
+        under_the_root: What else is under it from the first step, by its name.
 
     Raises:
         ValueError: If one is no finite number or negative, or all are too small.
     """
     epsilon = checked_number("epsilon", epsilon)
     epsilon_root = checked_number("epsilon_root", epsilon_root)
-    if max(epsilon, epsilon_root, smallest_square) < _SMALLEST_EPSILON:
+    values = {"epsilon": epsilon, "epsilon_root": epsilon_root, **under_the_root}
+    if max(values.values()) < _SMALLEST_EPSILON:
+        *names, last = (f"`{name}`" for name in values)
         raise ValueError(
-            "At least one of `epsilon` and `epsilon_root` must be at least "
+            f"At least one of {', '.join(names)} and {last} must be at least "
             f"{_SMALLEST_EPSILON:g}: below that a gradient of 0 would divide 0 by 0. "
-            f"Received: epsilon={epsilon}, epsilon_root={epsilon_root}"
+            f"Received: {', '.join(f'{name}={value}' for name, value in values.items())}"
         )
     return epsilon, epsilon_root
 

@@ -110,12 +110,12 @@ class RMSprop(GradientOptimizer):
     ) -> Update:
         """The rule above, see `GradientOptimizer.update_rule`."""
         del step
-        new_slots, added = {}, ops.square(gradient)
+        new_slots, added = {}, (1 - self.rho) * ops.square(gradient)
         if self.centered:
             mean = slots["average_gradient"]
-            added = self.rho * ops.square(gradient - mean)
+            added = self.rho * (1 - self.rho) * ops.square(gradient - mean)
             new_slots["average_gradient"] = self.rho * mean + (1 - self.rho) * gradient
-        velocity = self.rho * slots["velocity"] + (1 - self.rho) * added
+        velocity = self.rho * slots["velocity"] + added
         new_slots["velocity"] = velocity
         divisor = ops.sqrt(velocity + self.epsilon_root) + self.epsilon
         step_back = learning_rate * gradient / divisor

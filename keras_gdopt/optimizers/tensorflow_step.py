@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from keras_gdopt.optimizers.base import GradientOptimizer
 
 
-# Entries. A `fit` step of an MLP of 51 k parameters takes 1.12 times as long as with
-# Keras's Adam where the update is a cluster, and as long where it is not; one of 127 k
-# 0.83 and 0.98 times (benchmarks/fit_step.py).
+# Entries. Fewer are updated by plain operations: to launch a cluster costs more than it
+# saves (`benchmarks.fit_step mlp-51k` with 0 here).
 SMALLEST_CLUSTER = 2**16
 
 

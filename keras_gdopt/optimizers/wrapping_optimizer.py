@@ -95,9 +95,9 @@ class WrappingOptimizer(SavedStateOptimizer):
             raise ValueError(
                 "The loss would be scaled once and unscaled twice. Under a mixed_float16 "
                 "policy Keras wraps the optimizer in a LossScaleOptimizer: pass "
-                "`Lookahead(optimizer)` without one inside, or compile with "
-                "`auto_scale_loss=False`. Received: a LossScaleOptimizer inside Lookahead, "
-                f"and loss_scale_factor={value} from outside"
+                f"`{type(self).__name__}(optimizer)` without one inside, or compile with "
+                "`auto_scale_loss=False`. Received: a LossScaleOptimizer inside "
+                f"{type(self).__name__}, and loss_scale_factor={value} from outside"
             )
         self.inner_optimizer.loss_scale_factor = value
 

@@ -60,7 +60,7 @@ def test_epsilon_out_of_range(cls, name, value):
 @pytest.mark.parametrize("cls", WITH_EPSILONS)
 def test_both_epsilons_zero(cls):
     for tiny in (0.0, 1e-40):
-        with pytest.raises(ValueError, match="At least one of `epsilon` and `epsilon_root`"):
+        with pytest.raises(ValueError, match=r"At least one of `epsilon`(,| and) `epsilon_root`"):
             cls(epsilon=tiny, epsilon_root=tiny)
 
 

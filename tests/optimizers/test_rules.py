@@ -63,13 +63,17 @@ def test_update_step_by_itself_equals_apply(case, rng, float64):
 @pytest.mark.parametrize("size", [10_000, SMALLEST_CLUSTER], ids=["plain", "cluster"])
 @every_rule
 def test_a_float32_step_is_right_to_five_units_in_the_last_place(case, size, rng):
-    """Of its largest term, from any state: the rule starts from the same float32 state."""
+    """Of its largest term, from any state: the rule starts from the same float32 state.
+
+    Adam rounds nine times on the way to the change, those under the root count half, and
+    its four constants are rounded: five units together.
+    """
     optimizer = case(learning_rate=0.01)
     hyperparameters = case.hyperparameters(optimizer)
     eta = float(np.float32(0.01))
     variable = keras.Variable(np.zeros(size, "float32"))
     optimizer.build([variable])
-    for t in range(1, 16):
+    for t in range(1, 31):
         # Weights start from 0, so that the change itself is what is measured.
         variable.assign(np.zeros(size, "float32"))
         before = {
@@ -266,15 +270,14 @@ def test_equals_keras_where_the_docstring_says_so(name, rng, float64):
     np.testing.assert_allclose(ours, its, rtol=0, atol=1e-12)
 
 
-def test_centered_rmsprop_stays_finite_where_the_difference_cancels(float64):
-    """Large gradients that hardly vary: in float32 the difference of the squares is noise."""
-    keras.backend.set_floatx("float32")
-    gradients = 1e4 + np.linspace(0.0, 1.0, 40).reshape(40, 1)
+def test_centered_rmsprop_is_right_where_the_difference_cancels():
+    """Gradients of 8192 with a variance of 1: in float32 their squares round to 4."""
+    gradients = 8192.0 + np.tile([-1.0, 1.0], 150).reshape(300, 1)
     optimizer = gdopt.RMSprop(0.125, centered=True)
     received = _run(optimizer, [np.zeros(1, "float32")], [[g.astype("float32")] for g in gradients])
     case = next(c for c in RULES if str(c) == "RMSprop(centered=True)")
-    expected = case.transcribed(np.zeros(1), gradients, [0.125] * 40, optimizer)
-    np.testing.assert_allclose([step[0] for step in received], expected, rtol=1e-3)
+    expected = case.transcribed(np.zeros(1), gradients, [0.125] * 300, optimizer)
+    np.testing.assert_allclose([step[0] for step in received], expected, rtol=2e-3)
 
 
 def test_nadam_after_two_hand_worked_steps(float64):
@@ -317,8 +320,8 @@ def test_radam_rectifies_from_the_step_its_length_passes_the_threshold(threshold
         np.testing.assert_allclose(changes[t - 1], float(r) ** 0.5, rtol=1e-5)
 
 
-def test_radam_is_exact_just_above_its_threshold():
-    """At beta_2 = 0.99996 the fourth step is 2e-4 below 4, the fifth is just in reach."""
+def test_radam_is_exact_where_float32_would_cancel():
+    """At beta_2 = 0.99996, rho_5 is 5, as the difference of two numbers of 50,000."""
     changes = _rectified_at(4.0, 0.99996, "float32", steps=5)
     np.testing.assert_allclose(changes[:4], 16.0, rtol=1e-6)
     beta_2 = Fraction(99996, 100000)
