@@ -27,7 +27,16 @@ class Lookahead(WrappingOptimizer):
     The whole inner optimizer runs in each step: its clipping, weight decay, moving
     average, accumulation (k counts updates, not batches) and constraints are its own
     arguments. `learning_rate`, `iterations` and `exclude_from_weight_decay` are the
-    inner optimizer's. Around `NAG`, the fast weights are its look-ahead points.
+    inner optimizer's; so are the step metrics, see `inner_optimizer`. Around `NAG`, the
+    fast weights are its look-ahead points.
+
+    While `fit` runs, the model holds the fast weights: validation and `ModelCheckpoint`
+    see them. `train_on_batch`, and a `fit` that an exception ends (Ctrl-C), do not
+    finalize; there, and in a loop of one's own, call
+    `optimizer.finalize_variable_values(model.trainable_variables)` at the end. With
+    `use_ema` inside, φ is put into the model after the average, so the average is seen
+    through `ema_overwrite_frequency` and `keras.callbacks.SwapEMAWeights` only. Weights
+    that are set by hand within a cycle are drawn to the φ from before at its end.
 
     Keras has no such optimizer. TF-Addons' starts its slow weights from the weights
     at the time it is built, and leaves the fast weights in the model.
@@ -94,8 +103,17 @@ class Lookahead(WrappingOptimizer):
             grads: One gradient for each variable, as the inner optimizer takes them.
             trainable_variables: The variables; may be left out once the optimizer is
                 built. Builds the optimizer on the first call.
+
+        Raises:
+            ValueError: If the optimizer is not built and no variables are given.
         """
-        if not self.built and trainable_variables is not None:
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError(
+                    "Lookahead is not built yet, and `apply` was called without variables. "
+                    "Pass `trainable_variables`, or call "
+                    "`optimizer.build(trainable_variables)` first."
+                )
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
         sync = self._tensorflow_sync
@@ -140,6 +158,12 @@ class Lookahead(WrappingOptimizer):
         self._fast_updates.assign(0)
 
     # --- the parts -----------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "slow_step_size" and hasattr(self, "_tensorflow_sync"):
+            # It is built into what was compiled.
+            object.__setattr__(self, "_tensorflow_sync", self._new_tensorflow_sync())
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         pairs = zip(self._trainable_variables, self._slots.get("slow", ()), strict=True)

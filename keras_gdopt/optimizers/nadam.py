@@ -23,9 +23,9 @@ class Nadam(AdaptiveMoments):
     \left(\beta_1 \hat m_t + \frac{1 - \beta_1}{1 - \beta_1^t}\, g_t\right)
     \end{aligned}$$
 
-    `keras.optimizers.Nadam` is another rule: it follows Dozat's schedule
-    $\mu_t = \beta_1 (1 - 0.5 \cdot 0.96^t)$ of the first decay and looks one step
-    further ahead in the correction of the first moment; so does torch's. Both
+    `keras.optimizers.Nadam` is another rule: it lets the first decay follow the
+    schedule $\mu_t = \beta_1 (1 - 0.5 \cdot 0.96^t)$ and looks one step further ahead
+    in the correction of the first moment; so does torch's, with $0.96^{t/250}$. Both
     also add epsilon (1e-7, 1e-8) to the root of $\hat v_t$, as here.
 
     Args:

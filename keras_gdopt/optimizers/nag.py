@@ -57,10 +57,10 @@ class NAG(GradientOptimizer):
     Raises:
         ValueError: If an argument is unknown, of the wrong type or out of range.
 
-    Slots: `velocity` (v) and, one number a variable, `look_ahead`, of which ρ times is
-    how many velocities the model is ahead: the last rate (1 in the classical form), and
-    0 after finalizing. Step metric of its own: `velocity_norm`, the norm of all
-    velocities together.
+    Slots: `velocity` (v) and, one number a variable, `look_ahead`, how many velocities
+    the model is ahead: the last rate times ρ (ρ in the classical form), and 0 after
+    finalizing. Step metric of its own: `velocity_norm`, the norm of all velocities
+    together.
 
     Example:
 
@@ -104,17 +104,27 @@ class NAG(GradientOptimizer):
     ) -> Update:
         """From one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
         del step
-        rho, ahead = self.momentum, slots["look_ahead"]
-        # What was looked ahead is `ahead * rho` old velocities. It is written with the new
-        # one, so that XLA need not keep the old one while it overwrites it.
+        rho = self.momentum
+        if rho == 0.0:  # nothing to look ahead, but from before the momentum was set to 0
+            back = slots["look_ahead"] * slots["velocity"]
+            velocity = -learning_rate * gradient if self.classical else gradient
+            step_on = velocity if self.classical else -learning_rate * gradient
+            ahead = ops.zeros_like(slots["look_ahead"])
+            return step_on + (-back if self.classical else back), {
+                "velocity": velocity,
+                "look_ahead": ahead,
+            }
+        # What was looked ahead, `look_ahead` old velocities, is written with the new one,
+        # so that XLA need not keep the old one while it overwrites it.
+        ahead = slots["look_ahead"] / rho
         if self.classical:
             velocity = rho * slots["velocity"] - learning_rate * gradient
             change = (1 + rho - ahead) * velocity - ahead * learning_rate * gradient
-            return change, {"velocity": velocity, "look_ahead": 1.0}
+            return change, {"velocity": velocity, "look_ahead": rho}
         velocity = rho * slots["velocity"] + (1 - rho) * gradient
         factor = ahead - learning_rate * (1 + rho)
         change = factor * velocity - ahead * (1 - rho) * gradient
-        return change, {"velocity": velocity, "look_ahead": learning_rate}
+        return change, {"velocity": velocity, "look_ahead": learning_rate * rho}
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Puts the weights themselves where the look-ahead point is.
@@ -127,7 +137,7 @@ class NAG(GradientOptimizer):
             if index is None or self._slots["velocity"][index] is None:
                 continue  # not trained by this optimizer
             ahead = self._slots["look_ahead"][index]
-            way = ahead * self.momentum * self._slots["velocity"][index]
+            way = ahead * self._slots["velocity"][index]
             way = ops.cast(-way if self.classical else way, variable.dtype)
             variable.assign(variable + way)
             ahead.assign(ops.zeros(ahead.shape, ahead.dtype))

@@ -35,7 +35,8 @@ class RAdam(AdaptiveMoments):
 
     Keras has no RAdam. `torch.optim.RAdam` and TF-Addons switch at a threshold of 5;
     so does `sma_threshold=5.0` here. The warm-up that TF-Addons builds in is a
-    schedule of the learning rate.
+    schedule of the learning rate. (With another backend than TensorFlow, $\rho_t$ is
+    computed in float32, and is exact to about $10^{-7} \rho_\infty$.)
 
     Args:
         learning_rate: The rate η: a non-negative number, a

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -126,8 +126,9 @@ class TensorFlowStep:
             row_squares = tf.zeros((2,), self._norm_dtype)
             if rows:
                 norm = self._global_norm_with_rows(dense, rows)
-                squares = self._update_rows_of_all(rows, norm, learning_rate, step)
-                row_squares = squares if record else row_squares
+                changes = self._update_rows_of_all(rows, norm, learning_rate, step)
+                if record:
+                    row_squares = tf.stack([self._square(rows.values()), self._square(changes)])
             if not self._is_idle(plan):
                 cluster = self._cluster(plan)
                 metrics = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
@@ -169,12 +170,19 @@ class TensorFlowStep:
 
     def _cluster(self, plan: _Plan) -> Callable[..., Any]:
         if plan not in self._clusters:
-            variables = self._optimizer._trainable_variables
             self._clusters[plan] = compiled(
-                functools.partial(self._cluster_body, plan),
-                [variables[index] for index in plan.dense],
+                functools.partial(self._cluster_body, plan), self._computed_on(plan)
             )
         return self._clusters[plan]
+
+    def _computed_on(self, plan: _Plan) -> list[Any]:
+        """The variables that a cluster reads all of."""
+        optimizer = self._optimizer
+        variables = optimizer._trainable_variables
+        if plan.record or optimizer.use_ema:
+            return list(variables)
+        constrained = [i for i in plan.rows if variables[i].constraint is not None]
+        return [variables[index] for index in (*plan.dense, *constrained)]
 
     def _cluster_body(
         self,
@@ -198,17 +206,14 @@ class TensorFlowStep:
         new_slots: dict[int, dict[str, tf.Tensor]] = {}
         changes: list[tf.Tensor] = []
         if plan.update:
-            clipped = self._clipped(grads, norm)
-            for index, gradient in zip(plan.dense, clipped, strict=True):
-                variable = variables[index]
-                change, new_slots[index] = self._rule(variable.dtype)(
-                    gradient, self._slots_of(index), learning_rate, step
-                )
-                value = tf.cast(variable, change.dtype)
-                if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
-                    value -= value * self._decay(learning_rate, value.dtype)
-                values[index] = value + change
-                changes.append(change)
+            changes, values, new_slots = self.updated(
+                grads,
+                {index: variables[index] for index in plan.dense},
+                {index: self._slots_of(index) for index in plan.dense},
+                learning_rate,
+                step,
+                norm=norm,
+            )
         metrics = None
         if plan.record:
             weights = [
@@ -233,7 +238,15 @@ class TensorFlowStep:
                 },
             )
         if optimizer.use_ema:
-            self._average(values, step)
+            averages = {
+                index: (average, values.get(index, variables[index]))
+                for index, average in enumerate(optimizer._model_variables_moving_average)
+                if average is not None
+            }
+            moved, overwriting = self.averaged(averages, step)
+            values.update(overwriting)
+            for index, average in moved.items():
+                optimizer.assign(optimizer._model_variables_moving_average[index], average)
         for index in (*plan.dense, *plan.rows):
             constraint = variables[index].constraint
             if constraint is not None and _compiles(constraint):
@@ -269,25 +282,72 @@ class TensorFlowStep:
                     optimizer.assign(accumulator, tf.zeros_like(accumulator))
         return means
 
-    def _average(self, values: dict[int, tf.Tensor], step: tf.Tensor) -> None:
-        """Moves the moving averages; puts them in `values` where they take over."""
+    # --- the parts of a step that are pure -----------------------------------
+
+    def updated(
+        self,
+        grads: Sequence[tf.Tensor],
+        weights: Mapping[int, Any],
+        slots: Mapping[int, dict[str, tf.Tensor]],
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        *,
+        norm: tf.Tensor | None = None,
+    ) -> tuple[list[tf.Tensor], dict[int, tf.Tensor], dict[int, dict[str, tf.Tensor]]]:
+        """Clips, decays and applies the rule.
+
+        Args:
+            grads: Dense gradients, in the order of `weights`.
+            weights: Weights by index, as variables or tensors.
+            slots: Their slots, by the same index and by name.
+            learning_rate: A scalar.
+            step: The 1-based count of updates, a scalar.
+            norm: For `global_clipnorm`, where `grads` are not all there are.
+
+        Returns:
+            The changes without decay in the order of `grads`, the new weights in the
+            dtype that the rule computes in, and the new slots.
+        """
         optimizer = self._optimizer
-        overwrite = None
-        if optimizer.ema_overwrite_frequency:
-            overwrite = tf.equal(step % optimizer.ema_overwrite_frequency, 0)
-        for index, average in enumerate(optimizer._model_variables_moving_average):
-            if average is None:
-                continue
+        changes, values, new_slots = [], {}, {}
+        clipped = self._clipped(grads, norm)
+        for (index, weight), gradient in zip(weights.items(), clipped, strict=True):
             variable = optimizer._trainable_variables[index]
-            value = tf.cast(values.get(index, variable), computation_dtype(variable.dtype))
-            # The first average is the weight itself.
-            momentum = tf.constant(optimizer.ema_momentum, value.dtype) * tf.cast(
-                step > 1, value.dtype
+            change, new_slots[index] = self._rule(variable.dtype)(
+                gradient, slots[index], learning_rate, step
             )
-            moved = momentum * tf.cast(average, value.dtype) + (1 - momentum) * value
-            optimizer.assign(average, moved)
-            if overwrite is not None:
-                values[index] = tf.where(overwrite, moved, value)
+            value = tf.cast(weight, change.dtype)
+            if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
+                value -= value * self._decay(learning_rate, value.dtype)
+            values[index] = value + change
+            changes.append(change)
+        return changes, values, new_slots
+
+    def averaged(
+        self, averages: Mapping[int, tuple[Any, Any]], step: tf.Tensor
+    ) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
+        """Moves the moving averages of weights.
+
+        Args:
+            averages: The average and the new weight, by index.
+            step: The 1-based count of updates, in an integer dtype.
+
+        Returns:
+            The new averages, and by the same index the weights with averages in their
+            place, where the optimizer has an `ema_overwrite_frequency`.
+        """
+        optimizer = self._optimizer
+        moved, overwriting = {}, {}
+        for index, (average, weight) in averages.items():
+            dtype = computation_dtype(optimizer._trainable_variables[index].dtype)
+            value = tf.cast(weight, dtype)
+            # The first average is the weight itself.
+            momentum = tf.constant(optimizer.ema_momentum, dtype) * tf.cast(step > 1, dtype)
+            moved[index] = momentum * tf.cast(average, dtype) + (1 - momentum) * value
+            if optimizer.ema_overwrite_frequency:
+                overwrite = tf.equal(step % optimizer.ema_overwrite_frequency, 0)
+                overwriting[index] = tf.where(overwrite, moved[index], value)
+        return moved, overwriting
 
     # --- one variable --------------------------------------------------------
 
@@ -342,12 +402,8 @@ class TensorFlowStep:
         norm: tf.Tensor | None,
         learning_rate: tf.Tensor,
         step: tf.Tensor,
-    ) -> tf.Tensor:
-        """Updates the variables that have a sparse gradient.
-
-        Returns:
-            The squared norms of their gradients and of their changes.
-        """
+    ) -> list[tf.IndexedSlices]:
+        """Updates the variables that have a sparse gradient; returns their rows' changes."""
         optimizer = self._optimizer
         changes = []
         clipped = self._clipped(list(rows.values()), norm)
@@ -357,17 +413,16 @@ class TensorFlowStep:
             if decayed and not optimizer.lazy:
                 value = tf.convert_to_tensor(variable)
                 optimizer.assign_sub(variable, value * self._decay(learning_rate, value.dtype))
-            changes.append(
-                self._update_rows(
-                    gradient,
-                    variable,
-                    index,
-                    learning_rate,
-                    step,
-                    decay=decayed and optimizer.lazy,
-                )
+            change = self._update_rows(
+                gradient,
+                variable,
+                index,
+                learning_rate,
+                step,
+                decay=decayed and optimizer.lazy,
             )
-        return tf.stack([self._square(rows.values()), self._square(changes)])
+            changes.append(tf.IndexedSlices(change, gradient.indices))
+        return changes
 
     def _update_rows(
         self,
@@ -442,7 +497,13 @@ class TensorFlowStep:
     def _square(self, tensors: Iterable[Any]) -> tf.Tensor:
         """The squared Euclidean norm of all tensors together, sparse ones merged."""
         dtype = self._norm_dtype
-        squares = [_sum_of_squares(tf.cast(_values(t), dtype)) for t in tensors]
+        squares = [
+            # How many rows there are differs from step to step.
+            tf.reduce_sum(tf.square(tf.cast(t.values, dtype)))
+            if _is_sparse(t)
+            else _sum_of_squares(tf.cast(t, dtype))
+            for t in tensors
+        ]
         return tf.add_n(squares) if squares else tf.zeros((), dtype)
 
     @functools.cached_property
@@ -527,10 +588,6 @@ def _raw(variable: Any) -> tf.Variable:
 
 def _is_sparse(gradient: Any) -> bool:
     return isinstance(gradient, tf.IndexedSlices)
-
-
-def _values(gradient: Any) -> tf.Tensor:
-    return gradient.values if _is_sparse(gradient) else gradient
 
 
 def _scaled(gradient: Any, scale: Any) -> Any:

@@ -29,6 +29,8 @@ class WrappingOptimizer(SavedStateOptimizer):
         self._unused = len(self._variables)  # Keras's count and rate: the inner one's hold
         self.inner_optimizer = inner
         self._slots: dict[str, list[Any]] = {}
+        # Of a copy, until it is built. Without Keras's tracking.
+        object.__setattr__(self, "_values_for_inner", None)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Builds the inner optimizer and makes the slots.
@@ -44,6 +46,11 @@ class WrappingOptimizer(SavedStateOptimizer):
         self._check_loaded_state_fits(variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
+            for variable, value in zip(
+                self.inner_optimizer.variables, self._values_for_inner or (), strict=False
+            ):
+                variable.assign(value)
+            object.__setattr__(self, "_values_for_inner", None)
         super().build(variables)
         self._slots = {name: self.add_optimizer_variables(variables, name) for name in self.slots}
         self._restore_loaded_state()
@@ -139,20 +146,36 @@ class WrappingOptimizer(SavedStateOptimizer):
                 optimizer's.
         """
         inner = self.inner_optimizer
-        while hasattr(inner, "inner_optimizer"):
-            inner = inner.inner_optimizer
-        if not inner.built and not isinstance(inner, SavedStateOptimizer):
-            raise ValueError(
-                f"{type(inner).__name__} of Keras loads its state only once it is built. "
-                "Call `model.optimizer.build(model.trainable_variables)` before "
-                "`model.load_weights`."
-            )
+        while inner is not None:
+            if not inner.built and not isinstance(inner, SavedStateOptimizer):
+                raise ValueError(
+                    f"{type(inner).__name__} of Keras loads its state only once it is built. "
+                    "Call `model.optimizer.build(model.trainable_variables)` before "
+                    "`model.load_weights`."
+                )
+            inner = getattr(inner, "inner_optimizer", None)
         super().load_own_variables(store)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the optimizer's and the inner optimizer's variables.
+
+        Args:
+            weights: Arrays in the order of `variables`.
+        """
+        for variable, value in zip(self.variables, weights, strict=True):
+            variable.assign(value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         state: dict[str, Any] = {}
         self.save_own_variables(state)
-        return _rebuilt, (type(self), self.inner_optimizer, self._own_config(), state)
+        inner, values = self.inner_optimizer, None
+        if not isinstance(inner, SavedStateOptimizer):
+            # Keras would drop the state of the copy, which is not built yet.
+            values = self._values_for_inner
+            if inner.built:
+                values = [keras.ops.convert_to_numpy(v) for v in inner.variables]
+            inner = keras.saving.serialize_keras_object(inner)
+        return _rebuilt, (type(self), inner, self._own_config(), state, values)
 
     def _slot_variables(self) -> Mapping[str, list[Any]]:
         return self._slots
@@ -182,9 +205,14 @@ def _resolved(optimizer: Any) -> Any:
 
 
 def _rebuilt(
-    cls: type[WrappingOptimizer], inner: Any, config: dict[str, Any], state: dict[str, Any]
+    cls: type[WrappingOptimizer],
+    inner: Any,
+    config: dict[str, Any],
+    state: dict[str, Any],
+    values_for_inner: list[Any] | None,
 ) -> WrappingOptimizer:
     """A copy of an optimizer; its slots return when it is built."""
     optimizer = cls(inner, **config)
+    object.__setattr__(optimizer, "_values_for_inner", values_for_inner)
     SavedStateOptimizer.load_own_variables(optimizer, state)
     return optimizer

@@ -400,3 +400,61 @@ def test_state_of_another_model_is_an_error(start, gradients):
     _applied(optimizer, variable, gradients[:4])
     with pytest.raises(ValueError, match=r"slow\.0: saved \(3, 2\), expected \(5,\)"):
         copy.deepcopy(optimizer).build([keras.Variable(np.zeros(5))])
+
+
+def test_a_slow_step_size_set_later_holds_from_then_on():
+    optimizer = gdopt.Lookahead(gdopt.GradientDescent(1.0), sync_period=1, slow_step_size=0.5)
+    weight = keras.Variable([8.0])
+    optimizer.apply([tf.constant([4.0])], [weight])
+    assert weight.numpy() == [6.0]
+    optimizer.slow_step_size = 0.25
+    optimizer.apply([tf.constant([4.0])], [weight])
+    assert weight.numpy() == [5.0]
+
+
+def test_apply_without_variables_needs_a_built_optimizer():
+    inner = gdopt.GradientDescent()
+    inner.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="Lookahead is not built yet"):
+        gdopt.Lookahead(inner).apply([tf.constant([1.0])])
+
+
+@pytest.mark.parametrize("inner", [keras.optimizers.Adam, gdopt.Adam])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_goes_on_where_the_original_is(inner, copied, rng):
+    gradients = [tf.constant(rng.normal(size=3).astype("float32")) for _ in range(7)]
+    one, other = keras.Variable(np.ones(3, "float32")), keras.Variable(np.ones(3, "float32"))
+    original = gdopt.Lookahead(inner(0.1), sync_period=3)
+    for gradient in gradients[:4]:
+        original.apply([gradient], [one])
+    copied_twice = copied(copied(original))
+    other.assign(one)
+    for gradient in gradients[4:]:
+        original.apply([gradient], [one])
+        copied_twice.apply([gradient], [other])
+    np.testing.assert_array_equal(other.numpy(), one.numpy())
+    assert int(copied_twice.iterations) == 7
+
+
+def test_set_weights_sets_what_variables_lists():
+    one, other = (gdopt.Lookahead(gdopt.Momentum(0.1)) for _ in range(2))
+    weight = keras.Variable([1.0])
+    one.apply([tf.constant([1.0])], [weight])
+    other.build([weight])
+    other.set_weights([variable.numpy() for variable in one.variables])
+    for a, b in zip(other.variables, one.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_state_inside_a_loss_scale_optimizer_is_not_dropped_in_silence(tmp_path):
+    def compiled():
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        inside = keras.optimizers.LossScaleOptimizer(gdopt.Adam())
+        model.compile(gdopt.Lookahead(inside), "mse")
+        return model
+
+    model = compiled()
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(ValueError, match="LossScaleOptimizer of Keras loads its state only"):
+        compiled().load_weights(tmp_path / "m.weights.h5")

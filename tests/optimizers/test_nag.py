@@ -249,3 +249,20 @@ def test_each_row_and_variable_has_a_look_ahead_of_its_own(classical, rng, float
     optimizer.finalize_variable_values([table, other])
     np.testing.assert_allclose(table.numpy(), theta, rtol=0, atol=1e-13)
     np.testing.assert_array_equal(other.numpy(), start[0])
+
+
+@pytest.mark.parametrize("classical", [False, True])
+def test_a_momentum_set_between_steps_undoes_what_was_looked_ahead(classical, rng, float64):
+    """theta follows the rule, though each look-ahead is made with another momentum."""
+    optimizer = gdopt.NAG(0.1, momentum=0.5, classical=classical)
+    weight = keras.Variable(np.ones(3))
+    theta, v = np.ones(3), np.zeros(3)
+    for rho in (0.5, 0.9, 0.0, 0.7):
+        optimizer.momentum = rho
+        g = rng.normal(size=3)
+        optimizer.apply([keras.ops.convert_to_tensor(g)], [weight])
+        v = rho * v - 0.1 * g if classical else rho * v + (1 - rho) * g
+        theta = theta + v if classical else theta - 0.1 * v
+    optimizer.momentum = 0.2
+    optimizer.finalize_variable_values([weight])
+    np.testing.assert_allclose(weight.numpy(), theta, rtol=1e-12)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from keras_gdopt.optimizers.tensorflow_step import _sum_of_squares
 from tests.optimizer_cases import every_optimizer, every_optimizer_with, every_rule
 
 ROWS, WIDTH = 12, 3
@@ -272,3 +273,18 @@ def test_only_an_embedding_trains(case, rng):
     optimizer.apply([sparse[0]], [table])
     change = np.linalg.norm(table.numpy() - start)
     assert optimizer.step_metrics["update_norm"] == pytest.approx(change, rel=1e-4)
+
+
+def test_eager_steps_with_ever_other_rows_trace_nothing_again(rng):
+    optimizer = gdopt.Adam(lazy=True)
+    table = keras.Variable(np.ones((50, 2), "float32"))
+
+    def apply(rows):
+        values = tf.constant(rng.normal(size=(rows, 2)).astype("float32"))
+        optimizer.apply([tf.IndexedSlices(values, tf.range(rows), (50, 2))], [table])
+
+    apply(1)
+    before = _sum_of_squares.experimental_get_tracing_count()
+    for rows in range(2, 8):
+        apply(rows)
+    assert _sum_of_squares.experimental_get_tracing_count() == before

@@ -1,0 +1,1 @@
+"""Gadam: trains and evolves a population of clones of a Keras model."""
