@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, one_minus_power
+from keras_gdopt.optimizers.arithmetic import Tensor, moving_average, one_minus_power
 from keras_gdopt.optimizers.base import GradientOptimizer, Slots
 
 
@@ -36,9 +36,8 @@ class AdaptiveMoments(GradientOptimizer):
 
     def _moments(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Both moving averages, without their bias corrections."""
-        m = self.beta_1 * slots["momentum"] + (1 - self.beta_1) * gradient
-        v = self.beta_2 * slots["velocity"] + (1 - self.beta_2) * ops.square(gradient)
-        return m, v
+        m = moving_average(slots["momentum"], gradient, self.beta_1)
+        return m, moving_average(slots["velocity"], ops.square(gradient), self.beta_2)
 
     def _bias_corrected(self, learning_rate: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""A rate and both epsilons with which the raw moments give what is published.

@@ -27,6 +27,13 @@ def one_minus_power(base: float, exponent: Tensor) -> Tensor:
     return -ops.expm1(exponent * log)
 
 
+def moving_average(average: Tensor, value: Tensor, decay: float) -> Tensor:
+    """`decay * average + (1 - decay) * value`, with an operation less where that is exact."""
+    if decay < 0.5:  # the difference would swallow a small value
+        return decay * average + (1 - decay) * value
+    return average + (1 - decay) * (value - average)
+
+
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors together, which may differ in dtype."""
     dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors}

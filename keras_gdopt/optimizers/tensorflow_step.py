@@ -214,6 +214,8 @@ class TensorFlowStep:
                 step,
                 norm=norm,
             )
+        moves = dict(zip(plan.dense, changes, strict=False))
+        sums = values.copy() if optimizer.weight_decay is None else {}
         metrics = None
         if plan.record:
             weights = [
@@ -256,7 +258,10 @@ class TensorFlowStep:
             for name, value in slots.items():
                 optimizer.assign(optimizer._slots[name][index], value)
         for index, value in values.items():
-            optimizer.assign(variables[index], value)
+            if value is sums.get(index) and moves[index].dtype == variables[index].dtype:
+                optimizer.assign_add(variables[index], moves[index])  # in place
+            else:
+                optimizer.assign(variables[index], value)
         return metrics
 
     def _rule(self, dtype: Any) -> Callable[..., Any]:
