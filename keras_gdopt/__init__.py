@@ -4,6 +4,7 @@ import importlib
 from importlib.metadata import version
 from types import ModuleType
 
+from keras_gdopt.gadam import Gadam
 from keras_gdopt.optimizers.adadelta import Adadelta
 from keras_gdopt.optimizers.adagrad import Adagrad
 from keras_gdopt.optimizers.adam import Adam
@@ -23,6 +24,7 @@ __all__ = [
     "Adadelta",
     "Adagrad",
     "Adam",
+    "Gadam",
     "GradientDescent",
     "GradientOptimizer",
     "Lookahead",

@@ -44,6 +44,7 @@ def test_public_names():
         "Adadelta",
         "Adagrad",
         "Adam",
+        "Gadam",
         "GradientDescent",
         "GradientOptimizer",
         "Lookahead",

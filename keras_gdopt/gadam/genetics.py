@@ -147,10 +147,10 @@ def mutate(
         The new array, and how many entries mutated, in int64.
     """
     happens = _happens(weights.shape, probability, key)
-    drawn = _uniform(weights.shape, _other(key, 1), weights.dtype)
+    drawn = _uniform(weights.shape, another_key(key, 1), weights.dtype)
     if mutation == "normal":
         # Box and Muller's: of 1 - u, so that no logarithm is of 0.
-        angle = 2.0 * np.pi * _uniform(weights.shape, _other(key, 2), weights.dtype)
+        angle = 2.0 * np.pi * _uniform(weights.shape, another_key(key, 2), weights.dtype)
         drawn = stddev * tf.sqrt(-2.0 * tf.math.log1p(-drawn)) * tf.cos(angle)
     count = tf.reduce_sum(tf.cast(happens, tf.int64))
     return tf.where(happens, drawn, weights), count
@@ -200,6 +200,6 @@ def _uniform(shape: Any, key: Tensor, dtype: tf.DType) -> Tensor:
     return tf.cast(tf.bitwise.right_shift(_bits(shape, key), 8), dtype) * 2.0**-24
 
 
-def _other(key: Tensor, number: int) -> Tensor:
+def another_key(key: Tensor, number: int) -> Tensor:
     """A key for another draw: keys are themselves random, so it is nobody else's."""
     return tf.bitwise.bitwise_xor(key, tf.constant([0, number], key.dtype))

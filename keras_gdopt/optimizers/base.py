@@ -459,6 +459,10 @@ class GradientOptimizer(SavedStateOptimizer):
             new_slots[name] = value + ops.zeros_like(slots[name])
         return change, new_slots
 
+    def _finalized(self, weight: Any, slots: Slots) -> Update:
+        """The weight that training ends with, and the slots that go with it."""
+        return weight, dict(slots)
+
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
         for variable in variables:
             if self._var_key(variable) not in self._trainable_variables_indices:

@@ -107,15 +107,7 @@ class Lookahead(WrappingOptimizer):
         Raises:
             ValueError: If the optimizer is not built and no variables are given.
         """
-        if not self.built:
-            if trainable_variables is None:
-                raise ValueError(
-                    "Lookahead is not built yet, and `apply` was called without variables. "
-                    "Pass `trainable_variables`, or call "
-                    "`optimizer.build(trainable_variables)` first."
-                )
-            with keras.name_scope(self.name, caller=self):
-                self.build(list(trainable_variables))
+        self._build_for(trainable_variables)
         sync = self._tensorflow_sync
         if sync is not None:
             sync.before()

@@ -136,12 +136,17 @@ class NAG(GradientOptimizer):
             index = self._trainable_variables_indices.get(self._var_key(variable))
             if index is None or self._slots["velocity"][index] is None:
                 continue  # not trained by this optimizer
-            ahead = self._slots["look_ahead"][index]
-            way = ahead * self._slots["velocity"][index]
-            way = ops.cast(-way if self.classical else way, variable.dtype)
-            variable.assign(variable + way)
-            ahead.assign(ops.zeros(ahead.shape, ahead.dtype))
+            slots = {name: slot[index] for name, slot in self._slots.items()}
+            weight, final_slots = self._finalized(variable, slots)
+            variable.assign(weight)
+            slots["look_ahead"].assign(final_slots["look_ahead"])
         super().finalize_variable_values(var_list)
+
+    def _finalized(self, weight: Any, slots: Mapping[str, Any]) -> Update:
+        way = slots["look_ahead"] * slots["velocity"]
+        way = ops.cast(-way if self.classical else way, weight.dtype)
+        rest = {"look_ahead": ops.zeros_like(ops.convert_to_tensor(slots["look_ahead"]))}
+        return weight + way, {**slots, **rest}
 
     def rule_metrics(
         self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor

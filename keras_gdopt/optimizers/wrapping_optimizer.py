@@ -55,6 +55,19 @@ class WrappingOptimizer(SavedStateOptimizer):
         self._slots = {name: self.add_optimizer_variables(variables, name) for name in self.slots}
         self._restore_loaded_state()
 
+    def _build_for(self, trainable_variables: Sequence[Any] | None) -> None:
+        """Builds the optimizer on the first call of `apply`."""
+        if self.built:
+            return
+        if trainable_variables is None:
+            raise ValueError(
+                f"{type(self).__name__} is not built yet, and `apply` was called without "
+                "variables. Pass `trainable_variables`, or call "
+                "`optimizer.build(trainable_variables)` first."
+            )
+        with keras.name_scope(self.name, caller=self):
+            self.build(list(trainable_variables))
+
     @property
     def learning_rate(self) -> Any:
         """The inner optimizer's learning rate."""

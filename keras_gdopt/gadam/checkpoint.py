@@ -1,0 +1,106 @@
+"""Saves a run after each generation, and finds where it stopped."""
+
+import json
+import warnings
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_gdopt.gadam.population import Members
+
+
+class SavedRun(NamedTuple):
+    """A run as it was at the end of a generation."""
+
+    members: Members
+    record: dict[str, Any]
+    """What is not on the device, as JSON has it."""
+
+
+class PopulationCheckpoint:
+    """A directory with the last two generations of a run.
+
+    Each is written whole before it counts, by `tf.train.CheckpointManager`: whoever dies
+    while writing leaves the one before.
+
+    Args:
+        directory: Made if it is not there.
+        identity: What a run must share with the one that wrote the directory, by name.
+    """
+
+    def __init__(self, directory: str, identity: dict[str, Any]) -> None:
+        self._directory = str(directory)
+        self._identity = identity
+        self._variables: list[tf.Variable] = []
+        self._record = tf.Variable("", dtype=tf.string, trainable=False)
+        self._manager: tf.train.CheckpointManager | None = None
+
+    def save(self, members: Members, record: dict[str, Any]) -> None:
+        """Writes a generation; `record["generation"]` is its number."""
+        manager = self._made_for(members)
+        for variable, value in zip(self._variables, tf.nest.flatten(members), strict=True):
+            variable.assign(value)
+        self._record.assign(json.dumps({"identity": self._identity, **record}))
+        manager.save(checkpoint_number=record["generation"])
+
+    def restore(self, like: Members) -> SavedRun | None:
+        """The newest generation that can be read, or `None` in an empty directory.
+
+        Args:
+            like: Members of the shapes and types that are expected.
+
+        Raises:
+            ValueError: If the directory is of another run, or nothing in it can be read.
+        """
+        manager = self._made_for(like)
+        failures = []
+        for path in reversed(manager.checkpoints):
+            try:
+                self._check_identity(path)
+                self._checkpoint.restore(path).assert_existing_objects_matched()
+            except (tf.errors.OpError, AssertionError, json.JSONDecodeError) as error:
+                failures.append(f"{path}: {str(error).splitlines()[0]}")
+                continue
+            if failures:
+                warnings.warn(
+                    "The newest checkpoint is damaged, so the run goes on from the one before, "
+                    f"{path}. It could not be read: {'; '.join(failures)}",
+                    stacklevel=2,
+                )
+            values = [tf.convert_to_tensor(variable) for variable in self._variables]
+            members = tf.nest.pack_sequence_as(like, values)
+            return SavedRun(members, json.loads(self._record.numpy()))
+        if failures:
+            raise ValueError(
+                f"No checkpoint in '{self._directory}' can be read. Expected an empty directory, "
+                f"or one that Gadam wrote. Received: {'; '.join(failures)}"
+            )
+        return None
+
+    def _made_for(self, members: Members) -> tf.train.CheckpointManager:
+        if self._manager is None:
+            self._variables = [
+                tf.Variable(tf.zeros(value.shape, value.dtype), trainable=False)
+                for value in tf.nest.flatten(members)
+            ]
+            self._checkpoint = tf.train.Checkpoint(members=self._variables, record=self._record)
+            self._manager = tf.train.CheckpointManager(
+                self._checkpoint, self._directory, max_to_keep=2
+            )
+        return self._manager
+
+    def _check_identity(self, path: str) -> None:
+        """Raises if a checkpoint is of another run, before anything else is read."""
+        key = "record/.ATTRIBUTES/VARIABLE_VALUE"
+        record = json.loads(tf.train.load_checkpoint(path).get_tensor(key))
+        differences = [
+            f"{name} was {record['identity'].get(name)!r} and is {value!r}"
+            for name, value in self._identity.items()
+            if record["identity"].get(name) != value
+        ]
+        if differences:
+            raise ValueError(
+                f"The directory '{self._directory}' holds another run. Use another "
+                f"`checkpoint_dir`, or what it was written with. Received: "
+                f"{'; '.join(differences)}"
+            )

@@ -1,0 +1,760 @@
+"""Gadam: trains a population of clones of a model, and evolves it."""
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.functional import check_is_trainable_by_its_loss
+from keras_gdopt.gadam import genetics, keys, population
+from keras_gdopt.gadam.breeding import Breeding
+from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
+from keras_gdopt.gadam.data import ArrayData, Data, StreamData, as_dataset, drawn, in_memory
+from keras_gdopt.gadam.engines.stacked import StackedEngine, why_not_stacked
+from keras_gdopt.gadam.engines.unrolled import UnrolledEngine
+from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.lineage import Lineage
+from keras_gdopt.gadam.population import Members
+from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
+
+ENGINES = ("auto", "stacked", "unrolled")
+_FITNESS_SAMPLES = 1024
+
+
+class PopulationCallback(keras.callbacks.Callback):
+    """A Keras callback that also sees the population.
+
+    `gadam` is the `Gadam` that trains. To Keras's own methods a generation is an epoch.
+    """
+
+    gadam: "Gadam"
+
+    def set_gadam(self, gadam: "Gadam") -> None:
+        """Called before training begins."""
+        self.gadam = gadam
+
+    def on_generation_begin(self, generation: int, logs: dict[str, Any] | None = None) -> None:
+        """Called before a generation, counted from 0, is trained."""
+
+    def on_generation_end(self, generation: int, logs: dict[str, Any] | None = None) -> None:
+        """Called after the survivors of a generation are chosen.
+
+        Args:
+            generation: Counted from 0.
+            logs: What the epoch's logs have, and of the whole population, as NumPy
+                arrays: `parent_losses` and `child_losses` (the training losses of the
+                generation's last epoch), `parent_fitness` and `child_fitness` (on the
+                survival batch), `selection_probabilities` of the parents, `parents` of
+                the children (places in the population, of shape `(g, 2)`),
+                `mutation_probabilities`, `mutated_entries`, `survivors` (for each place
+                the parent's, or g plus the child's, that it holds now) and `identities`
+                (in the lineage).
+        """
+
+
+class Gadam:
+    r"""Trains a population of clones of a model, and evolves it between generations.
+
+    In each generation of g members
+
+    1. every member trains on its own with the model's optimizer (Adam, in the paper);
+    2. its fitness loss $L_i$ is taken on a sampled batch, and normalized:
+       $\hat L_i = (L_i - \min L) / (\max L - \min L)$ (Eq. 44);
+    3. g pairs of parents are drawn with replacement, each member with probability
+       $P_i = \exp(-\hat L_i) / \sum_j \exp(-\hat L_j)$ (Eq. 45);
+    4. each entry of a child's weights is its first parent's with probability
+       $\exp(-\hat L_i) / (\exp(-\hat L_i) + \exp(-\hat L_j))$, else the second one's
+       (Eq. 46-47);
+    5. each entry mutates with probability $p_{mut} \cdot (1 - P_i - P_j)$: it is drawn
+       anew (Eq. 48-49);
+    6. the children train as in 1;
+    7. of parents and children the g fittest on a new batch survive.
+
+    A survivor keeps its optimizer's state, a child starts with a fresh one, and has the
+    non-trainable state (statistics of batch normalization) of its fitter parent. Fitness
+    losses are means over the batch, as Keras's losses are, where the paper has sums: that
+    changes no choice, only the unit of `tolerance`. At the end of each training the
+    optimizer finalizes its weights, as it does at the end of `fit`. All that is random
+    depends on the seed, the generation, the member and the purpose only.
+
+    Keras has no counterpart.
+
+    Args:
+        model: A built and compiled `keras.Model` that can be cloned: Sequential,
+            functional, or subclassed with a `get_config`. Members are trained with its
+            optimizer, loss and settings. `fit` leaves the best member in it.
+        population_size: How many members g, at least 2. Defaults to 10. Training makes
+            2 g times the steps that `model.fit` would.
+        mutation_rate: The probability $p_{mut}$ in [0, 1]. Defaults to 0.01.
+        mutation: What a mutated entry becomes: `"uniform"`, a draw from U(0, 1), as in the
+            paper, or `"normal"`, one from N(0, `mutation_stddev`²). Defaults to
+            `"uniform"`.
+        mutation_stddev: Above 0. Defaults to 0.1.
+        tolerance: λ: `fit` ends after a generation in which the sum of the fitness losses
+            changes by no more (Eq. 50). Defaults to `None`: never.
+        fitness_batch_size: Samples that fitness is taken on. Defaults to `None`: 1,024,
+            or all where there are fewer.
+        initializer: A `keras.initializers.Initializer` that all members' weights are
+            drawn from. Defaults to `None`: the first member starts from the model's
+            weights, and the layers' own initializers, seeded anew for each, draw the
+            others'. Frozen weights are the model's.
+        engine: `"stacked"` trains all members as one XLA function over stacked weights,
+            `"unrolled"` a Keras model for each, in one function. Defaults to `"auto"`:
+            stacked where the layers and the optimizer can be stacked and gain from it.
+        seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
+
+    Raises:
+        ValueError: If the model is not compiled, cannot be cloned, trains in mixed
+            float16 or is too large; if an argument is out of range.
+
+    Attributes:
+        fitness: The members' fitness losses, the fittest first.
+        lineage: Who descends from whom, see `Lineage`.
+        seed: Of the run.
+        engine: The name of the engine.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> import keras_gdopt as gdopt
+    >>> x = np.linspace(-1, 1, 64).reshape(64, 1).astype("float32")
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(gdopt.Adam(0.1), "mse")
+    >>> gadam = gdopt.Gadam(model, population_size=4, seed=1)
+    >>> history = gadam.fit(x, 3 * x + 1, generations=2, epochs=20, verbose=0)
+    >>> bool(gadam.fitness[0] < 0.01)
+    True
+
+    Source: Zhang 2019, *Gradient Descent based Optimization Algorithms for Deep Learning
+    Models Training* (arXiv 1903.03614), section 6.1, Eq. 43-50; Zhang and Gouza 2018,
+    *GADAM: Genetic-Evolutionary ADAM for Deep Neural Network Optimization* (arXiv
+    1805.07500).
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        population_size: int = 10,
+        mutation_rate: float = 0.01,
+        mutation: str = "uniform",
+        mutation_stddev: float = 0.1,
+        tolerance: float | None = None,
+        fitness_batch_size: int | None = None,
+        initializer: Any = None,
+        engine: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        check_is_trainable_by_its_loss(model)
+        _check_precision(model)
+        self.model = model
+        self.population_size = checked_count("population_size", population_size, minimum=2)
+        self.mutation_rate = checked_number("mutation_rate", mutation_rate, most=1.0)
+        self.mutation = _checked_choice("mutation", mutation, ("uniform", "normal"))
+        self.mutation_stddev = checked_number("mutation_stddev", mutation_stddev, above=0.0)
+        self.tolerance = None if tolerance is None else checked_number("tolerance", tolerance)
+        if fitness_batch_size is not None:
+            checked_count("fitness_batch_size", fitness_batch_size, minimum=1)
+        self.fitness_batch_size = fitness_batch_size
+        self.initializer = None if initializer is None else keras.initializers.get(initializer)
+        self._engine_asked_for = _checked_choice("engine", engine, ENGINES)
+        if seed is None:
+            seed = random.SystemRandom().randrange(2**31)
+        self.seed = checked_count("seed", seed, minimum=0)
+        self.lineage = Lineage()
+        self._generation = 0
+        self._runner: Any = None  # the engine, with the first `fit`
+        self._members = Members([], [], [], None)
+        self._identities: list[int] = []
+        self._fitness = np.array([])
+        model.optimizer.build(model.trainable_variables)
+        population.check_fits_in_memory(model, model.optimizer, self.population_size)
+        self.engine = self._chosen_engine()
+
+    # --- what came out -------------------------------------------------------
+
+    @property
+    def fitness(self) -> np.ndarray:
+        """The members' fitness losses, the fittest first; empty before `fit`."""
+        return self._fitness[self._ranks()]
+
+    def member(self, rank: int) -> keras.Model:
+        """A member as a model of its own, with its weights and its optimizer's state.
+
+        Args:
+            rank: 0 for the fittest.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            IndexError: If there is no such member.
+        """
+        if not self._fitness.size:
+            raise RuntimeError("There are members only after `fit`.")
+        place = int(self._ranks()[rank])
+        twin = population.compiled_as(self.model, population.clone(self.model, seed=0))
+        self._load(place, twin)
+        return twin
+
+    # --- training ------------------------------------------------------------
+
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        generations: int = 10,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
+        fitness_data: Any = None,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        validation_freq: int = 1,
+        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        verbose: str | int = "auto",
+        checkpoint_dir: str | None = None,
+        checkpoint_freq: int = 1,
+    ) -> keras.callbacks.History:
+        """Trains and evolves the population; leaves the best member in the model.
+
+        A generation is an epoch to Keras's callbacks, whose `model` holds the best member
+        at its end. A second `fit` goes on with the population as it is.
+
+        Args:
+            x: Inputs: an array or tensor, or a structure of them, or a `tf.data.Dataset`
+                or `keras.utils.PyDataset` of batches. Each member goes through arrays in
+                an order of its own; batches of a dataset are dealt out to the members.
+            y: Targets, for arrays.
+            generations: How many to train; with a `checkpoint_dir` in all, those that are
+                in it included. Defaults to 10.
+            epochs: Of a member in a generation. Defaults to 1.
+            batch_size: For arrays. Defaults to 32.
+            steps_per_epoch: Batches of a member in an epoch. Defaults to one pass.
+            sample_weight: For arrays, a weight for each sample.
+            class_weight: A weight for each class, for models with one output.
+            fitness_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset of such
+                batches, that fitness batches are sampled from. Defaults to the training
+                data.
+            validation_data: As in Keras's `fit`; reported for the best member, never
+                selected on.
+            validation_split: The part of the arrays, from their end, to validate on.
+            validation_freq: Generations from one validation to the next. Defaults to 1.
+            callbacks: Keras's, and `PopulationCallback`s.
+            verbose: 0 for silence, 1 for a progress bar, 2 for a line a generation.
+            checkpoint_dir: Where to save the run, and to go on where one stopped. An
+                interrupted `fit` that is called again ends as if it had not been. (What
+                callbacks remember is theirs.)
+            checkpoint_freq: Generations from one checkpoint to the next; the last is
+                always saved. Defaults to 1.
+
+        Returns:
+            A history of `loss` (of the best member's last epoch), its metrics and
+            `fitness` on the survival batch, `fitness_mean`, `fitness_worst`,
+            `diversity` (mean distance of two members' weights), `children_survived`, and
+            `val_*`.
+
+        Raises:
+            ValueError: If the data is empty or unequal in length, an argument is out of
+                range, or `checkpoint_dir` is of another run.
+            FloatingPointError: If no member of a generation has a finite loss.
+        """
+        generations = checked_count("generations", generations, minimum=1)
+        epochs = checked_count("epochs", epochs, minimum=1)
+        checkpoint_freq = checked_count("checkpoint_freq", checkpoint_freq, minimum=1)
+        validation_freq = checked_count("validation_freq", validation_freq, minimum=1)
+        for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
+            if value is not None:
+                checked_count(name, value, minimum=1)
+        if validation_split:
+            if validation_data is not None:
+                raise ValueError("Expected `validation_split` or `validation_data`. Received: both")
+            (x, y, sample_weight), validation_data = _split((x, y, sample_weight), validation_split)
+        data = self._training_data(x, y, batch_size, steps_per_epoch, sample_weight, class_weight)
+        fitness_data = None if fitness_data is None else _all_of(fitness_data)
+        verbose = 1 if verbose == "auto" else int(verbose)
+        self._start_members()
+
+        checkpoint = record = None
+        if checkpoint_dir is not None:
+            checkpoint = PopulationCheckpoint(checkpoint_dir, self._identity())
+            saved = checkpoint.restore(self._members)
+            if saved is not None:
+                record = self._resume(saved.members, saved.record)
+        done = self._generation
+        last = generations if checkpoint_dir is not None else done + generations
+        if isinstance(data, StreamData):
+            data.skip(2 * epochs * done, 2 * done)
+
+        callback_list = keras.callbacks.CallbackList(
+            callbacks,
+            add_history=True,
+            model=self.model,
+            epochs=last,
+            steps=2 * epochs * data.steps_per_epoch,
+            verbose=verbose,
+        )
+        history = self.model.history
+        listeners = [c for c in callback_list.callbacks if isinstance(c, PopulationCallback)]
+        for listener in listeners:
+            listener.set_gadam(self)
+        if verbose:
+            print(
+                f"Gadam: {self.population_size} members of '{self.model.name}', engine "
+                f"'{self.engine}' ({self._engine_reason}), generations {done + 1} to {last}"
+            )
+        self.model.stop_training = False
+        callback_list.on_train_begin()
+        if record is not None:
+            history.history = {k: list(v) for k, v in record["history"].items()}
+            history.epoch = list(record["epochs"])
+        logs: dict[str, Any] = {}
+        try:
+            for generation in range(done, last):
+                callback_list.on_epoch_begin(generation)
+                for listener in listeners:
+                    listener.on_generation_begin(generation)
+                progress = _Progress(
+                    verbose, generation, last, 2 * epochs * data.steps_per_epoch, callback_list
+                )
+                logs, details, ends = self._one_generation(
+                    generation, data, fitness_data, epochs, progress
+                )
+                if validation_data is not None and (generation + 1) % validation_freq == 0:
+                    logs.update(self._validated(validation_data, batch_size, callback_list))
+                for listener in listeners:
+                    listener.on_generation_end(generation, {**logs, **details})
+                progress.end(logs)
+                callback_list.on_epoch_end(generation, logs)
+                stops = ends or self.model.stop_training or generation + 1 == last
+                if checkpoint is not None and (stops or (generation + 1) % checkpoint_freq == 0):
+                    checkpoint.save(self._members, self._record(history))
+                if stops:
+                    break
+        except BaseException:
+            if self._fitness.size:
+                self._load(self._best(), self.model)
+            raise
+        if self._fitness.size and not logs:
+            self._load(self._best(), self.model)  # all generations were in the checkpoint
+        callback_list.on_train_end(logs)
+        return history
+
+    def _one_generation(
+        self,
+        generation: int,
+        data: ArrayData | StreamData,
+        fitness_data: Data | None,
+        epochs: int,
+        progress: "_Progress",
+    ) -> tuple[dict[str, Any], dict[str, Any], bool]:
+        """From parents to survivors.
+
+        Returns:
+            Logs, what only a `PopulationCallback` sees, and whether to stop.
+        """
+        parents, parent_losses = self._trained(
+            self._members, generation, Phase.TRAIN_PARENTS, data, epochs, progress
+        )
+        batch = self._fitness_batch(generation, Phase.FITNESS, data, fitness_data)
+        fitness = self._runner.losses(parents, batch)
+        self._check_any_finite(fitness.numpy(), generation, "parents")
+        brood = self._breeding(parents, fitness, generation)
+        children = Members(
+            list(brood.weights),
+            list(brood.state),
+            self._runner.fresh_optimizer_state(self.population_size),
+            tf.zeros_like(parents.updates),
+        )
+        children, child_losses = self._trained(
+            children, generation, Phase.TRAIN_CHILDREN, data, epochs, progress
+        )
+        batch = self._fitness_batch(generation, Phase.SURVIVAL, data, fitness_data)
+        parent_fitness = self._runner.losses(parents, batch)
+        child_fitness = self._runner.losses(children, batch)
+        places = genetics.surviving(parent_fitness, child_fitness).numpy()
+        both = np.concatenate([parent_fitness.numpy(), child_fitness.numpy()])
+        self._check_any_finite(both, generation, "parents and children")
+
+        self._members = population.selected(places, parents, children)
+        self._fitness = both[places].astype("float64")
+        self._note_lineage(generation, brood, fitness.numpy(), both, places)
+        self._generation = generation + 1
+        best = self._best()
+        self._load(best, self.model)
+        losses = np.concatenate([parent_losses, child_losses])[places]
+        survived = int(np.sum(places >= self.population_size))
+        logs = {
+            "loss": float(losses[best]),
+            **self._metrics(batch),
+            "fitness": float(self._fitness[best]),
+            "fitness_mean": float(np.mean(self._fitness)),
+            "fitness_worst": float(np.max(self._fitness)),
+            "diversity": float(self._diversity(self._members.weights)),
+            "children_survived": survived,
+        }
+        details = {
+            "parent_losses": parent_losses,
+            "child_losses": child_losses,
+            "parent_fitness": parent_fitness.numpy(),
+            "child_fitness": child_fitness.numpy(),
+            "selection_probabilities": brood.probabilities.numpy(),
+            "parents": brood.parents.numpy(),
+            "mutation_probabilities": brood.mutation_probabilities.numpy(),
+            "mutated_entries": brood.mutated_entries.numpy(),
+            "survivors": places,
+            "identities": np.array(self._identities),
+        }
+        change = abs(float(np.sum(parent_fitness.numpy())) - float(np.sum(self._fitness)))
+        return logs, details, self.tolerance is not None and change <= self.tolerance
+
+    def _trained(
+        self,
+        members: Members,
+        generation: int,
+        phase: Phase,
+        data: ArrayData | StreamData,
+        epochs: int,
+        progress: "_Progress",
+    ) -> tuple[Members, np.ndarray]:
+        """Members after `epochs` of training, and their mean losses in the last one."""
+        state = list(members.state)
+        for index in self._seed_generators:
+            drawn_keys = [
+                keys.key(self.seed, generation, phase, member, index).view(np.uint32)
+                for member in range(self.population_size)
+            ]
+            state[index] = tf.cast(tf.constant(np.stack(drawn_keys)), state[index].dtype)
+        members = members._replace(state=state)
+        losses: list[np.ndarray] = []
+        for epoch in range(epochs):
+            losses = []
+            for portion in data.epoch(generation, phase, epoch, self.population_size):
+                for first in range(0, portion.steps, progress.stride):
+                    last = min(first + progress.stride, portion.steps)
+                    members, of_steps = self._runner.train(
+                        members, portion.data, portion.order, first, last
+                    )
+                    losses.append(of_steps)
+                    progress.add(last - first, of_steps[-1])
+        return self._runner.finalized(members), np.mean(np.concatenate(losses), axis=0)
+
+    # --- the parts -----------------------------------------------------------
+
+    def _chosen_engine(self) -> str:
+        """The engine's name; notes the reason."""
+        reason = why_not_stacked(self.model)
+        if self._engine_asked_for == "stacked" and reason:
+            raise ValueError(
+                f"The engine 'stacked' cannot train the model '{self.model.name}': {reason}. "
+                "Use engine='unrolled' or 'auto'."
+            )
+        if self._engine_asked_for != "auto":
+            self._engine_reason = "as asked for"
+            return self._engine_asked_for
+        reason = reason or _why_better_unrolled(self.model)
+        self._engine_reason = reason or "all layers can be stacked"
+        return "unrolled" if reason else "stacked"
+
+    def _start_members(self) -> None:
+        """Makes the first population and what trains it, once."""
+        if self._runner is not None:
+            return
+        size = self.population_size
+        if self.engine == "stacked":
+            self._runner = StackedEngine(self.model, size)
+        else:
+            clones = [
+                population.compiled_as(self.model, population.clone(self.model, seed=member))
+                for member in range(size)
+            ]
+            self._runner = UnrolledEngine(self.model, clones)
+        self._breeding = Breeding(
+            mutation_rate=self.mutation_rate,
+            mutation=self.mutation,
+            mutation_stddev=self.mutation_stddev,
+            seed=self.seed,
+        )
+        self._seed_generators = population.seed_generators(self.model)
+        self._diversity = tf.function(population.diversity, jit_compile=True)
+        starts = list(population.initial_members(self.model, size, self.seed, self.initializer))
+        weights, state = (
+            [tf.constant(np.stack(arrays)) for arrays in zip(*group, strict=True)]
+            for group in zip(*starts, strict=True)
+        )
+        self._members = Members(
+            weights,
+            state,
+            self._runner.fresh_optimizer_state(size),
+            tf.zeros((size,), tf.int64),
+        )
+        self._identities = [self.lineage.born(0) for _ in range(size)]
+
+    def _training_data(
+        self,
+        x: Any,
+        y: Any,
+        batch_size: int | None,
+        steps_per_epoch: int | None,
+        sample_weight: Any,
+        class_weight: dict[int, float] | None,
+    ) -> ArrayData | StreamData:
+        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+            if y is not None or sample_weight is not None or batch_size is not None:
+                raise ValueError(
+                    "A dataset brings its own targets, sample weights and batches. Received: "
+                    "`y`, `sample_weight` or `batch_size` beside a dataset"
+                )
+            return StreamData(
+                x,
+                class_weight=class_weight,
+                steps_per_epoch=steps_per_epoch,
+                members=self.population_size,
+            )
+        if hasattr(x, "__next__") or type(x).__module__.startswith("torch.utils"):
+            raise ValueError(
+                "A generator cannot be gone through again, as each generation and a resumed "
+                "run must. Use arrays, a `tf.data.Dataset` (such as "
+                "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
+                f"Received: x={x!r}"
+            )
+        return ArrayData(
+            x,
+            y,
+            sample_weight=sample_weight,
+            class_weight=class_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            seed=self.seed,
+        )
+
+    def _fitness_batch(
+        self, generation: int, phase: Phase, data: ArrayData | StreamData, own: Data | None
+    ) -> Data:
+        size = self.fitness_batch_size or _FITNESS_SAMPLES
+        if own is not None:
+            return drawn(own, size, keys.generator(self.seed, generation, phase))
+        return data.fitness_batch(generation, phase, size)
+
+    def _ranks(self) -> np.ndarray:
+        return np.argsort(np.nan_to_num(self._fitness, nan=np.inf), kind="stable")
+
+    def _best(self) -> int:
+        return int(self._ranks()[0])
+
+    def _load(self, place: int, model: keras.Model) -> None:
+        """Puts a member into a model, its optimizer's state included."""
+        for variable, value in zip(model.trainable_variables, self._members.weights, strict=True):
+            variable.assign(value[place])
+        for variable, value in zip(model.non_trainable_variables, self._members.state, strict=True):
+            variable.assign(value[place])
+        model.optimizer.build(model.trainable_variables)
+        self._runner.load_optimizer(self._members, place, model.optimizer)
+
+    def _metrics(self, batch: Data) -> dict[str, float]:
+        """The compiled metrics of the model, which holds the best member."""
+        self.model.reset_metrics()
+        values = self.model.test_on_batch(**batch, return_dict=True)
+        self.model.reset_metrics()
+        return {name: float(value) for name, value in values.items() if name != "loss"}
+
+    def _validated(
+        self, validation_data: Any, batch_size: int | None, callback_list: Any
+    ) -> dict[str, float]:
+        arguments = {"verbose": 0, "return_dict": True, "callbacks": callback_list}
+        if isinstance(validation_data, (tuple, list)):
+            names = ("x", "y", "sample_weight")
+            parts = dict(zip(names, validation_data, strict=False))
+            values = self.model.evaluate(**parts, batch_size=batch_size, **arguments)
+        else:
+            values = self.model.evaluate(validation_data, **arguments)
+        return {f"val_{name}": value for name, value in values.items()}
+
+    def _check_any_finite(self, losses: np.ndarray, generation: int, who: str) -> None:
+        if not np.any(np.isfinite(losses)):
+            raise FloatingPointError(
+                f"In generation {generation} no member has a finite loss: all {len(losses)} "
+                f"{who} ({', '.join(map(str, range(len(losses))))}) are at {set(losses.tolist())}. "
+                "Lower the learning rate, clip the gradients, or look for broken samples. The "
+                "last checkpoint is kept."
+            )
+
+    def _note_lineage(
+        self,
+        generation: int,
+        brood: Any,
+        fitness: np.ndarray,
+        survival: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        size, parents = self.population_size, brood.parents.numpy()
+        for identity, loss in zip(self._identities, fitness, strict=True):
+            self.lineage.evaluated(identity, float(loss))
+        probabilities = brood.probabilities.numpy()
+        crossovers = brood.crossover_probabilities.numpy()
+        mutations, mutated = brood.mutation_probabilities.numpy(), brood.mutated_entries.numpy()
+        children = [
+            self.lineage.born(
+                generation + 1,
+                parents=[self._identities[parent] for parent in parents[child]],
+                selection_probabilities=[float(probabilities[p]) for p in parents[child]],
+                crossover_probability=float(crossovers[child]),
+                mutation_rate=float(mutations[child]),
+                mutated_entries=int(mutated[child]),
+            )
+            for child in range(size)
+        ]
+        everyone = self._identities + children
+        surviving = set(places.tolist())
+        for index, identity in enumerate(everyone):
+            self.lineage.selected(identity, generation, float(survival[index]), index in surviving)
+        self._identities = [everyone[place] for place in places]
+
+    # --- checkpoints ---------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one that stopped."""
+        return {
+            "model": [
+                [type(layer).__name__, *([list(v.shape) for v in layer.variables])]
+                for layer in self.model.layers
+            ],
+            "optimizer": type(self.model.optimizer).__name__,
+            "population_size": self.population_size,
+            "seed": self.seed,
+            "engine": self.engine,
+        }
+
+    def _record(self, history: keras.callbacks.History) -> dict[str, Any]:
+        rate = self.model.optimizer._learning_rate
+        constant = isinstance(rate, keras.Variable)
+        return {
+            "generation": self._generation,
+            "identities": self._identities,
+            "fitness": self._fitness.tolist(),
+            "learning_rate": float(rate) if constant else None,
+            "history": {k: [float(v) for v in vs] for k, vs in history.history.items()},
+            "epochs": history.epoch,
+            "lineage": list(self.lineage),
+        }
+
+    def _resume(self, members: Members, record: dict[str, Any]) -> dict[str, Any]:
+        self._members = members
+        self._generation = record["generation"]
+        self._identities = record["identities"]
+        self._fitness = np.array(record["fitness"])
+        self.lineage = Lineage(record["lineage"])
+        if record["learning_rate"] is not None:
+            self.model.optimizer.learning_rate = record["learning_rate"]
+        return record
+
+
+class _Progress:
+    """Keras's bar over the steps of a generation, and the callbacks' batches."""
+
+    def __init__(
+        self, verbose: int, generation: int, generations: int, steps: int, callbacks: Any
+    ) -> None:
+        self._verbose = verbose
+        self._heading = f"Generation {generation + 1}/{generations}"
+        self._steps, self._made = steps, 0
+        self._callbacks = callbacks
+        self._started = time.perf_counter()
+        self._bar = None
+        # How many steps are made between two looks at the losses.
+        self.stride = steps
+        if verbose == 1:
+            print(self._heading)
+            self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
+            self.stride = max(1, math.ceil(steps / 20))
+
+    def add(self, steps: int, losses: np.ndarray) -> None:
+        """Shows steps that were made, and the best member's loss."""
+        best = float(np.nanmin(losses)) if np.any(np.isfinite(losses)) else math.nan
+        self._callbacks.on_train_batch_begin(self._made)
+        self._made += steps
+        self._callbacks.on_train_batch_end(self._made - 1, {"loss": best})
+        if self._bar is not None:
+            self._bar.update(self._made, [("loss", best)], finalize=False)
+
+    def end(self, logs: dict[str, Any]) -> None:
+        """Shows what came out."""
+        if self._bar is not None:
+            self._bar.stateful_metrics = set(logs)
+            self._bar.update(self._steps, list(logs.items()), finalize=True)
+        elif self._verbose == 2:
+            seconds = time.perf_counter() - self._started
+            shown = " - ".join(f"{name}: {value:.4g}" for name, value in logs.items())
+            print(f"{self._heading} - {seconds:.1f}s - {shown}")
+
+
+def _check_precision(model: keras.Model) -> None:
+    layers = [
+        layer.name
+        for layer in model._flatten_layers()
+        if keras.backend.standardize_dtype(layer.compute_dtype) == "float16"
+    ]
+    if layers or isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "Gadam does not train in mixed float16: the loss scale belongs to one optimizer, and "
+            "members whose gradients overflow would skip steps. Use `mixed_bfloat16` or "
+            f"float32. Received: layers in float16: {layers[:5]}"
+        )
+
+
+def _why_better_unrolled(model: keras.Model) -> str | None:
+    slow = ("Conv", "LSTM", "GRU", "RNN", "Bidirectional", "TimeDistributed")
+    for layer in model._flatten_layers():
+        if any(word in type(layer).__name__ for word in slow):
+            return f"a stack of layers such as '{layer.name}' is slower than clones"
+    return None
+
+
+def _checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}. Received: {name}={value!r}")
+    return value
+
+
+def _split(arrays: tuple[Any, ...], part: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arrays without their end, and the end."""
+    x = arrays[0]
+    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)) or not 0.0 < part < 1.0:
+        raise ValueError(
+            "`validation_split` must be between 0 and 1, of arrays. Received: "
+            f"validation_split={part} with x of type {type(x).__name__}"
+        )
+    count = len(tf.nest.flatten(x)[0])
+    at = math.floor(count * (1.0 - part))
+    if not 0 < at < count:
+        raise ValueError(
+            f"`validation_split` leaves nothing to train or to validate on. Received: "
+            f"validation_split={part} of {count} sample(s)"
+        )
+
+    def cut(rows: slice) -> tuple[Any, ...]:
+        return tuple(
+            None if a is None else tf.nest.map_structure(lambda part: part[rows], a) for a in arrays
+        )
+
+    return cut(slice(0, at)), cut(slice(at, count))
+
+
+def _all_of(data: Any) -> Data:
+    """All samples of fitness data, in memory."""
+    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+        batches = list(as_dataset(data))
+        if not batches:
+            raise ValueError("`fitness_data` is empty. Expected at least one batch.")
+        return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
+    if not isinstance(data, (tuple, list)) or not 1 <= len(data) <= 3:
+        raise ValueError(
+            "`fitness_data` must be `(x, y)`, `(x, y, sample_weight)` or a dataset. Received: "
+            f"{type(data).__name__}"
+        )
+    return in_memory(*data)

@@ -1,0 +1,188 @@
+"""Trains all members as one: their weights in a stack, all steps in one XLA function."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.functional import Batch, ModelFunction
+from keras_gdopt.gadam.population import Members
+from keras_gdopt.optimizers.pure_step import pure_step
+
+Tensor = Any
+Data = dict[str, Any]
+"""The parts of a `Batch` that there are, by name."""
+
+
+class StackedEngine:
+    """The members' weights stacked along a first axis, one vectorized step for all.
+
+    Forward, backward and update of all members, and the loop over the steps, are one XLA
+    function, which is compiled once for each shape of a batch.
+
+    Args:
+        model: Compiled and built, with an optimizer of this package.
+        population_size: How many members.
+
+    Raises:
+        ValueError: If the model or its optimizer cannot be stacked.
+    """
+
+    name = "stacked"
+
+    def __init__(self, model: keras.Model, population_size: int) -> None:
+        reason = why_not_stacked(model)
+        if reason:
+            raise ValueError(
+                f"The engine 'stacked' cannot train the model '{model.name}': {reason}. Use "
+                "engine='unrolled' or 'auto'."
+            )
+        self._function = ModelFunction(model)
+        self._optimizer = model.optimizer
+        self._step = pure_step(model.optimizer)
+        self._size = population_size
+        self.trace_count = 0
+        self._train = tf.function(self._train_steps, jit_compile=True, autograph=False)
+        self._losses = tf.function(self._fitness_losses, jit_compile=True, autograph=False)
+        self._finalize = tf.function(self._finalized, jit_compile=True, autograph=False)
+
+    # --- what the driver calls -----------------------------------------------
+
+    def fresh_optimizer_state(self, count: int) -> Any:
+        """The state of optimizers that never stepped, for `count` members."""
+        return tf.nest.map_structure(
+            lambda value: tf.repeat(value[None], count, axis=0), self._step.initial_state()
+        )
+
+    def train(
+        self,
+        members: Members,
+        data: Data,
+        order: Tensor | None,
+        first: int,
+        last: int,
+    ) -> tuple[Members, np.ndarray]:
+        """Makes the steps from `first` up to, not including, `last`.
+
+        Args:
+            members: Before.
+            data: All samples; or without an `order`, batches of shape
+                `(steps, members, batch, ...)`.
+            order: The samples of each batch, of shape `(steps, members, batch)`.
+            first: The first step.
+            last: The step after the last one.
+
+        Returns:
+            The members afterwards, and their losses, of shape `(last - first, members)`.
+        """
+        rate = self._optimizer._learning_rate
+        constant = 0.0
+        if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            constant = self._optimizer.learning_rate
+        rate = tf.cast(tf.convert_to_tensor(constant), keras.config.floatx())
+        members, losses = self._train(
+            members, data, order, rate, tf.constant(first), tf.constant(last)
+        )
+        return members, losses.numpy()[first:last]
+
+    def finalized(self, members: Members) -> Members:
+        """The members as their training ends, see `finalize_variable_values`."""
+        return self._finalize(members)
+
+    def losses(self, members: Members, batch: Data) -> Tensor:
+        """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
+        return self._losses(members.weights, members.state, batch)
+
+    def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
+        """Gives a built optimizer of the model's class the state of a member's."""
+        variables = tf.nest.flatten(pure_step(optimizer).variables())
+        for variable, value in zip(variables, tf.nest.flatten(members.optimizer), strict=True):
+            variable.assign(value[member])
+        optimizer.iterations.assign(members.updates[member])
+
+    # --- what is compiled ----------------------------------------------------
+
+    def _train_steps(
+        self,
+        members: Members,
+        data: Data,
+        order: Tensor | None,
+        learning_rate: Tensor,
+        first: Tensor,
+        last: Tensor,
+    ) -> tuple[Members, Tensor]:
+        self.trace_count += 1
+        example = order if order is not None else tf.nest.flatten(data)[0]
+        losses = tf.zeros((example.shape[0], self._size), keras.config.floatx())
+
+        def body(index: Tensor, members: Members, losses: Tensor) -> tuple:
+            # By gather: a slice would be compiled anew for each index.
+            rows = index if order is None else tf.gather(order, index)
+            batch = tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
+            members, loss = tf.vectorized_map(
+                lambda pair: self._member_step(pair[0], pair[1], learning_rate),
+                (members, batch),
+                warn=False,  # of random numbers, which are drawn in a loop
+            )
+            loss = tf.cast(loss, losses.dtype)
+            return index + 1, members, tf.tensor_scatter_nd_update(losses, [[index]], [loss])
+
+        _, members, losses = tf.while_loop(
+            lambda index, *_: index < last, body, (first, members, losses)
+        )
+        return members, losses
+
+    def _member_step(
+        self, member: Members, batch: Data, learning_rate: Tensor
+    ) -> tuple[Members, Tensor]:
+        weights = member.weights
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss, state = self._function.loss(weights, member.state, Batch(**batch))
+        # Zeros where the loss does not depend on a weight.
+        grads = tape.gradient(loss, weights, unconnected_gradients="zero")
+        grads = [tf.convert_to_tensor(gradient) for gradient in grads]
+        rate = self._optimizer._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            learning_rate = rate(member.updates)
+        weights, optimizer = self._step(
+            grads, weights, member.optimizer, learning_rate, member.updates
+        )
+        return Members(weights, state, optimizer, member.updates + 1), loss
+
+    def _finalized(self, members: Members) -> Members:
+        def member(member: Members) -> Members:
+            weights, optimizer = self._step.finalized(
+                member.weights, member.optimizer, member.updates
+            )
+            return member._replace(weights=weights, optimizer=optimizer)
+
+        return tf.vectorized_map(member, members)
+
+    def _fitness_losses(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
+    ) -> Tensor:
+        self.trace_count += 1
+
+        def loss(member: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+            weights, state = member
+            return self._function.loss(weights, state, Batch(**batch), training=False)[0]
+
+        return tf.vectorized_map(loss, (weights, state))
+
+
+def why_not_stacked(model: keras.Model) -> str | None:
+    """Why a model cannot be trained in a stack, or `None`."""
+    try:
+        pure_step(model.optimizer)
+    except ValueError as error:
+        return f"its optimizer cannot be stacked ({error})"
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            return (
+                f"the recurrence of the layer '{layer.name}' is a loop, which cannot be "
+                "vectorized (`unroll=True` can)"
+            )
+    return None

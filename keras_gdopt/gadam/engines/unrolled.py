@@ -1,0 +1,155 @@
+"""Trains each member as a Keras model of its own, all of them in one function."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.functional import Batch
+from keras_gdopt.gadam.population import Members
+
+Tensor = Any
+Data = dict[str, Any]
+"""The parts of a `Batch` that there are, by name."""
+
+
+class UnrolledEngine:
+    """A clone and an optimizer for each member, whose steps stand in one function.
+
+    For layers that are slow or impossible in a stack (convolutions, recurrence), and for
+    optimizers of Keras. The clones hold the members only while they are trained.
+
+    Args:
+        model: Compiled and built.
+        clones: A clone of it for each member, compiled as it is.
+    """
+
+    name = "unrolled"
+
+    def __init__(self, model: keras.Model, clones: list[keras.Model]) -> None:
+        self._optimizer = model.optimizer
+        self._clones = clones
+        for clone in clones:
+            clone.optimizer.build(clone.trainable_variables)
+        self._compiles = bool(model.jit_compile)
+        self.trace_count = 0
+        self._train = tf.function(self._train_steps)
+        self._losses = tf.function(self._fitness_losses, jit_compile=self._compiles)
+
+    # --- what the driver calls -----------------------------------------------
+
+    def fresh_optimizer_state(self, count: int) -> Any:
+        """The state of optimizers that never stepped, for `count` members."""
+        fresh = type(self._optimizer).from_config(self._optimizer.get_config())
+        fresh.build(self._clones[0].trainable_variables)
+        return [tf.repeat(tf.convert_to_tensor(v)[None], count, axis=0) for v in fresh.variables]
+
+    def train(
+        self,
+        members: Members,
+        data: Data,
+        order: Tensor | None,
+        first: int,
+        last: int,
+    ) -> tuple[Members, np.ndarray]:
+        """Makes the steps from `first` up to, not including, `last`.
+
+        Arguments and results are those of `StackedEngine.train`.
+        """
+        self._load(members)
+        constant = not isinstance(
+            self._optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule
+        )
+        if constant and isinstance(self._optimizer.learning_rate, keras.Variable):
+            for clone in self._clones:
+                clone.optimizer.learning_rate = float(self._optimizer.learning_rate)
+        losses = self._train(data, order, tf.constant(first), tf.constant(last))
+        return self._read(), losses.numpy()
+
+    def finalized(self, members: Members) -> Members:
+        """The members as their training ends, see `finalize_variable_values`."""
+        self._load(members)
+        for clone in self._clones:
+            clone.optimizer.finalize_variable_values(clone.trainable_variables)
+        return self._read()
+
+    def losses(self, members: Members, batch: Data) -> Tensor:
+        """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
+        self._load(members)
+        return self._losses(batch)
+
+    def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
+        """Gives a built optimizer of the model's class the state of a member's."""
+        for variable, value in zip(optimizer.variables, members.optimizer, strict=True):
+            variable.assign(value[member])
+
+    # --- members in and out of the clones ------------------------------------
+
+    def _load(self, members: Members) -> None:
+        values = (members.weights, members.state, members.optimizer)
+        for group, tensors in zip(self._variables(), values, strict=True):
+            for variables, tensor in zip(group, tensors, strict=True):
+                for variable, value in zip(variables, tf.unstack(tensor), strict=True):
+                    variable.assign(value)
+
+    def _read(self) -> Members:
+        groups = [
+            [tf.stack([tf.convert_to_tensor(v) for v in variables]) for variables in group]
+            for group in self._variables()
+        ]
+        weights, state, optimizer = groups
+        updates = [tf.cast(c.optimizer.iterations, tf.int64) for c in self._clones]
+        return Members(weights, state, optimizer, tf.stack(updates))
+
+    def _variables(self) -> tuple[list[tuple[Any, ...]], ...]:
+        """Weights, state and optimizers' variables, each as one tuple of all members'."""
+        return (
+            list(zip(*(c.trainable_variables for c in self._clones), strict=True)),
+            list(zip(*(c.non_trainable_variables for c in self._clones), strict=True)),
+            list(zip(*(c.optimizer.variables for c in self._clones), strict=True)),
+        )
+
+    # --- what is traced ------------------------------------------------------
+
+    def _train_steps(self, data: Data, order: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
+        self.trace_count += 1
+        losses = tf.TensorArray(keras.config.floatx(), size=last - first)
+        for index in tf.range(first, last):
+            of_step = []
+            for member, clone in enumerate(self._clones):
+                place = tf.stack([index, member])
+                rows = None if order is None else tf.gather_nd(order, place)
+                of_step.append(_train_step(clone, _batch(data, rows, place)))
+            losses = losses.write(index - first, tf.stack(of_step))
+        return losses.stack()
+
+    def _fitness_losses(self, batch: Data) -> Tensor:
+        self.trace_count += 1
+        return tf.stack([_loss(clone, Batch(**batch), training=False) for clone in self._clones])
+
+
+def _batch(data: Data, rows: Tensor | None, place: Tensor) -> Batch:
+    """One member's batch: some rows of the samples, or what stands in its place."""
+    pick = (
+        (lambda part: tf.gather_nd(part, place))
+        if rows is None
+        else (lambda part: tf.gather(part, rows))
+    )
+    return Batch(**tf.nest.map_structure(pick, data))
+
+
+def _loss(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:
+    arguments = {"training": training} if model._call_has_training_arg else {}
+    y_pred = model(batch.x, **arguments)
+    return model._compute_loss(
+        x=batch.x, y=batch.y, y_pred=y_pred, sample_weight=batch.sample_weight, training=training
+    )
+
+
+def _train_step(model: keras.Model, batch: Batch) -> Tensor:
+    with tf.GradientTape() as tape:
+        loss = _loss(model, batch, training=True)
+    variables = model.trainable_variables
+    model.optimizer.apply(tape.gradient(loss, variables), variables)
+    return tf.cast(loss, keras.config.floatx())

@@ -1,0 +1,101 @@
+"""Who descends from whom in a population, and what became of each."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Lineage:
+    """Every individual that was ever born, in the order of birth.
+
+    An individual is a dictionary, and its place in the lineage is its id:
+
+    - `id`; `generation` in which it was born, 0 for the first population,
+    - `parents`: two ids (the same twice is possible), or none in the first population,
+    - `selection_probabilities` of the parents, `crossover_probability` with which an
+      entry came from the first of them, `mutation_rate` (the probability with which an
+      entry mutated) and `mutated_entries`, a count; all `None` in the first population,
+    - `fitness`: its fitness loss when it was first evaluated,
+    - `selections`: for each generation at whose end it was evaluated, `[generation,
+      fitness loss, whether it survived]`.
+
+    >>> from keras_gdopt.gadam.lineage import Lineage
+    >>> lineage = Lineage()
+    >>> first = lineage.born(0)
+    >>> lineage.born(1, parents=[first, first], mutated_entries=3)
+    1
+    >>> [individual["id"] for individual in lineage.ancestry(1)]
+    [1, 0]
+    """
+
+    def __init__(self, individuals: Iterable[dict[str, Any]] = ()) -> None:
+        self._individuals = list(individuals)
+
+    def __len__(self) -> int:
+        return len(self._individuals)
+
+    def __getitem__(self, identity: int) -> dict[str, Any]:
+        return self._individuals[identity]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._individuals)
+
+    def born(
+        self,
+        generation: int,
+        *,
+        parents: list[int] | None = None,
+        selection_probabilities: list[float] | None = None,
+        crossover_probability: float | None = None,
+        mutation_rate: float | None = None,
+        mutated_entries: int | None = None,
+    ) -> int:
+        """Adds an individual, and returns its id."""
+        identity = len(self._individuals)
+        self._individuals.append(
+            {
+                "id": identity,
+                "generation": generation,
+                "parents": parents or [],
+                "selection_probabilities": selection_probabilities,
+                "crossover_probability": crossover_probability,
+                "mutation_rate": mutation_rate,
+                "mutated_entries": mutated_entries,
+                "fitness": None,
+                "selections": [],
+            }
+        )
+        return identity
+
+    def evaluated(self, identity: int, fitness: float) -> None:
+        """Notes an individual's fitness loss; the first one stays."""
+        individual = self._individuals[identity]
+        if individual["fitness"] is None:
+            individual["fitness"] = fitness
+
+    def selected(self, identity: int, generation: int, fitness: float, survives: bool) -> None:
+        """Notes how an individual fared at the end of a generation."""
+        self.evaluated(identity, fitness)
+        self._individuals[identity]["selections"].append([generation, fitness, survives])
+
+    def ancestry(self, identity: int) -> list[dict[str, Any]]:
+        """The individual and all it descends from, youngest first, each once."""
+        found, waiting = set(), [identity]
+        while waiting:
+            one = waiting.pop()
+            if one not in found:
+                found.add(one)
+                waiting.extend(self._individuals[one]["parents"])
+        return [self._individuals[one] for one in sorted(found, reverse=True)]
+
+    def to_json_lines(self, path: str | Path) -> None:
+        """Writes one line of JSON for each individual."""
+        with Path(path).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(individual) + "\n" for individual in self)
+
+    @classmethod
+    def from_json_lines(cls, path: str | Path) -> "Lineage":
+        """Reads what `to_json_lines` wrote."""
+        with Path(path).open(encoding="utf-8") as file:
+            return cls(json.loads(line) for line in file)

@@ -1,0 +1,239 @@
+"""The members of a population: their weights, state and optimizers' state, in stacks."""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.gadam import keys
+from keras_gdopt.gadam.keys import Phase
+
+Tensor = Any
+
+
+class Members(NamedTuple):
+    """All members of a population. Each tensor's first axis counts the members.
+
+    A pure value: whatever changes members returns new ones.
+    """
+
+    weights: list[Tensor]
+    """In the order of the model's trainable variables."""
+    state: list[Tensor]
+    """In the order of the model's non-trainable variables."""
+    optimizer: Any
+    """What the optimizers keep, in a structure that the engine knows."""
+    updates: Tensor
+    """How many updates each member has made, in int64."""
+
+
+def selected(places: Tensor, parents: Members, children: Members) -> Members:
+    """Those that survive.
+
+    Args:
+        places: For each place the index of a parent, or their number plus a child's.
+        parents: The members that were there.
+        children: As many others.
+    """
+    return tf.nest.map_structure(
+        lambda a, b: tf.gather(tf.concat([a, b], axis=0), places), parents, children
+    )
+
+
+def diversity(weights: Sequence[Tensor]) -> Tensor:
+    """The mean Euclidean distance between two members' weights.
+
+    Args:
+        weights: Each of shape `(g, ...)`.
+
+    Returns:
+        A scalar in float64.
+    """
+    count = weights[0].shape[0]
+    products = tf.zeros((count, count), tf.float64)
+    for weight in weights:
+        flat = tf.reshape(weight, (count, -1))
+        # Around their mean, so that the difference of the products below keeps its digits.
+        flat = tf.cast(flat - tf.reduce_mean(flat, axis=0), tf.float32)
+        products += tf.cast(tf.matmul(flat, flat, transpose_b=True), tf.float64)
+    norms = tf.linalg.diag_part(products)
+    squares = tf.maximum(norms[:, None] + norms[None, :] - 2 * products, 0.0)
+    squares = tf.linalg.set_diag(squares, tf.zeros(count, tf.float64))
+    return tf.reduce_sum(tf.sqrt(squares)) / (count * (count - 1))
+
+
+# --- clones ----------------------------------------------------------------------------
+
+
+def clone(model: keras.Model, seed: int) -> keras.Model:
+    """A clone of a model whose initial weights depend on the seed alone.
+
+    Args:
+        model: Built; a Sequential or functional model, or one with a `get_config`.
+        seed: Takes the place of the seeds of the model's initializers, integer ones
+            included: with those all clones would be the same.
+
+    Raises:
+        ValueError: If the clone's variables are not the model's.
+    """
+    drawn = np.random.default_rng(seed)
+    python_state = random.getstate()
+    random.seed(seed)  # initializers without a seed take theirs from here
+    try:
+        if isinstance(model, keras.Sequential) or _is_functional(model):
+
+            def cloned_layer(layer: Any) -> Any:
+                twin = type(layer).from_config(layer.get_config())
+                _reseed(twin, drawn)
+                return twin
+
+            twin = keras.models.clone_model(model, clone_function=cloned_layer, recursive=True)
+        else:
+            twin = type(model).from_config(model.get_config())
+            _reseed(twin, drawn)
+        if not twin.built:
+            config = model.get_build_config()
+            if config:
+                twin.build_from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"The model '{model.name}' ({type(model).__name__}) cannot be cloned. Expected a "
+            "Sequential or functional model, or a subclassed one with a `get_config` that "
+            f"says all about it. Received this error: {error}"
+        ) from error
+    finally:
+        random.setstate(python_state)
+    for kind in ("trainable_variables", "non_trainable_variables"):
+        expected = [tuple(v.shape) for v in getattr(model, kind)]
+        received = [tuple(v.shape) for v in getattr(twin, kind)]
+        if expected != received:
+            raise ValueError(
+                f"The model '{model.name}' cannot be cloned: a clone must have the model's "
+                f"variables. Expected {kind} of shapes {expected}. Received: {received}"
+            )
+    return twin
+
+
+def compiled_as(model: keras.Model, twin: keras.Model) -> keras.Model:
+    """A clone, compiled as the model is, with an optimizer and metrics of its own."""
+    arguments = dict(model._compile_config.config)
+    arguments["optimizer"] = type(model.optimizer).from_config(model.optimizer.get_config())
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(_metric_of_its_own, arguments.get(name))
+    twin.compile(**arguments)
+    return twin
+
+
+def _metric_of_its_own(metric: Any) -> Any:
+    if isinstance(metric, keras.metrics.Metric):
+        return type(metric).from_config(metric.get_config())
+    return metric
+
+
+def _is_functional(model: keras.Model) -> bool:
+    return type(model) is keras.Model or type(model).__name__ == "Functional"
+
+
+def _reseed(layer: Any, drawn: np.random.Generator) -> None:
+    """Gives each initializer that has an integer seed another one, before it is used."""
+    for part in layer._flatten_layers():
+        for value in list(vars(part).values()):
+            if isinstance(value, keras.initializers.Initializer) and isinstance(
+                getattr(value, "seed", None), int
+            ):
+                value.seed = int(drawn.integers(2**31))
+
+
+def initial_members(
+    model: keras.Model, population_size: int, seed: int, initializer: Any = None
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """The weights and the state that each member starts from, one after the other.
+
+    Args:
+        model: The model that is to be cloned.
+        population_size: How many.
+        seed: Of the run.
+        initializer: Draws all trainable weights of all members. Without one, the first
+            member has the model's weights, and the layers' own initializers draw the
+            others', seeded anew. What the model has frozen stays as it is.
+    """
+    frozen = {
+        id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.variables
+    }
+    for member in range(population_size):
+        source = model
+        if member and initializer is None:
+            number = int(keys.sequence(seed, 0, Phase.INITIALIZE, member).generate_state(1)[0])
+            source = clone(model, number)
+        weights = [v.numpy() for v in source.trainable_variables]
+        if initializer is not None:
+            weights = [
+                _drawn(initializer, v, keys.sequence(seed, 0, Phase.INITIALIZE, member, index))
+                for index, v in enumerate(model.trainable_variables)
+            ]
+        state = [
+            (own if id(own) in frozen else other).numpy()
+            for own, other in zip(
+                model.non_trainable_variables, source.non_trainable_variables, strict=True
+            )
+        ]
+        yield weights, state
+
+
+def _drawn(initializer: Any, variable: Any, sequence: np.random.SeedSequence) -> np.ndarray:
+    config = initializer.get_config()
+    if "seed" in config:
+        config["seed"] = int(sequence.generate_state(1)[0])
+        initializer = type(initializer).from_config(config)
+    return keras.ops.convert_to_numpy(initializer(variable.shape, dtype=variable.dtype))
+
+
+def seed_generators(model: keras.Model) -> list[int]:
+    """Which of a model's non-trainable variables are the states of seed generators."""
+    return [
+        index
+        for index, variable in enumerate(model.non_trainable_variables)
+        if variable.name == "seed_generator_state"
+    ]
+
+
+# --- memory ----------------------------------------------------------------------------
+
+
+def check_fits_in_memory(model: keras.Model, optimizer: Any, population_size: int) -> None:
+    """Raises if a population would not fit into the memory that is free.
+
+    Counted are weights, state and the optimizer's state, three times for each member:
+    parents, children, and what training makes of them.
+    """
+    available = _available_memory()
+    variables = [*model.variables, *optimizer.variables]
+    size = sum(int(np.prod(v.shape)) * _bytes(v.dtype) for v in variables)
+    needed = 3 * population_size * size
+    if available is not None and needed > available:
+        raise ValueError(
+            f"A population of {population_size} clones of '{model.name}' needs about "
+            f"{needed / 2**30:.1f} GiB (a member with its optimizer has {size / 2**20:.1f} MiB, "
+            f"held three times), and {available / 2**30:.1f} GiB are free. Use a smaller "
+            f"`population_size`. Received: population_size={population_size}"
+        )
+
+
+def _bytes(dtype: Any) -> int:
+    return tf.as_dtype(keras.backend.standardize_dtype(dtype)).size
+
+
+def _available_memory() -> int | None:
+    """Of the host, in bytes."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
