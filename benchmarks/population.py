@@ -1,0 +1,217 @@
+"""Training a population: ours, Keras's `fit` member after member, and JAX's `vmap`.
+
+python -m benchmarks.population            # everything
+python -m benchmarks.population mlp-16     # one part; `--help` lists the parts
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+import keras_gdopt as gdopt
+from benchmarks.side_by_side import Contender, Work, run
+from keras_gdopt.gadam.keys import Phase
+
+BATCH, STEPS = 64, 78
+SAMPLES = BATCH * STEPS
+
+
+def _data() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.random((SAMPLES, 784), "float32"), rng.integers(0, 10, SAMPLES)
+
+
+def mlp() -> keras.Model:
+    """Of 784-64-10 units."""
+    layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
+    return keras.Sequential([keras.Input((784,)), *layers])
+
+
+def mlp_with_normalization_and_dropout() -> keras.Model:
+    """The same with batch normalization and dropout."""
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def cnn() -> keras.Model:
+    """Like LeNet."""
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Reshape((28, 28, 1)),
+            keras.layers.Conv2D(6, 5, padding="same", activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(16, 5, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(120, activation="relu"),
+            keras.layers.Dense(84, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def lstm() -> keras.Model:
+    """Over the 28 rows of a picture."""
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Reshape((28, 28)),
+            keras.layers.LSTM(32),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def _compiled(build: Callable[[], keras.Model], optimizer: Any) -> keras.Model:
+    model = build()
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def sequential(build: Callable[[], keras.Model]) -> Contender:
+    """One member after the other: the time of one."""
+
+    def make() -> Callable[[], object]:
+        x, y = _data()
+        model = _compiled(build, keras.optimizers.Adam())
+        return lambda: model.fit(x, y, batch_size=BATCH, verbose=0)
+
+    return Contender("Keras's fit, one after the other", make, steps=STEPS)
+
+
+def generation(build: Callable[[], keras.Model], members: int) -> Contender:
+    """A whole generation of Gadam: two trainings, fitness, selection, crossover, mutation."""
+
+    def make() -> Callable[[], object]:
+        x, y = _data()
+        gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0)
+        return lambda: gadam.fit(x, y, generations=1, batch_size=BATCH, verbose=0)
+
+    return Contender("Gadam, whole generation", make, steps=2 * members * STEPS)
+
+
+def training(build: Callable[[], keras.Model], members: int, engine: str) -> Contender:
+    """The training of all members for an epoch, alone."""
+
+    def make() -> Callable[[], object]:
+        x, y = _data()
+        gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0, engine=engine)
+        data = gadam._training_data(x, y, BATCH, None, None, None)
+        gadam._start_members()
+        (portion,) = data.epoch(0, Phase.TRAIN_PARENTS, 0, members)
+        population = gadam._members
+
+        def step() -> object:
+            nonlocal population
+            population, losses = gadam._runner.train(
+                population, portion.data, portion.order, 0, STEPS
+            )
+            return losses
+
+        return step
+
+    return Contender(f"Gadam's training, {engine}", make, steps=members * STEPS)
+
+
+def jax_mlp(members: int) -> Contender:
+    """`vmap` over the members, `scan` over the steps, optax's Adam, all in one `jit`."""
+
+    def make() -> Callable[[], object]:
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        inputs_and_labels = _data()
+        x, y = jnp.asarray(inputs_and_labels[0]), jnp.asarray(inputs_and_labels[1])
+        rng = np.random.default_rng(0)
+        order = np.stack([rng.permutation(SAMPLES) for _ in range(members)])
+        order = jnp.asarray(order.reshape(members, STEPS, BATCH).swapaxes(0, 1))
+
+        def start(key: Any) -> dict[str, Any]:
+            one, two = jax.random.split(key)
+            glorot = jax.nn.initializers.glorot_uniform()
+            return {
+                "w1": glorot(one, (784, 64)), "b1": jnp.zeros(64),
+                "w2": glorot(two, (64, 10)), "b2": jnp.zeros(10),
+            }  # fmt: skip
+
+        def loss(weights: dict[str, Any], inputs: Any, labels: Any) -> Any:
+            hidden = jax.nn.relu(inputs @ weights["w1"] + weights["b1"])
+            logits = hidden @ weights["w2"] + weights["b2"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        adam = optax.adam(1e-3)
+
+        def member_step(weights: Any, state: Any, rows: Any) -> Any:
+            value, grads = jax.value_and_grad(loss)(weights, x[rows], y[rows])
+            updates, state = adam.update(grads, state, weights)
+            return optax.apply_updates(weights, updates), state, value
+
+        def epoch(weights: Any, state: Any, order: Any) -> Any:
+            def body(carry: Any, rows: Any) -> Any:
+                *carry, losses = jax.vmap(member_step)(carry[0], carry[1], rows)
+                return tuple(carry), losses
+
+            carry, losses = jax.lax.scan(body, (weights, state), order)
+            return *carry, losses
+
+        compiled = jax.jit(epoch, donate_argnums=(0, 1))
+        weights = jax.vmap(start)(jax.random.split(jax.random.PRNGKey(0), members))
+        state = jax.vmap(adam.init)(weights)
+
+        def step() -> object:
+            nonlocal weights, state
+            weights, state, losses = compiled(weights, state, order)
+            return losses.block_until_ready()
+
+        return step
+
+    return Contender("JAX, vmap and scan", make, steps=members * STEPS)
+
+
+def _against_fit(
+    name: str, build: Callable[[], keras.Model], members: int, times_faster: float | None
+) -> list[Work]:
+    bounds = {} if times_faster is None else {"Gadam, whole generation": 1 / times_faster}
+    return [
+        Work(f"{name}, g = {members}", [sequential(build), generation(build, members)],
+             bounds=bounds)
+    ]  # fmt: skip
+
+
+def _mlp_of(members: int, times_jax: float, times_fit: float | None) -> list[Work]:
+    bounds = {"Gadam's training, stacked": 1 / times_jax}
+    contenders = [jax_mlp(members), training(mlp, members, "stacked")]
+    return [
+        Work(f"MLP 784-64-10, g = {members}, steps alone", contenders, bounds=bounds),
+        *_against_fit("MLP 784-64-10", mlp, members, times_fit),
+    ]
+
+
+WORKS = {
+    "mlp-4": lambda: _mlp_of(4, 0.95, None),
+    "mlp-16": lambda: _mlp_of(16, 1.1, 10.0),
+    "mlp-64": lambda: _mlp_of(64, 1.1, None),
+    "normalization-dropout": lambda: _against_fit(
+        "MLP with BatchNormalization and Dropout", mlp_with_normalization_and_dropout, 16, 4.0
+    ),
+    "cnn": lambda: _against_fit("CNN", cnn, 16, 2.0),
+    "lstm": lambda: _against_fit("LSTM", lstm, 16, None),
+}
+
+
+if __name__ == "__main__":
+    run(__doc__.splitlines()[0], WORKS)

@@ -1,0 +1,108 @@
+"""Small models that tests train populations of, and data for them."""
+
+import keras
+import numpy as np
+from keras import layers
+
+
+def dense():
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(5, activation="tanh"), layers.Dense(3)]
+    )
+
+
+def convolution():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Reshape((3, 2, 1)),
+            layers.Conv2D(4, 2, activation="tanh"),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+def normalization():
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(5), layers.BatchNormalization(), layers.Dense(3)]
+    )
+
+
+def recurrent(unroll=False):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Reshape((3, 2)),
+            layers.LSTM(4, unroll=unroll),
+            layers.Dense(3),
+        ]
+    )
+
+
+def unrolled_recurrent():
+    return recurrent(unroll=True)
+
+
+def embedding():
+    """The inputs, from -3 to 3, become ids from 0 to 6, some of them repeated."""
+    inputs = keras.Input((6,))
+    ids = layers.Lambda(_as_ids, output_shape=(6,))(inputs)
+    x = layers.Flatten()(layers.Embedding(8, 3)(ids))
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+@keras.saving.register_keras_serializable("tests")
+def _as_ids(x):
+    return keras.ops.cast(keras.ops.clip(keras.ops.round(x) + 3, 0, 6), "int32")
+
+
+def dropout():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(16, activation="tanh"),
+            layers.Dropout(0.5),
+            layers.Dense(3),
+        ]
+    )
+
+
+def two_inputs():
+    """Two inputs and two outputs, with a loss of the layers' own."""
+    first, second = keras.Input((4,), name="first"), keras.Input((2,), name="second")
+    hidden = layers.Dense(5, activation="tanh", kernel_regularizer="l2")(first)
+    joined = layers.Concatenate()([hidden, second])
+    outputs = {
+        "one": layers.Dense(2, name="one")(joined),
+        "other": layers.Dense(1, name="other")(joined),
+    }
+    return keras.Model({"first": first, "second": second}, outputs)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    def __init__(self, units=4, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.hidden = layers.Dense(units, activation="tanh")
+        self.out = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+def samples(rng, count=22):
+    x = rng.normal(size=(count, 6))
+    return x, np.stack([np.sin(x.sum(1)), x[:, 0] * x[:, 1], x[:, 2]], axis=1)
+
+
+def samples_of_two(rng, count=22):
+    x = rng.normal(size=(count, 6))
+    return (
+        {"first": x[:, :4], "second": x[:, 4:]},
+        {"one": x[:, :2] ** 2, "other": x[:, 3:4]},
+    )

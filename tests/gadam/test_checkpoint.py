@@ -1,0 +1,195 @@
+"""A run that was stopped goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from tests.gadam import models
+
+SIZE = 3
+
+
+def _gadam(build=models.dropout, seed=5, size=SIZE, **kwargs):
+    keras.utils.set_random_seed(1)
+    model = build()
+    model.compile(gdopt.Adam(0.02), "mse")
+    return gdopt.Gadam(model, population_size=size, seed=seed, **kwargs)
+
+
+def _data(rng, kind):
+    x, y = (part.astype("float32") for part in models.samples(rng, count=40))
+    if kind == "arrays":
+        return {"x": x, "y": y, "batch_size": 16}
+    return {"x": tf.data.Dataset.from_tensor_slices((x, y)).shuffle(40, seed=1).batch(16)}
+
+
+def _assert_same_run(one, other):
+    for a, b in zip(tf.nest.flatten(one._members), tf.nest.flatten(other._members), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert list(one.lineage) == list(other.lineage)
+    np.testing.assert_array_equal(one.fitness, other.fitness)
+    for a, b in zip(one.model.get_weights(), other.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_a_resumed_run_equals_one_that_was_not_stopped(kind, engine, rng, tmp_path):
+    """Dropout included: the seeds of its generators come from the keys."""
+    data = _data(rng, kind)
+    whole = _gadam(engine=engine)
+    expected = whole.fit(**data, generations=5, epochs=2, verbose=0)
+    history = None
+    for generations in (1, 3, 5):
+        parts = _gadam(engine=engine)
+        history = parts.fit(
+            **data, generations=generations, epochs=2, verbose=0, checkpoint_dir=str(tmp_path)
+        )
+    _assert_same_run(parts, whole)
+    assert history.history == expected.history
+    assert history.epoch == expected.epoch == [0, 1, 2, 3, 4]
+
+
+def test_nothing_is_done_where_all_is_done(rng, tmp_path):
+    data = _data(rng, "arrays")
+    one = _gadam()
+    one.fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+    other = _gadam()
+    history = other.fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+    _assert_same_run(other, one)
+    assert history.epoch == [0, 1]
+
+
+def test_a_changed_learning_rate_is_remembered(rng, tmp_path):
+    data = _data(rng, "arrays")
+    slower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    _gadam().fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path, callbacks=[slower])
+    resumed = _gadam()
+    resumed.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+    np.testing.assert_allclose(float(resumed.model.optimizer.learning_rate), 0.005, rtol=1e-6)
+
+
+def test_only_some_generations_are_saved(rng, tmp_path):
+    gadam = _gadam()
+    gadam.fit(
+        **_data(rng, "arrays"), generations=5, verbose=0, checkpoint_dir=tmp_path, checkpoint_freq=2
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.index")) == [
+        "ckpt-4.index",
+        "ckpt-5.index",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"build": models.dense}, "model was"),
+        ({"size": 4}, "population_size was 3 and is 4"),
+        ({"seed": 6}, "seed was 5 and is 6"),
+        ({"engine": "unrolled"}, "engine was 'stacked' and is 'unrolled'"),
+    ],
+)
+def test_a_directory_of_another_run_is_refused(other, message, rng, tmp_path):
+    data = _data(rng, "arrays")
+    _gadam().fit(**data, generations=1, verbose=0, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=rf"holds another run.*Received: {message}"):
+        _gadam(**other).fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("part", ["data-00000-of-00001", "index"])
+@pytest.mark.parametrize("damage", ["cut", "garbled", "gone"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(part, damage, rng, tmp_path):
+    data = _data(rng, "arrays")
+    whole = _gadam()
+    whole.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+    path = tmp_path / f"ckpt-3.{part}"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "garbled":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+    else:
+        path.unlink()
+    resumed = _gadam()
+    with pytest.warns(UserWarning, match=r"newest checkpoint is damaged.*ckpt-2"):
+        resumed.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+    _assert_same_run(resumed, whole)
+
+
+def test_a_directory_in_which_nothing_can_be_read(rng, tmp_path):
+    data = _data(rng, "arrays")
+    _gadam().fit(**data, generations=1, verbose=0, checkpoint_dir=tmp_path)
+    (tmp_path / "ckpt-1.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be read"):
+        _gadam().fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+
+
+SCRIPT = """
+    import json, sys
+    import keras, numpy as np, tensorflow as tf
+    tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(1)
+    import keras_gdopt as gdopt
+    from tests.gadam import models
+    x, y = (part.astype("float32") for part in models.samples(np.random.default_rng(0), count=400))
+    model = models.dropout()
+    model.compile(gdopt.Adam(0.02), "mse")
+    gadam = gdopt.Gadam(model, population_size=4, seed=5, engine=sys.argv[2])
+    print("ready", flush=True)
+    history = gadam.fit(x, y, generations=40, batch_size=16, verbose=0, checkpoint_dir=sys.argv[1])
+    gadam.lineage.to_json_lines(sys.argv[1] + "/lineage.jsonl")
+    arrays = [np.asarray(v) for v in tf.nest.flatten(gadam._members)] + model.get_weights()
+    np.savez(sys.argv[1] + "/arrays.npz", *arrays)
+    with open(sys.argv[1] + "/history.json", "w") as file:
+        json.dump([history.history, gadam.fitness.tolist()], file)
+"""
+
+
+def _start(directory, engine):
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(directory), engine],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_killed_ten_times_it_ends_as_if_never_killed(engine, tmp_path, rng):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    assert _start(whole, engine).wait() == 0
+    kills = 0
+    while kills < 10:
+        process = _start(killed, engine)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.0, 8.0))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        elif kills < 10:  # it was done: begin anew, for there are kills left
+            for path in killed.iterdir():
+                path.unlink()
+    assert _start(killed, engine).wait() == 0
+    for name in ("lineage.jsonl", "history.json"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+    with np.load(whole / "arrays.npz") as expected, np.load(killed / "arrays.npz") as received:
+        assert sorted(expected) == sorted(received)
+        for array in expected:
+            np.testing.assert_array_equal(received[array], expected[array])
+    assert len(json.loads((whole / "history.json").read_text())[0]["fitness"]) == 40

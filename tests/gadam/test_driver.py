@@ -1,0 +1,660 @@
+"""`Gadam.fit` as users of Keras's `fit` expect it: data, callbacks, output, errors."""
+
+import csv
+import gc
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from keras_gdopt.gadam import PopulationCallback, population
+from keras_gdopt.gadam.data import ArrayData, StreamData
+from keras_gdopt.gadam.keys import Phase
+from tests.gadam import models
+
+SIZE = 4
+
+
+@pytest.fixture
+def data(rng):
+    x, y = models.samples(rng, count=48)
+    return x.astype("float32"), y.astype("float32")
+
+
+def _model(build=models.dense, optimizer=None, **kwargs):
+    model = build()
+    model.compile(optimizer or gdopt.Adam(0.02), kwargs.pop("loss", "mse"), **kwargs)
+    return model
+
+
+def _gadam(model=None, **kwargs):
+    return gdopt.Gadam(model or _model(), **{"population_size": SIZE, "seed": 5, **kwargs})
+
+
+def _fit(gadam, data, **kwargs):
+    return gadam.fit(*data, **{"generations": 2, "batch_size": 16, "verbose": 0, **kwargs})
+
+
+# --- what comes out ----------------------------------------------------------------------
+
+
+def test_the_model_holds_the_best_member(data):
+    model = _model(metrics=["mae"])
+    gadam = _gadam(model, fitness_batch_size=48)
+    history = _fit(gadam, data, generations=3)
+    assert list(gadam.fitness) == sorted(gadam.fitness)
+    assert len(gadam.fitness) == SIZE
+    loss, mae = model.evaluate(*data, verbose=0)
+    np.testing.assert_allclose(loss, gadam.fitness[0], rtol=1e-5)
+    np.testing.assert_allclose(history.history["fitness"][-1], gadam.fitness[0], rtol=1e-6)
+    np.testing.assert_allclose(history.history["mae"][-1], mae, rtol=1e-5)
+    np.testing.assert_allclose(history.history["fitness_worst"][-1], gadam.fitness[-1], rtol=1e-6)
+    np.testing.assert_allclose(
+        history.history["fitness_mean"][-1], np.mean(gadam.fitness), rtol=1e-6
+    )
+    assert history.epoch == [0, 1, 2]
+    assert history is model.history
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_each_member_is_a_model_with_its_optimizer(engine, data):
+    gadam = _gadam(engine=engine, fitness_batch_size=48)
+    _fit(gadam, data)
+    for rank in range(SIZE):
+        member = gadam.member(rank)
+        loss = member.evaluate(*data, verbose=0)
+        np.testing.assert_allclose(loss, gadam.fitness[rank], rtol=1e-5)
+        place = gadam._ranks()[rank]
+        assert int(member.optimizer.iterations) == int(gadam._members.updates[place])
+        assert any(np.any(v.numpy()) for v in member.optimizer._slots["momentum"])
+    before = gadam.member(0).get_weights()
+    member.fit(*data, verbose=0)
+    for a, b in zip(gadam.member(0).get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(IndexError):
+        gadam.member(SIZE)
+
+
+def test_the_best_optimizer_is_in_the_model_so_that_training_goes_on(data):
+    model = _model()
+    gadam = _gadam(model)
+    _fit(gadam, data)
+    best = gadam.member(0)
+    for a, b in zip(model.optimizer.variables, best.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_diversity_is_the_mean_distance_of_two_members(rng):
+    weights = [rng.normal(size=(5, 3, 2)).astype("float32"), rng.normal(size=(5, 4)) + 100.0]
+    flat = np.concatenate([w.reshape(5, -1) for w in weights], axis=1)
+    distances = [np.linalg.norm(flat[i] - flat[j]) for i in range(5) for j in range(i)]
+    received = population.diversity([tf.constant(w) for w in weights])
+    np.testing.assert_allclose(received, np.mean(distances), rtol=1e-5)
+
+
+def test_training_makes_the_best_member_better(data):
+    model = _model()
+    before = model.evaluate(*data, verbose=0)
+    gadam = _gadam(model)
+    history = _fit(gadam, data, generations=6, epochs=10)
+    assert model.evaluate(*data, verbose=0) < 0.5 * before
+    assert history.history["fitness"][-1] < history.history["fitness"][0]
+
+
+def test_one_seed_gives_one_result_and_another_another(data):
+    results = []
+    start = models.dense().get_weights()
+    for seed in (1, 1, 2):
+        model = _model()
+        model.set_weights(start)
+        _fit(_gadam(model, seed=seed), data)
+        results.append(model.get_weights()[0])
+    np.testing.assert_array_equal(results[0], results[1])
+    assert np.any(results[0] != results[2])
+    assert _gadam(seed=None).seed != _gadam(seed=None).seed
+
+
+def test_a_second_fit_goes_on_with_the_population(data):
+    gadam, once = _gadam(), _gadam()
+    once.model.set_weights(gadam.model.get_weights())
+    _fit(gadam, data, generations=1)
+    history = _fit(gadam, data, generations=2)
+    _fit(once, data, generations=3)
+    assert history.epoch == [1, 2]
+    for a, b in zip(gadam._members.weights, once._members.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_validation_is_reported_and_never_selected_on(data):
+    x, y = data
+    start = models.dense().get_weights()
+    results = []
+    for extra in ({}, {"validation_data": (x[:8], -y[:8])}):
+        model = _model()
+        model.set_weights(start)
+        history = _fit(_gadam(model), data, **extra)
+        results.append((model.get_weights(), history.history))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(results[1][1]["val_loss"]) == 2
+    np.testing.assert_allclose(
+        results[1][1]["val_loss"][-1], model.evaluate(x[:8], -y[:8], verbose=0), rtol=1e-5
+    )
+    history = _fit(_gadam(), data, generations=4, validation_split=0.25, validation_freq=2)
+    assert len(history.history["val_loss"]) == 2
+
+
+def test_it_stops_when_the_sum_of_losses_hardly_changes(data):
+    frozen = _gadam(_model(optimizer=gdopt.GradientDescent(0.0)), mutation_rate=0.0, tolerance=0.0)
+    history = _fit(frozen, data, generations=9)
+    assert history.history["children_survived"][-1] == 0
+    assert len(history.epoch) < 9
+    assert len(_fit(_gadam(tolerance=1e9), data, generations=9).epoch) == 1
+
+
+# --- the first population ----------------------------------------------------------------
+
+
+def test_the_first_member_has_the_models_weights_and_the_others_their_own(data):
+    model = _model()
+    start = model.get_weights()
+    gadam = _gadam(model)
+    gadam._start_members()
+    kernels = gadam._members.weights[0].numpy()
+    np.testing.assert_array_equal(kernels[0], start[0])
+    assert len({kernel.tobytes() for kernel in kernels}) == SIZE
+    for a, b in zip(model.get_weights(), start, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_initializers_with_a_seed_do_not_make_members_alike():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(3, kernel_initializer=keras.initializers.GlorotUniform(seed=1)),
+        ]
+    )
+    model.compile(gdopt.Adam(), "mse")
+    gadam = _gadam(model)
+    gadam._start_members()
+    assert len({kernel.tobytes() for kernel in gadam._members.weights[0].numpy()}) == SIZE
+
+
+def test_an_initializer_draws_all_members():
+    model = _model()
+    initializer = keras.initializers.RandomNormal(stddev=2.0, seed=1)
+    gadam = _gadam(model, population_size=200, initializer=initializer)
+    gadam._start_members()
+    kernels, biases = (gadam._members.weights[i].numpy() for i in (0, 1))
+    assert len({kernel.tobytes() for kernel in kernels}) == 200
+    assert abs(kernels.std() - 2.0) < 0.1
+    assert abs(biases.std() - 2.0) < 0.2
+
+
+def test_frozen_weights_stay_the_models(data):
+    def build():
+        model = models.dense()
+        model.layers[0].trainable = False
+        return model
+
+    model = _model(build)
+    frozen = model.layers[0].get_weights()
+    gadam = _gadam(model)
+    _fit(gadam, data)
+    for member in range(SIZE):
+        for a, b in zip(gadam.member(member).layers[0].get_weights(), frozen, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_state_of_pythons_random_numbers_is_left_alone():
+    import random
+
+    random.seed(1)
+    expected = [random.random() for _ in range(3)]
+    random.seed(1)
+    _gadam()._start_members()
+    assert [random.random() for _ in range(3)] == expected
+
+
+def test_a_subclassed_model(data):
+    model = models.Subclassed()
+    model.build((None, 6))
+    model.compile(gdopt.Adam(0.02), "mse")
+    gadam = _gadam(model, fitness_batch_size=48)
+    _fit(gadam, data)
+    np.testing.assert_allclose(model.evaluate(*data, verbose=0), gadam.fitness[0], rtol=1e-5)
+
+
+# --- data --------------------------------------------------------------------------------
+
+
+def test_each_member_goes_through_all_samples_in_an_order_of_its_own():
+    data = ArrayData(np.arange(22.0), batch_size=8, seed=1)
+    assert data.steps_per_epoch == 3
+    epochs = []
+    for epoch in (0, 1):
+        portions = list(data.epoch(0, Phase.TRAIN_PARENTS, epoch, 3))
+        assert [portion.steps for portion in portions] == [2, 1]
+        orders = [np.swapaxes(p.order.numpy(), 0, 1).reshape(3, -1) for p in portions]
+        epochs.append(np.concatenate(orders, axis=1))
+    rows = [tuple(row) for epoch in epochs for row in epoch]
+    assert all(sorted(row) == list(range(22)) for row in rows)
+    assert len(set(rows)) == 6
+    some = list(ArrayData(np.arange(22.0), batch_size=8, steps_per_epoch=5, seed=1).epoch(
+        0, Phase.TRAIN_PARENTS, 0, 3))  # fmt: skip
+    assert [portion.order.shape.as_list() for portion in some] == [[5, 3, 8]]
+
+
+@pytest.mark.parametrize("batches", [4, 5])
+def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches):
+    """Two members; with 4 batches a pass, the deal moves on by one with each pass."""
+    dataset = tf.data.Dataset.from_tensor_slices(np.arange(2 * batches)).batch(2)
+    stream = StreamData(dataset, members=2, steps_per_epoch=batches)
+    seen = [[], []]
+    for _ in range(2):
+        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, 0, 2):
+            for step in portion.data["x"].numpy():
+                for member in (0, 1):
+                    seen[member].append(int(step[member][0]) // 2)
+    assert seen[0][:2] == [0, 2]
+    assert seen[1][:2] == [1, 3]
+    assert sorted(seen[0] + seen[1]) == sorted(list(range(batches)) * 4)
+    assert set(seen[0]) == set(seen[1]) == set(range(batches))
+
+
+def test_a_stream_goes_on_where_a_resumed_run_was():
+    dataset = tf.data.Dataset.range(22).batch(4)  # the last batch is smaller
+    whole, resumed = (StreamData(dataset, members=2) for _ in range(2))
+
+    def epoch(stream):
+        portions = stream.epoch(0, Phase.TRAIN_PARENTS, 0, 2)
+        return np.concatenate([portion.data["x"].numpy() for portion in portions])
+
+    def fitness(stream):
+        return stream.fitness_batch(0, Phase.FITNESS, 8)["x"].numpy()
+
+    epochs, batches = [epoch(whole) for _ in range(4)], [fitness(whole) for _ in range(4)]
+    assert epochs[0].shape == (6, 2, 4)
+    assert 20 not in epochs[0]
+    resumed.skip(2, 2)
+    np.testing.assert_array_equal(epoch(resumed), epochs[2])
+    np.testing.assert_array_equal(fitness(resumed), batches[2])
+
+
+class _PyDataset(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        rows = slice(16 * index, 16 * (index + 1))
+        return self.x[rows], self.y[rows]
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: (tf.constant(x), tf.constant(y)),
+        lambda x, y: (x.astype("float64"), y.tolist()),
+        lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y)).batch(16),),
+        lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y)).shuffle(48, 1).batch(20),),
+        lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y, np.ones(48))).batch(16),),
+        lambda x, y: (_PyDataset(x, y),),
+    ],
+    ids=["numpy", "tensors", "lists", "dataset", "shuffled", "weighted", "py_dataset"],
+)
+def test_kinds_of_data(make, engine, data):
+    arrays = make(*data)
+    gadam = _gadam(engine=engine)
+    batch_size = 16 if len(arrays) == 2 else None
+    history = _fit(gadam, arrays, batch_size=batch_size)
+    assert np.all(np.isfinite(history.history["fitness"]))
+    traces = gadam._runner.trace_count
+    _fit(gadam, arrays, batch_size=batch_size)
+    assert gadam._runner.trace_count == traces
+
+
+def test_class_weights_weigh_samples(rng):
+    x, classes = rng.normal(size=(40, 6)).astype("float32"), np.arange(40) % 3
+    weights = {0: 0.5, 1: 3.0, 2: 1.0}
+    by_hand = np.array([weights[c] for c in classes], "float32")
+    for y, loss in (
+        (classes, keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
+        (np.eye(3)[classes], keras.losses.CategoricalCrossentropy(from_logits=True)),
+    ):
+        start, results = models.dense().get_weights(), []
+        for extra in ({"class_weight": weights}, {"sample_weight": by_hand}):
+            model = _model(loss=loss)
+            model.set_weights(start)
+            _fit(_gadam(model), (x, y), **extra)
+            results.append(model.get_weights()[0])
+        np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+
+
+def test_fitness_data_of_ones_own(data):
+    x, y = data
+    for own in ((x[:8], y[:8]), tf.data.Dataset.from_tensor_slices((x[:8], y[:8])).batch(3)):
+        model = _model()
+        gadam = _gadam(model)
+        _fit(gadam, data, fitness_data=own)
+        np.testing.assert_allclose(
+            gadam.fitness[0], model.evaluate(x[:8], y[:8], verbose=0), rtol=1e-5
+        )
+
+
+# --- callbacks ---------------------------------------------------------------------------
+
+
+def test_early_stopping_restores_the_best_of_all_generations(data):
+    stopping = keras.callbacks.EarlyStopping(
+        monitor="fitness", mode="max", patience=1, restore_best_weights=True
+    )
+    kept = []
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: kept.append((logs["fitness"], model.get_weights()))
+    )
+    model = _model()
+    history = _fit(_gadam(model), data, generations=20, callbacks=[stopping, keep])
+    assert len(history.epoch) < 20
+    _, weights = max(kept, key=lambda pair: pair[0])
+    for a, b in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpointed_model_loads_and_predicts_the_same(data, tmp_path):
+    model = _model()
+    path = str(tmp_path / "best.keras")
+    checkpoint = keras.callbacks.ModelCheckpoint(path, monitor="fitness", save_best_only=False)
+    _fit(_gadam(model), data, callbacks=[checkpoint])
+    loaded = keras.models.load_model(path)
+    np.testing.assert_array_equal(
+        loaded.predict(data[0], verbose=0), model.predict(data[0], verbose=0)
+    )
+    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations) > 0
+
+
+def test_csv_logger_writes_a_line_a_generation(data, tmp_path):
+    path = tmp_path / "log.csv"
+    history = _fit(_gadam(), data, generations=3, callbacks=[keras.callbacks.CSVLogger(path)])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    written = [float(row["fitness"]) for row in rows]
+    np.testing.assert_allclose(written, history.history["fitness"])
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_reduce_lr_on_plateau_slows_the_members(engine, data):
+    """To nothing, so that training, but for its genetics, stands still."""
+    reduce = keras.callbacks.ReduceLROnPlateau(
+        monitor="fitness", mode="max", factor=1e-30, patience=1, min_delta=1e9
+    )
+    weights = []
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: weights.append(gadam._members.weights[0].numpy())
+    )
+    gadam = _gadam(engine=engine, mutation_rate=0.0, fitness_batch_size=48)
+    _fit(gadam, data, generations=5, callbacks=[reduce, keep])
+    assert float(gadam.model.optimizer.learning_rate) < 1e-20
+    entries = set(weights[2].flatten().tolist())
+    assert set(weights[3].flatten().tolist()) <= entries
+    assert not set(weights[1].flatten().tolist()) <= set(weights[0].flatten().tolist())
+
+
+def test_terminate_on_nan(data):
+    x, y = data
+    terminate = keras.callbacks.TerminateOnNaN()
+
+    class Breaks(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                terminate.on_batch_end(0, {"loss": float("nan")})
+
+    history = _fit(_gadam(), (x, y), generations=9, callbacks=[terminate, Breaks()])
+    assert history.epoch == [0, 1]
+
+
+def test_lambda_callback_sees_generations_as_epochs(data):
+    calls = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: calls.append("begin"),
+        on_epoch_begin=lambda epoch, logs: calls.append(epoch),
+        on_epoch_end=lambda epoch, logs: calls.append(sorted(logs)),
+        on_train_end=lambda logs: calls.append("end"),
+    )
+    _fit(_gadam(_model(metrics=["mae"])), data, generations=1, callbacks=[note])
+    names = ["children_survived", "diversity", "fitness", "fitness_mean", "fitness_worst"]
+    assert calls == ["begin", 0, [*names, "loss", "mae"], "end"]
+
+
+class _Population(PopulationCallback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_generation_begin(self, generation, logs=None):
+        self.seen.append(generation)
+
+    def on_generation_end(self, generation, logs=None):
+        self.seen.append(logs)
+
+
+def test_a_population_callback_sees_the_whole_population(data):
+    listener = _Population()
+    gadam = _gadam(mutation_rate=0.5)
+    _fit(gadam, data, generations=2, callbacks=[listener])
+    assert listener.gadam is gadam
+    assert listener.seen[0] == 0
+    assert listener.seen[2] == 1
+    logs = listener.seen[3]
+    for name in ("parent_losses", "child_losses", "parent_fitness", "child_fitness",
+                 "selection_probabilities", "mutated_entries", "identities"):  # fmt: skip
+        assert logs[name].shape == (SIZE,), name
+    both = np.concatenate([logs["parent_fitness"], logs["child_fitness"]])
+    np.testing.assert_array_equal(np.sort(both[logs["survivors"]]), np.sort(both)[:SIZE])
+    np.testing.assert_allclose(gadam.fitness, np.sort(both)[:SIZE], rtol=1e-6)
+    assert logs["children_survived"] == np.sum(logs["survivors"] >= SIZE)
+    assert abs(logs["selection_probabilities"].sum() - 1) < 1e-12
+    for identity in logs["identities"]:
+        individual = gadam.lineage[identity]
+        assert individual["selections"][-1][2] is True
+    children = [one for one in gadam.lineage if one["generation"] == 2]
+    assert [one["mutated_entries"] for one in children] == logs["mutated_entries"].tolist()
+    chosen = [list(map(float, logs["selection_probabilities"][pair])) for pair in logs["parents"]]
+    assert [one["selection_probabilities"] for one in children] == chosen
+
+
+def test_what_is_printed(data, capsys):
+    _fit(_gadam(), data, verbose=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"Gadam: 4 members of 'sequential\S*', engine 'stacked' \(all", lines[0])
+    assert re.match(r"Generation 1/2 - [\d.]+s - loss: .* - children_survived: \d", lines[1])
+    assert len(lines) == 3
+    _fit(_gadam(), data, verbose=1)
+    printed = capsys.readouterr().out
+    assert "Generation 2/2" in printed
+    assert "6/6" in printed
+    assert "fitness" in printed
+    _fit(_gadam(), data, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_fit_leaves_the_best_member_so_far(data):
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    model = _model()
+    gadam = _gadam(model, fitness_batch_size=48)
+    stop = keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(gadam, data, generations=9, callbacks=[stop])
+    np.testing.assert_allclose(model.evaluate(*data, verbose=0), gadam.fitness[0], rtol=1e-5)
+    assert gadam._generation == 2
+
+
+# --- what must not happen ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_nothing_is_traced_again_over_fifty_generations(engine, data):
+    gadam = _gadam(engine=engine)
+    _fit(gadam, data, generations=1)
+    traces = gadam._runner.trace_count
+    _fit(gadam, data, generations=50)
+    assert gadam._runner.trace_count == traces
+
+
+def test_members_that_are_not_finite_die_out(data):
+    gadam = _gadam()
+    gadam._start_members()
+    broken = [tf.tensor_scatter_nd_update(w, [[1], [3]], w[:2] * np.nan)
+              for w in gadam._members.weights]  # fmt: skip
+    gadam._members = gadam._members._replace(weights=broken)
+    _fit(gadam, data, generations=1)
+    assert np.all(np.isfinite(gadam.fitness))
+    first = [one for one in gadam.lineage if one["generation"] == 0]
+    assert [one["selections"][0][2] for one in first if np.isnan(one["fitness"])] == [False, False]
+    assert not {1, 3} & {p for one in gadam.lineage for p in one["parents"]}
+
+
+def test_when_no_member_is_finite_it_says_so(data, tmp_path):
+    x, y = data
+    gadam = _gadam()
+    _fit(gadam, data, generations=1, checkpoint_dir=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"In generation 1 no member has a finite.*0, 1"):
+        _fit(gadam, (x, y * np.nan), generations=3, checkpoint_dir=tmp_path)
+    assert np.all(np.isfinite(gadam.model.get_weights()[0]))
+    again = _gadam()
+    assert _fit(again, data, generations=2, checkpoint_dir=tmp_path).epoch == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"population_size": 1}, "`population_size` must be .*Received: population_size=1"),
+        ({"mutation_rate": 1.5}, "`mutation_rate` must be .*Received: mutation_rate=1.5"),
+        ({"mutation_rate": -0.1}, "`mutation_rate` must be"),
+        ({"mutation": "cauchy"}, "`mutation` must be one of .*Received: mutation='cauchy'"),
+        ({"mutation_stddev": 0.0}, "`mutation_stddev` must be"),
+        ({"tolerance": -1.0}, "`tolerance` must"),
+        ({"engine": "warp"}, "`engine` must be one of .*Received: engine='warp'"),
+        ({"fitness_batch_size": 0}, "`fitness_batch_size` must be"),
+        ({"seed": -1}, "`seed` must"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _gadam(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"generations": 0}, "`generations` must be"),
+        ({"epochs": 0}, "`epochs` must be"),
+        ({"batch_size": 64}, r"at most the number of samples.*batch_size=64 with 48 sample\(s\)"),
+        ({"y": np.zeros((47, 3))}, "must have the same number of samples"),
+        ({"x": np.zeros((0, 6)), "y": np.zeros((0, 3))}, "The training data is empty"),
+        ({"x": iter([1]), "y": None}, "A generator cannot be gone through again"),
+        ({"sample_weight": np.ones(3)}, "must have the same number of samples"),
+        ({"validation_split": 1.5}, "`validation_split` must be between 0 and 1"),
+        ({"validation_split": 0.001}, "leaves nothing to train or to validate on"),
+        ({"validation_split": 0.5, "validation_data": (1, 2)}, "Expected `validation_split` or"),
+        ({"fitness_data": 3}, "`fitness_data` must be"),
+        ({"x": tf.data.Dataset.range(0).batch(2), "y": None, "batch_size": None}, "is empty"),
+        (
+            {"x": tf.data.Dataset.range(4).batch(2).repeat(), "y": None, "batch_size": None},
+            "`steps_per_epoch` must be given",
+        ),
+        ({"x": tf.data.Dataset.range(4).batch(2)}, "A dataset brings its own"),
+    ],
+)
+def test_bad_data(arguments, message, data):
+    given = {"x": data[0], "y": data[1], "batch_size": 16, "verbose": 0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        _gadam().fit(**given)
+
+
+def test_models_that_cannot_be_populations(monkeypatch):
+    with pytest.raises(ValueError, match="must be compiled with a loss"):
+        gdopt.Gadam(models.dense())
+    unbuilt = keras.Sequential([keras.layers.Dense(1)])
+    unbuilt.compile("adam", "mse")
+    with pytest.raises(ValueError, match="is not built"):
+        gdopt.Gadam(unbuilt)
+    with pytest.raises(ValueError, match=r"Expected a `keras\.Model`"):
+        gdopt.Gadam("model")
+
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return {}
+
+    own = Own([keras.Input((6,)), keras.layers.Dense(3)])
+    own.compile(gdopt.Adam(), "mse")
+    with pytest.raises(ValueError, match="has a `train_step` of its own"):
+        gdopt.Gadam(own)
+
+    class Closed(keras.Model):
+        def __init__(self, units):
+            super().__init__()
+            self.out = keras.layers.Dense(units)
+
+        def call(self, inputs):
+            return self.out(inputs)
+
+    closed = Closed(3)
+    closed.build((None, 6))
+    closed.compile(gdopt.Adam(), "mse")
+    with pytest.raises(ValueError, match="cannot be cloned"):
+        _gadam(closed)._start_members()
+    monkeypatch.setattr(population, "_available_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match=r"A population of 4 clones .* needs about .*GiB"):
+        _gadam()
+
+
+def test_mixed_float16_is_refused_with_the_reason():
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    with pytest.raises(ValueError, match="does not train in mixed float16: the loss scale"):
+        _gadam()
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_mixed_bfloat16_trains(engine, data):
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    gadam = _gadam(engine=engine)
+    _fit(gadam, data)
+    assert gadam._members.weights[0].dtype == tf.float32
+    assert np.all(np.isfinite(gadam.fitness))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: _model(models.recurrent), "the recurrence of the layer 'lstm.*' is a loop"),
+        (lambda: _model(optimizer=keras.optimizers.Adam()), "its optimizer cannot be stacked"),
+        (lambda: _model(optimizer=gdopt.Adam(lazy=True)), "its optimizer cannot be stacked"),
+    ],
+)
+def test_what_cannot_be_stacked(model, message):
+    with pytest.raises(ValueError, match=message):
+        _gadam(model(), engine="stacked")
+    assert _gadam(model()).engine == "unrolled"
+
+
+def test_a_model_is_not_held_by_what_trained_it(data):
+    """The population goes with the driver."""
+    gadam = _gadam()
+    _fit(gadam, data)
+    model = gadam.model
+    del gadam
+    gc.collect()
+    model.fit(*data, verbose=0)

@@ -1,0 +1,197 @@
+"""How members are trained: as Keras would train each of them, in either engine."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_gdopt as gdopt
+from keras_gdopt.gadam import keys
+from keras_gdopt.gadam.data import ArrayData
+from keras_gdopt.gadam.driver import _Progress
+from keras_gdopt.gadam.keys import Phase
+from tests.gadam import models
+from tests.optimizer_cases import every_optimizer
+
+STACKED = ["dense", "convolution", "normalization", "unrolled_recurrent", "embedding", "dropout"]
+UNROLLED = [*STACKED, "recurrent"]
+MEMBERS = 3
+
+
+def _gadam(model, engine, optimizer=None, loss="mse", **kwargs):
+    model.compile(optimizer or gdopt.Adam(0.01), loss)
+    return gdopt.Gadam(model, population_size=MEMBERS, engine=engine, seed=3, **kwargs)
+
+
+def _data(gadam, x, y, **kwargs):
+    return ArrayData(x, y, batch_size=8, seed=gadam.seed, **kwargs)
+
+
+def _train(gadam, data, epochs=2):
+    """The members before and after the parents' training of generation 4."""
+    gadam._start_members()
+    progress = _Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
+    before = gadam._members
+    return before, *gadam._trained(before, 4, Phase.TRAIN_PARENTS, data, epochs, progress)
+
+
+def _train_by_hand(model, gadam, before, data, member, epochs=2):
+    """The same batches, one after the other, through Keras's `train_on_batch`."""
+    for variable, value in zip(model.trainable_variables, before.weights, strict=True):
+        variable.assign(value[member])
+    for index, variable in enumerate(model.non_trainable_variables):
+        value = before.state[index][member]
+        if index in gadam._seed_generators:
+            value = keys.key(3, 4, Phase.TRAIN_PARENTS, member, index).view(np.uint32)
+        variable.assign(value)
+    losses = []
+    for epoch in range(epochs):
+        losses = []
+        for portion in data.epoch(4, Phase.TRAIN_PARENTS, epoch, MEMBERS):
+            for rows in portion.order.numpy()[:, member]:
+                batch = keras.tree.map_structure(lambda part, r=rows: part.numpy()[r], data.data)
+                model.reset_metrics()
+                losses.append(model.train_on_batch(**batch))
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    return np.mean([loss[0] if isinstance(loss, list) else loss for loss in losses])
+
+
+def _assert_members_equal_models(gadam, trained, losses, before, data, twin, rtol=1e-10):
+    for member in range(MEMBERS):
+        model = twin()
+        loss = _train_by_hand(model, gadam, before, data, member)
+        np.testing.assert_allclose(losses[member], loss, rtol=rtol)
+        for received, expected in zip(
+            [*trained.weights, *trained.state], [*model.trainable_variables,
+                                                 *model.non_trainable_variables],
+            strict=True,
+        ):  # fmt: skip
+            np.testing.assert_allclose(
+                received[member], expected.numpy(), rtol=rtol, atol=rtol * 1e-2
+            )
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [("stacked", name) for name in STACKED if name != "dropout"]
+    + [("unrolled", name) for name in UNROLLED],
+)
+def test_each_member_is_trained_as_keras_would(engine, name, rng, float64):
+    """Two epochs of 22 samples in batches of 8, 8 and 6. (Under XLA the dropout of one seed is
+    another one.)"""
+    x, y = models.samples(rng)
+    build = getattr(models, name)
+    gadam = _gadam(build(), engine)
+    data = _data(gadam, x, y)
+    before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = build()
+        model.compile(gdopt.Adam(0.01), "mse")
+        return model
+
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64):
+    x, y = models.samples_of_two(rng)
+    loss = {"one": "mse", "other": "mae"}
+    weights = {"one": rng.uniform(size=22), "other": rng.uniform(size=22)}
+    gadam = _gadam(models.two_inputs(), engine, loss=loss)
+    data = _data(gadam, x, y, sample_weight=weights)
+    before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = models.two_inputs()
+        model.compile(gdopt.Adam(0.01), loss)
+        return model
+
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@every_optimizer
+def test_every_optimizer_trains_members(case, engine, rng, float64):
+    """With a schedule, clipping and decay, over a second training of old members, too."""
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8)
+    settings = {"global_clipnorm": 0.5, "weight_decay": 0.01}
+    x, y = models.samples(rng)
+    gadam = _gadam(models.dense(), engine, case(learning_rate=schedule, **settings))
+    data = _data(gadam, x, y)
+    before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = models.dense()
+        model.compile(case(learning_rate=schedule, **settings), "mse")
+        return model
+
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin, rtol=1e-9)
+    assert trained.updates.numpy().tolist() == [6] * MEMBERS
+
+
+def test_optimizers_of_keras_train_in_clones(rng, float64):
+    x, y = models.samples(rng)
+    gadam = _gadam(models.dense(), "auto", keras.optimizers.Adam(0.01, clipnorm=0.5))
+    assert gadam.engine == "unrolled"
+    data = _data(gadam, x, y)
+    before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = models.dense()
+        model.compile(keras.optimizers.Adam(0.01, clipnorm=0.5), "mse")
+        return model
+
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_members_drop_different_units(engine, rng):
+    """Members that are alike, and see all samples at once, differ in their losses only by
+    their dropout; so do the two trainings of a generation."""
+    x, y = models.samples(rng)
+    model = models.dropout()
+    gadam = _gadam(model, engine, gdopt.GradientDescent(0.0), initializer="ones")
+    data = ArrayData(x.astype("float32"), y.astype("float32"), batch_size=22, seed=3)
+    gadam._start_members()
+    progress = _Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
+    losses = [
+        gadam._trained(gadam._members, 0, phase, data, 1, progress)[1]
+        for phase in (Phase.TRAIN_PARENTS, Phase.TRAIN_CHILDREN)
+    ]
+    assert len({round(float(loss), 5) for of_phase in losses for loss in of_phase}) == 6
+
+
+@pytest.mark.parametrize("name", ["dense", "normalization", "embedding"])
+def test_both_engines_agree_over_three_generations(name, rng, float64):
+    x, y = models.samples(rng, count=40)
+    runs = []
+    start = None
+    for engine in ("stacked", "unrolled"):
+        model = getattr(models, name)()
+        start = start or model.get_weights()
+        model.set_weights(start)
+        gadam = _gadam(model, engine, mutation_rate=0.1)
+        history = gadam.fit(x, y, generations=3, epochs=2, batch_size=8, verbose=0)
+        runs.append((gadam, history, model))
+    (one, one_history, one_model), (other, other_history, other_model) = runs
+    assert one_history.history["children_survived"] == other_history.history["children_survived"]
+    for a, b in zip(one.lineage, other.lineage, strict=True):
+        assert [a[k] for k in ("parents", "generation", "mutated_entries")] == [
+            b[k] for k in ("parents", "generation", "mutated_entries")
+        ]
+        assert [s[2] for s in a["selections"]] == [s[2] for s in b["selections"]]
+    np.testing.assert_allclose(one.fitness, other.fitness, rtol=1e-8)
+    for a, b in zip(one._members.weights, other._members.weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    for a, b in zip(one_model.get_weights(), other_model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_children_begin_with_a_fresh_optimizer_and_survivors_keep_theirs(rng):
+    x, y = models.samples(rng)
+    gadam = _gadam(models.dense(), "stacked")
+    gadam.fit(x, y, generations=4, batch_size=8, verbose=0)
+    born = [gadam.lineage[identity]["generation"] for identity in gadam._identities]
+    # Born as a child of generation k: three steps as a child, and three in each one after.
+    expected = [3 * (4 - generation + (generation > 0)) for generation in born]
+    assert gadam._members.updates.numpy().tolist() == expected
