@@ -134,11 +134,10 @@ def jax_mlp(members: int) -> Contender:
         import jax.numpy as jnp
         import optax
 
-        inputs_and_labels = _data()
-        x, y = jnp.asarray(inputs_and_labels[0]), jnp.asarray(inputs_and_labels[1])
+        inputs, labels = jax.tree.map(jnp.asarray, _data())
         rng = np.random.default_rng(0)
         order = np.stack([rng.permutation(SAMPLES) for _ in range(members)])
-        order = jnp.asarray(order.reshape(members, STEPS, BATCH).swapaxes(0, 1))
+        rows = jnp.asarray(order.reshape(members, STEPS, BATCH).swapaxes(0, 1))
 
         def start(key: Any) -> dict[str, Any]:
             one, two = jax.random.split(key)
@@ -148,15 +147,15 @@ def jax_mlp(members: int) -> Contender:
                 "w2": glorot(two, (64, 10)), "b2": jnp.zeros(10),
             }  # fmt: skip
 
-        def loss(weights: dict[str, Any], inputs: Any, labels: Any) -> Any:
-            hidden = jax.nn.relu(inputs @ weights["w1"] + weights["b1"])
+        def loss(weights: dict[str, Any], x: Any, y: Any) -> Any:
+            hidden = jax.nn.relu(x @ weights["w1"] + weights["b1"])
             logits = hidden @ weights["w2"] + weights["b2"]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
         adam = optax.adam(1e-3)
 
         def member_step(weights: Any, state: Any, rows: Any) -> Any:
-            value, grads = jax.value_and_grad(loss)(weights, x[rows], y[rows])
+            value, grads = jax.value_and_grad(loss)(weights, inputs[rows], labels[rows])
             updates, state = adam.update(grads, state, weights)
             return optax.apply_updates(weights, updates), state, value
 
@@ -174,7 +173,7 @@ def jax_mlp(members: int) -> Contender:
 
         def step() -> object:
             nonlocal weights, state
-            weights, state, losses = compiled(weights, state, order)
+            weights, state, losses = compiled(weights, state, rows)
             return losses.block_until_ready()
 
         return step

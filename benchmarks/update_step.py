@@ -20,7 +20,7 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
 
-ROWS, WIDTH, IDS = 200_000, 16, 256
+IDS = 256
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -284,17 +284,21 @@ def lookahead() -> list[Work]:
 
 
 def embedding() -> list[Work]:
-    """Adam on an embedding of 200,000 rows of 16, of which a batch has 256 ids."""
+    """Adam on embeddings of 3.2 million weights, of which a batch has 256 ids."""
+    bounds = {"Adam": 1.0, "Adam(lazy=True)": 0.1}
+    return [_embedding(200_000, 16, bounds), _embedding(100_000, 32, bounds)]
 
+
+def _embedding(count: int, width: int, bounds: dict[str, float]) -> Work:
     def contender(name: str, optimizer: Callable[[], Any]) -> Contender:
         def make() -> Callable[[], object]:
             rng = np.random.default_rng(0)
-            (start,) = _arrays([(ROWS, WIDTH)], seed=0)
+            (start,) = _arrays([(count, width)], seed=0)
             embeddings, made = keras.Variable(start), optimizer()
             made.build([embeddings])
-            ids = tf.constant(rng.integers(0, ROWS, size=IDS))
-            values = tf.constant(rng.normal(size=(IDS, WIDTH)).astype("float32"))
-            shape = tf.constant([ROWS, WIDTH], "int64")
+            ids = tf.constant(rng.integers(0, count, size=IDS))
+            values = tf.constant(rng.normal(size=(IDS, width)).astype("float32"))
+            shape = tf.constant([count, width], "int64")
 
             step = tf.function(lambda: made.apply([tf.IndexedSlices(values, ids, shape)]))
 
@@ -311,8 +315,8 @@ def embedding() -> list[Work]:
         contender("Adam", gdopt.Adam),
         contender("Adam(lazy=True)", lambda: gdopt.Adam(lazy=True)),
     ]
-    bounds = {"Adam": 1.0, "Adam(lazy=True)": 0.1}
-    return [Work("Adam, embedding 200,000 × 16, 256 ids", contenders, calls=10, bounds=bounds)]
+    name = f"Adam, embedding {count:,} × {width}, {IDS} ids"
+    return Work(name, contenders, calls=10, bounds=bounds)
 
 
 WORKS = {
