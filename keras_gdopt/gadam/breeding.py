@@ -27,14 +27,13 @@ class Brood(NamedTuple):
 
 
 class Breeding:
-    """Makes g children of g members, in one compiled function.
+    """Makes g children of g members, in one function on the device.
 
     Args:
         mutation_rate: See `Gadam`.
         mutation: See `Gadam`.
         mutation_stddev: See `Gadam`.
         seed: Of the run.
-        jit_compile: Whether XLA compiles it.
     """
 
     def __init__(
@@ -44,13 +43,12 @@ class Breeding:
         mutation: str,
         mutation_stddev: float,
         seed: int,
-        jit_compile: bool = True,
     ) -> None:
         self._rate = mutation_rate
         self._mutation = mutation
         self._stddev = mutation_stddev
         self._seed = seed
-        self._breed = tf.function(self._brood, jit_compile=jit_compile, autograph=False)
+        self._breed = tf.function(self._brood, autograph=False)
 
     def __call__(self, members: Members, losses: Tensor, generation: int) -> Brood:
         """The children of a generation.

@@ -56,9 +56,12 @@ class PopulationCheckpoint:
         failures = []
         for path in reversed(manager.checkpoints):
             try:
-                self._check_identity(path)
+                record = _record_in(path)
+                self._check_identity(record)
                 self._checkpoint.restore(path).assert_existing_objects_matched()
-            except (tf.errors.OpError, AssertionError, json.JSONDecodeError) as error:
+            except _OtherRunError:
+                raise
+            except Exception as error:  # whatever reading a damaged file may raise
                 failures.append(f"{path}: {str(error).splitlines()[0]}")
                 continue
             if failures:
@@ -69,7 +72,7 @@ class PopulationCheckpoint:
                 )
             values = [tf.convert_to_tensor(variable) for variable in self._variables]
             members = tf.nest.pack_sequence_as(like, values)
-            return SavedRun(members, json.loads(self._record.numpy()))
+            return SavedRun(members, record)
         if failures:
             raise ValueError(
                 f"No checkpoint in '{self._directory}' can be read. Expected an empty directory, "
@@ -89,18 +92,26 @@ class PopulationCheckpoint:
             )
         return self._manager
 
-    def _check_identity(self, path: str) -> None:
-        """Raises if a checkpoint is of another run, before anything else is read."""
-        key = "record/.ATTRIBUTES/VARIABLE_VALUE"
-        record = json.loads(tf.train.load_checkpoint(path).get_tensor(key))
+    def _check_identity(self, record: dict[str, Any]) -> None:
+        """Raises if a checkpoint is of another run."""
         differences = [
             f"{name} was {record['identity'].get(name)!r} and is {value!r}"
             for name, value in self._identity.items()
             if record["identity"].get(name) != value
         ]
         if differences:
-            raise ValueError(
+            raise _OtherRunError(
                 f"The directory '{self._directory}' holds another run. Use another "
                 f"`checkpoint_dir`, or what it was written with. Received: "
                 f"{'; '.join(differences)}"
             )
+
+
+class _OtherRunError(ValueError):
+    """What a directory holds cannot be gone on with."""
+
+
+def _record_in(path: str) -> dict[str, Any]:
+    """The record of a checkpoint, read before anything else is."""
+    reader = tf.train.load_checkpoint(path)
+    return json.loads(reader.get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))

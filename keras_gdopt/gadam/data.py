@@ -86,7 +86,7 @@ class ArrayData:
             rest = order[None, :, needed : needed + self._rest]
             yield Portion(self.data, tf.constant(rest), 1)
 
-    def fitness_batch(self, generation: int, phase: Phase, size: int | None) -> Data:
+    def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
         """A sample of all members' common batch, without repetition."""
         return drawn(self.data, size, keys.generator(self._seed, generation, phase))
 
@@ -95,9 +95,10 @@ class StreamData:
     """Batches of a `tf.data.Dataset` or a `keras.utils.PyDataset`, dealt to the members.
 
     The first batch goes to the first member, the next to the second, and so on; then
-    comes the next step. When the data ends it begins anew, one member further, so that
-    over the passes each member sees all of it. A batch that is smaller than the first
-    one, as the last of a pass may be, is left out.
+    comes the next step. When the data ends it begins anew, dealt from one member further,
+    so that over the passes each member sees all of it. Fitness batches are whole steps of
+    the same stream. A batch that is smaller than the first one, as the last of a pass may
+    be, is left out.
 
     Args:
         dataset: Of `x`, `(x, y)` or `(x, y, sample_weight)`.
@@ -124,7 +125,7 @@ class StreamData:
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("The training data is empty. Expected at least one batch.")
-        size = sample_count(first)
+        self._batch_size = sample_count(first)
         count = int(batches.cardinality())
         if steps_per_epoch is None:
             if count < 0:
@@ -134,66 +135,66 @@ class StreamData:
                 )
             steps_per_epoch = count
         self.steps_per_epoch = steps_per_epoch
-        self._members = members
-        # Of one length, so that one function is compiled for them.
+        # Portions of one length, so that one function is compiled for them.
         self._portion = max(n for n in range(1, portion + 1) if steps_per_epoch % n == 0)
-        whole = batches.repeat().filter(
-            lambda batch: tf.equal(tf.shape(tf.nest.flatten(batch)[0])[0], size)
-        )
-        self._batches = whole.map(
-            lambda batch: tf.nest.map_structure(
-                lambda part: tf.ensure_shape(part, [size, *part.shape[1:]]), batch
-            )
-        )
-        self._size, self._count = size, max(count, 1)
-        self._epochs_dealt = 0
+        self._members = members
+        self._steps = _dealt(batches, count, self._batch_size, members)
+        self._taken = 0
         self._stream: Iterator[Data] | None = None
-        self._fitness_stream: Iterator[Data] | None = None
-        self._fitness_drawn = 0
 
-    def skip(self, epochs: int, fitness_batches: int) -> None:
+    def skip(self, epochs: int, fitness_batches: int, fitness_size: int) -> None:
         """Goes to where a run was that is resumed."""
-        self._epochs_dealt, self._fitness_drawn = epochs, fitness_batches
-        self._stream = self._fitness_stream = None
+        of_fitness = fitness_batches * self._steps_of_fitness(fitness_size)
+        self._taken = epochs * self.steps_per_epoch + of_fitness
+        self._stream = None
 
     def epoch(self, generation: int, phase: Phase, epoch: int, members: int) -> Iterator[Portion]:
         """The steps of one epoch of all members."""
         del generation, phase, epoch, members  # a stream goes on from where it is
-        if self._stream is None:
-            self._stream = iter(self._dealt())
-        self._epochs_dealt += 1
-        left = self.steps_per_epoch
-        while left:
-            data = next(self._stream)
-            steps = tf.nest.flatten(data)[0].shape[0]
-            yield Portion(data, None, steps)
-            left -= steps
+        for _ in range(self.steps_per_epoch // self._portion):
+            steps = [self._next() for _ in range(self._portion)]
+            data = tf.nest.map_structure(lambda *parts: tf.stack(parts), *steps)
+            yield Portion(data, None, self._portion)
 
-    def _dealt(self) -> tf.data.Dataset:
-        members, count = self._members, self._count
-
-        def turned(group: Tensor, batches: Data) -> Data:
-            passes = group * members // count
-            return tf.nest.map_structure(lambda part: tf.roll(part, passes % members, 0), batches)
-
-        steps = self._batches.batch(members, drop_remainder=True).enumerate().map(turned)
-        steps = steps.skip(self._epochs_dealt * self.steps_per_epoch)
-        return steps.batch(self._portion, drop_remainder=True).prefetch(2)
-
-    def fitness_batch(self, generation: int, phase: Phase, size: int | None) -> Data:
-        """The next batches of a pass of their own, together of about the given size."""
+    def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
+        """The batches of the next steps together, about as many samples as `size`."""
         del generation, phase
-        count = max(1, (size or self._size) // self._size)
-        count = min(count, self._count)
-        if self._fitness_stream is None:
-            groups = self._batches.batch(count, drop_remainder=True).map(
-                lambda batches: tf.nest.map_structure(
-                    lambda part: tf.reshape(part, [count * self._size, *part.shape[2:]]), batches
-                )
-            )
-            self._fitness_stream = iter(groups.skip(self._fitness_drawn))
-        self._fitness_drawn += 1
-        return next(self._fitness_stream)
+        steps = [self._next() for _ in range(self._steps_of_fitness(size))]
+
+        def joined(*parts: Tensor) -> Tensor:
+            return tf.concat([tf.reshape(part, [-1, *part.shape[2:]]) for part in parts], axis=0)
+
+        return tf.nest.map_structure(joined, *steps)
+
+    def _steps_of_fitness(self, size: int) -> int:
+        return max(1, size // (self._members * self._batch_size))
+
+    def _next(self) -> Data:
+        if self._stream is None:
+            self._stream = iter(self._steps.skip(self._taken).prefetch(2))
+        self._taken += 1
+        return next(self._stream)
+
+
+def _dealt(batches: tf.data.Dataset, count: int, size: int, members: int) -> tf.data.Dataset:
+    """Steps, each with a batch of `size` samples for each member, without end."""
+
+    def is_whole(batch: Data) -> Tensor:
+        return tf.equal(tf.shape(tf.nest.flatten(batch)[0])[0], size)
+
+    def shaped(batch: Data) -> Data:
+        return tf.nest.map_structure(lambda p: tf.ensure_shape(p, [size, *p.shape[1:]]), batch)
+
+    whole = sum(1 for batch in batches if is_whole(batch)) if count > 0 else 0
+    # A pass by itself moves the deal by its length; together it shall be by one.
+    shift = (1 - whole) % members if whole else 0
+
+    def turned(step: Tensor, batches: Data) -> Data:
+        by = step * members // max(whole, 1) * shift % members
+        return tf.nest.map_structure(lambda part: tf.roll(part, by, axis=0), batches)
+
+    steps = batches.filter(is_whole).map(shaped).repeat().batch(members, drop_remainder=True)
+    return steps.enumerate().map(turned)
 
 
 # --- what data is made of ---------------------------------------------------------------
@@ -269,10 +270,10 @@ def sample_count(data: Data) -> int:
     return int(tf.nest.flatten(data)[0].shape[0])
 
 
-def drawn(data: Data, size: int | None, draw: np.random.Generator) -> Data:
+def drawn(data: Data, size: int, draw: np.random.Generator) -> Data:
     """Some of the samples, without repetition; all of them where `size` is more."""
     count = sample_count(data)
-    if size is None or size >= count:
+    if size >= count:
         return data
     rows = tf.constant(draw.choice(count, size, replace=False).astype("int32"))
     return tf.nest.map_structure(lambda part: tf.gather(part, rows), data)

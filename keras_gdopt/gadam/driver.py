@@ -289,7 +289,8 @@ class Gadam:
         done = self._generation
         last = generations if checkpoint_dir is not None else done + generations
         if isinstance(data, StreamData):
-            data.skip(2 * epochs * done, 2 * done)
+            fitness_batches = 2 * done if fitness_data is None else 0
+            data.skip(2 * epochs * done, fitness_batches, self._fitness_samples)
 
         callback_list = keras.callbacks.CallbackList(
             callbacks,
@@ -481,7 +482,7 @@ class Gadam:
             seed=self.seed,
         )
         self._seed_generators = population.seed_generators(self.model)
-        self._diversity = tf.function(population.diversity, jit_compile=True)
+        self._diversity = tf.function(population.diversity)
         starts = list(population.initial_members(self.model, size, self.seed, self.initializer))
         weights, state = (
             [tf.constant(np.stack(arrays)) for arrays in zip(*group, strict=True)]
@@ -536,10 +537,14 @@ class Gadam:
     def _fitness_batch(
         self, generation: int, phase: Phase, data: ArrayData | StreamData, own: Data | None
     ) -> Data:
-        size = self.fitness_batch_size or _FITNESS_SAMPLES
+        size = self._fitness_samples
         if own is not None:
             return drawn(own, size, keys.generator(self.seed, generation, phase))
         return data.fitness_batch(generation, phase, size)
+
+    @property
+    def _fitness_samples(self) -> int:
+        return self.fitness_batch_size or _FITNESS_SAMPLES
 
     def _ranks(self) -> np.ndarray:
         return np.argsort(np.nan_to_num(self._fitness, nan=np.inf), kind="stable")

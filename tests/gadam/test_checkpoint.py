@@ -46,18 +46,20 @@ def _assert_same_run(one, other):
 @pytest.mark.parametrize("kind", ["arrays", "dataset"])
 def test_a_resumed_run_equals_one_that_was_not_stopped(kind, engine, rng, tmp_path):
     """Dropout included: the seeds of its generators come from the keys."""
-    data = _data(rng, kind)
+    draw = rng.integers(1000)
     whole = _gadam(engine=engine)
-    expected = whole.fit(**data, generations=5, epochs=2, verbose=0)
+    data = _data(np.random.default_rng(draw), kind)
+    expected = whole.fit(**data, generations=3, epochs=2, verbose=0)
     history = None
-    for generations in (1, 3, 5):
+    for generations in (1, 3):
         parts = _gadam(engine=engine)
+        data = _data(np.random.default_rng(draw), kind)  # as another process has it
         history = parts.fit(
             **data, generations=generations, epochs=2, verbose=0, checkpoint_dir=str(tmp_path)
         )
     _assert_same_run(parts, whole)
     assert history.history == expected.history
-    assert history.epoch == expected.epoch == [0, 1, 2, 3, 4]
+    assert history.epoch == expected.epoch == [0, 1, 2]
 
 
 def test_nothing_is_done_where_all_is_done(rng, tmp_path):

@@ -88,7 +88,7 @@ def test_a_mutation_probability_is_never_negative():
         ([4.0, 5.0, 6.0], [1.0, 2.0, 3.0], [3, 4, 5]),
         ([1.0, 9.0, 8.0], [7.0, 0.5, 10.0], [0, 3, 4]),
         ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0, 1, 2]),
-        ([np.nan, 1.0, np.inf], [2.0, np.nan, np.nan], [3, 1, 2]),
+        ([np.nan, 1.0, np.inf], [2.0, np.nan, np.nan], [0, 1, 3]),
         ([np.nan, np.nan, 5.0], [np.nan, np.nan, np.nan], [0, 1, 2]),
     ],
 )

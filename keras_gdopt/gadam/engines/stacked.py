@@ -46,7 +46,7 @@ class StackedEngine:
         self.trace_count = 0
         self._train = tf.function(self._train_steps, jit_compile=True, autograph=False)
         self._losses = tf.function(self._fitness_losses, jit_compile=True, autograph=False)
-        self._finalize = tf.function(self._finalized, jit_compile=True, autograph=False)
+        self._finalize = tf.function(self._finalized, autograph=False)
 
     # --- what the driver calls -----------------------------------------------
 
