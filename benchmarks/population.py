@@ -21,7 +21,8 @@ BATCH, STEPS = 64, 78
 SAMPLES = BATCH * STEPS
 
 
-def _data() -> tuple[np.ndarray, np.ndarray]:
+def data() -> tuple[np.ndarray, np.ndarray]:
+    """Random pictures and labels, an epoch of whole batches."""
     rng = np.random.default_rng(0)
     return rng.random((SAMPLES, 784), "float32"), rng.integers(0, 10, SAMPLES)
 
@@ -85,7 +86,7 @@ def sequential(build: Callable[[], keras.Model]) -> Contender:
     """One member after the other: the time of one."""
 
     def make() -> Callable[[], object]:
-        x, y = _data()
+        x, y = data()
         model = _compiled(build, keras.optimizers.Adam())
         return lambda: model.fit(x, y, batch_size=BATCH, verbose=0)
 
@@ -96,7 +97,7 @@ def generation(build: Callable[[], keras.Model], members: int) -> Contender:
     """A whole generation of Gadam: two trainings, fitness, selection, crossover, mutation."""
 
     def make() -> Callable[[], object]:
-        x, y = _data()
+        x, y = data()
         gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0)
         return lambda: gadam.fit(x, y, generations=1, batch_size=BATCH, verbose=0)
 
@@ -107,11 +108,11 @@ def training(build: Callable[[], keras.Model], members: int, engine: str) -> Con
     """The training of all members for an epoch, alone."""
 
     def make() -> Callable[[], object]:
-        x, y = _data()
+        x, y = data()
         gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0, engine=engine)
-        data = gadam._training_data(x, y, BATCH, None, None, None)
+        samples = gadam._training_data(x, y, BATCH, None, None, None)
         gadam._start_members()
-        (portion,) = data.epoch(0, Phase.TRAIN_PARENTS, 0, members)
+        (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, members)
         population = gadam._members
 
         def step() -> object:
@@ -134,7 +135,7 @@ def jax_mlp(members: int) -> Contender:
         import jax.numpy as jnp
         import optax
 
-        inputs, labels = jax.tree.map(jnp.asarray, _data())
+        inputs, labels = jax.tree.map(jnp.asarray, data())
         rng = np.random.default_rng(0)
         order = np.stack([rng.permutation(SAMPLES) for _ in range(members)])
         rows = jnp.asarray(order.reshape(members, STEPS, BATCH).swapaxes(0, 1))

@@ -109,7 +109,7 @@ class _PeakMemory:
     """By how much the process's resident memory grew at most."""
 
     def __enter__(self) -> "_PeakMemory":
-        self._before = self._most = _resident()
+        self._before = self._most = resident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -117,7 +117,7 @@ class _PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.001):
-            self._most = max(self._most, _resident())
+            self._most = max(self._most, resident())
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -129,7 +129,8 @@ class _PeakMemory:
         return self._most - self._before
 
 
-def _resident() -> float:
+def resident() -> float:
+    """Resident memory of this process in bytes; 0 where the system has no `/proc`."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * _PAGE if statm.exists() else 0
 

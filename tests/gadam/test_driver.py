@@ -619,7 +619,7 @@ def test_models_that_cannot_be_populations(monkeypatch):
     closed.compile(gdopt.Adam(), "mse")
     with pytest.raises(ValueError, match="cannot be cloned"):
         _gadam(closed)._start_members()
-    monkeypatch.setattr(population, "_available_memory", lambda: 10_000)
+    monkeypatch.setattr(population, "_available_memory", lambda: 1_000)
     with pytest.raises(ValueError, match=r"A population of 4 clones .* needs about .*GiB"):
         _gadam()
 

@@ -1,0 +1,46 @@
+"""The example of Gadam, run as its users run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "gadam_mnist.py"
+
+
+def _run(*arguments, cwd):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_ends_with_a_table_and_a_picture(tmp_path):
+    small = ("--seeds", 1, "--members", 2, "--generations", 1, "--epochs", 1)
+    run = _run(*small, "--output", "races.png", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    table = run.stdout[run.stdout.index("test accuracy  ") :].splitlines()[1:7]
+    assert [line[:32].strip() for line in table] == [
+        "Gadam (mutation from U(0, 1))",
+        "Gadam, mutation='normal'",
+        "Gadam without mutation",
+        "Gadam without crossover",
+        "best of as many Adams",
+        "one Adam with all the steps",
+    ]
+    assert all(0.7 < float(line[32:].split()[0]) < 1.0 for line in table)
+    assert (tmp_path / "races.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["seeds", "generations"])
+def test_bad_arguments_get_one_line(name, tmp_path):
+    run = _run(f"--{name}", 0, cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == f"--{name} must be at least 1; received 0"
