@@ -81,7 +81,7 @@ def check_is_trainable_by_its_loss(model: Any) -> None:
         raise ValueError(f"Expected a `keras.Model`. Received: {model!r}")
     if not model.compiled or (
         getattr(model, "_compile_loss", None) is None
-        and (type(model).compute_loss is keras.Model.compute_loss)
+        and (type(model).compute_loss is keras.Model.compute_loss and not model.losses)
     ):
         raise ValueError(
             f"The model '{model.name}' must be compiled with a loss. Call "

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -53,8 +54,11 @@ class PopulationCheckpoint:
             ValueError: If the directory is of another run, or nothing in it can be read.
         """
         manager = self._made_for(like)
-        failures = []
-        for path in reversed(manager.checkpoints):
+        failures, paths = [], list(manager.checkpoints)
+        if not paths:
+            paths = self._without_a_list()
+            failures = [f"{self._directory}/checkpoint, the list of them"] if paths else []
+        for path in reversed(paths):
             try:
                 record = _record_in(path)
                 self._check_identity(record)
@@ -66,8 +70,8 @@ class PopulationCheckpoint:
                 continue
             if failures:
                 warnings.warn(
-                    "The newest checkpoint is damaged, so the run goes on from the one before, "
-                    f"{path}. It could not be read: {'; '.join(failures)}",
+                    f"A checkpoint is damaged, so the run goes on from {path}. This could not "
+                    f"be read: {'; '.join(failures)}",
                     stacklevel=2,
                 )
             values = [tf.convert_to_tensor(variable) for variable in self._variables]
@@ -79,6 +83,12 @@ class PopulationCheckpoint:
                 f"or one that Gadam wrote. Received: {'; '.join(failures)}"
             )
         return None
+
+    def _without_a_list(self) -> list[str]:
+        """The checkpoints in a directory whose list of them is lost, oldest first."""
+        found = Path(self._directory).glob("ckpt-*.index")
+        stems = [str(path.with_suffix("")) for path in found]
+        return sorted(stems, key=lambda stem: int(stem.rpartition("-")[2]))
 
     def _made_for(self, members: Members) -> tf.train.CheckpointManager:
         if self._manager is None:

@@ -95,10 +95,10 @@ class StreamData:
     """Batches of a `tf.data.Dataset` or a `keras.utils.PyDataset`, dealt to the members.
 
     The first batch goes to the first member, the next to the second, and so on; then
-    comes the next step. When the data ends it begins anew, dealt from one member further,
-    so that over the passes each member sees all of it. Fitness batches are whole steps of
-    the same stream. A batch that is smaller than the first one, as the last of a pass may
-    be, is left out.
+    comes the next step. When the data ends it begins anew, and the deal moves on, so that
+    over the passes each member sees all of it. Batches are of the first one's size: the
+    last of a pass, if smaller, is filled up from the next pass. Fitness batches are whole
+    steps of the same stream.
 
     Args:
         dataset: Of `x`, `(x, y)` or `(x, y, sample_weight)`.
@@ -135,8 +135,7 @@ class StreamData:
                 )
             steps_per_epoch = count
         self.steps_per_epoch = steps_per_epoch
-        # Portions of one length, so that one function is compiled for them.
-        self._portion = max(n for n in range(1, portion + 1) if steps_per_epoch % n == 0)
+        self._portion = portion
         self._members = members
         self._steps = _dealt(batches, count, self._batch_size, members)
         self._taken = 0
@@ -151,10 +150,12 @@ class StreamData:
     def epoch(self, generation: int, phase: Phase, epoch: int, members: int) -> Iterator[Portion]:
         """The steps of one epoch of all members."""
         del generation, phase, epoch, members  # a stream goes on from where it is
-        for _ in range(self.steps_per_epoch // self._portion):
-            steps = [self._next() for _ in range(self._portion)]
+        for first in range(0, self.steps_per_epoch, self._portion):
+            # Of two lengths at most, so that no more functions are compiled.
+            length = min(self._portion, self.steps_per_epoch - first)
+            steps = [self._next() for _ in range(length)]
             data = tf.nest.map_structure(lambda *parts: tf.stack(parts), *steps)
-            yield Portion(data, None, self._portion)
+            yield Portion(data, None, length)
 
     def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
         """The batches of the next steps together, about as many samples as `size`."""
@@ -178,23 +179,16 @@ class StreamData:
 
 def _dealt(batches: tf.data.Dataset, count: int, size: int, members: int) -> tf.data.Dataset:
     """Steps, each with a batch of `size` samples for each member, without end."""
-
-    def is_whole(batch: Data) -> Tensor:
-        return tf.equal(tf.shape(tf.nest.flatten(batch)[0])[0], size)
-
-    def shaped(batch: Data) -> Data:
-        return tf.nest.map_structure(lambda p: tf.ensure_shape(p, [size, *p.shape[1:]]), batch)
-
-    whole = sum(1 for batch in batches if is_whole(batch)) if count > 0 else 0
-    # A pass by itself moves the deal by its length; together it shall be by one.
-    shift = (1 - whole) % members if whole else 0
+    # After as many passes as make whole steps, each member would get the same batches
+    # again; so the deal then begins with another member.
+    together = math.lcm(max(count, 1), members) // members
 
     def turned(step: Tensor, batches: Data) -> Data:
-        by = step * members // max(whole, 1) * shift % members
+        by = step // together % members
         return tf.nest.map_structure(lambda part: tf.roll(part, by, axis=0), batches)
 
-    steps = batches.filter(is_whole).map(shaped).repeat().batch(members, drop_remainder=True)
-    return steps.enumerate().map(turned)
+    same_size = batches.repeat().rebatch(size, drop_remainder=True)
+    return same_size.batch(members, drop_remainder=True).enumerate().map(turned)
 
 
 # --- what data is made of ---------------------------------------------------------------
@@ -310,5 +304,5 @@ def _with_class_weight(data: Data, class_weight: dict[int, float] | None) -> Dat
     weights = tf.gather(table, tf.minimum(classes, len(table) - 1))
     weights = tf.where(classes < len(table), weights, tf.ones_like(weights))
     if "sample_weight" in data:
-        weights *= tf.cast(data["sample_weight"], weights.dtype)
+        weights *= tf.cast(tf.reshape(data["sample_weight"], [-1]), weights.dtype)
     return {**data, "sample_weight": weights}

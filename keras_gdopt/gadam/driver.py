@@ -1,5 +1,6 @@
 """Gadam: trains a population of clones of a model, and evolves it."""
 
+import json
 import math
 import random
 import time
@@ -168,6 +169,7 @@ class Gadam:
         self.lineage = Lineage()
         self._generation = 0
         self._runner: Any = None  # the engine, with the first `fit`
+        self._made_with: list[Any] = []  # what it was made for
         self._members = Members([], [], [], None)
         self._identities: list[int] = []
         self._fitness = np.array([])
@@ -249,15 +251,16 @@ class Gadam:
             verbose: 0 for silence, 1 for a progress bar, 2 for a line a generation.
             checkpoint_dir: Where to save the run, and to go on where one stopped. An
                 interrupted `fit` that is called again ends as if it had not been. (What
-                callbacks remember is theirs.)
+                callbacks remember is theirs, and so is the order of a dataset that shuffles:
+            make it anew, with a seed.)
             checkpoint_freq: Generations from one checkpoint to the next; the last is
                 always saved. Defaults to 1.
 
         Returns:
             A history of `loss` (of the best member's last epoch), its metrics and
-            `fitness` on the survival batch, `fitness_mean`, `fitness_worst`,
-            `diversity` (mean distance of two members' weights), `children_survived`, and
-            `val_*`.
+            `fitness` on the survival batch, `fitness_mean` and `fitness_worst` of the
+            survivors, `members_not_finite` (of parents and children), `diversity` (mean
+            distance of two members' weights), `children_survived`, and `val_*`.
 
         Raises:
             ValueError: If the data is empty or unequal in length, an argument is out of
@@ -390,12 +393,14 @@ class Gadam:
         self._load(best, self.model)
         losses = np.concatenate([parent_losses, child_losses])[places]
         survived = int(np.sum(places >= self.population_size))
+        finite = self._fitness[np.isfinite(self._fitness)]
         logs = {
             "loss": float(losses[best]),
             **self._metrics(batch),
             "fitness": float(self._fitness[best]),
-            "fitness_mean": float(np.mean(self._fitness)),
-            "fitness_worst": float(np.max(self._fitness)),
+            "fitness_mean": float(np.mean(finite)),
+            "fitness_worst": float(np.max(finite)),
+            "members_not_finite": int(np.sum(~np.isfinite(both))),
             "diversity": float(self._diversity(self._members.weights)),
             "children_survived": survived,
         }
@@ -464,14 +469,24 @@ class Gadam:
 
     def _start_members(self) -> None:
         """Makes the first population and what trains it, once."""
+        made_with = [self.model._compile_config, *self.model.trainable_variables]
         if self._runner is not None:
+            if [id(part) for part in made_with] != [id(part) for part in self._made_with]:
+                raise ValueError(
+                    f"The model '{self.model.name}' was compiled anew, or layers were frozen, "
+                    "since its population was made. Make a new `Gadam(model)`, whose first member "
+                    "has the model's weights."
+                )
             return
+        self._made_with = made_with
         size = self.population_size
         if self.engine == "stacked":
             self._runner = StackedEngine(self.model, size)
         else:
             clones = [
-                population.compiled_as(self.model, population.clone(self.model, seed=member))
+                population.compiled_as(
+                    self.model, population.clone(self.model, seed=member), metrics=False
+                )
                 for member in range(size)
             ]
             self._runner = UnrolledEngine(self.model, clones)
@@ -547,7 +562,8 @@ class Gadam:
         return self.fitness_batch_size or _FITNESS_SAMPLES
 
     def _ranks(self) -> np.ndarray:
-        return np.argsort(np.nan_to_num(self._fitness, nan=np.inf), kind="stable")
+        finite = np.where(np.isfinite(self._fitness), self._fitness, np.inf)
+        return np.argsort(finite, kind="stable")
 
     def _best(self) -> int:
         return int(self._ranks()[0])
@@ -566,7 +582,7 @@ class Gadam:
         self.model.reset_metrics()
         values = self.model.test_on_batch(**batch, return_dict=True)
         self.model.reset_metrics()
-        return {name: float(value) for name, value in values.items() if name != "loss"}
+        return {name: _as_float(value) for name, value in values.items() if name != "loss"}
 
     def _validated(
         self, validation_data: Any, batch_size: int | None, callback_list: Any
@@ -578,7 +594,7 @@ class Gadam:
             values = self.model.evaluate(**parts, batch_size=batch_size, **arguments)
         else:
             values = self.model.evaluate(validation_data, **arguments)
-        return {f"val_{name}": value for name, value in values.items()}
+        return {f"val_{name}": _as_float(value) for name, value in values.items()}
 
     def _check_any_finite(self, losses: np.ndarray, generation: int, who: str) -> None:
         if not np.any(np.isfinite(losses)):
@@ -624,12 +640,16 @@ class Gadam:
 
     def _identity(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that stopped."""
+        optimizer = [
+            type(self.model.optimizer).__name__,
+            _without_rate_and_name(self.model.optimizer.get_config()),
+        ]
         return {
             "model": [
                 [type(layer).__name__, *([list(v.shape) for v in layer.variables])]
                 for layer in self.model.layers
             ],
-            "optimizer": type(self.model.optimizer).__name__,
+            "optimizer": json.loads(json.dumps(optimizer, default=str)),
             "population_size": self.population_size,
             "seed": self.seed,
             "engine": self.engine,
@@ -643,7 +663,7 @@ class Gadam:
             "identities": self._identities,
             "fitness": self._fitness.tolist(),
             "learning_rate": float(rate) if constant else None,
-            "history": {k: [float(v) for v in vs] for k, vs in history.history.items()},
+            "history": {k: np.asarray(vs).tolist() for k, vs in history.history.items()},
             "epochs": history.epoch,
             "lineage": list(self.lineage),
         }
@@ -688,14 +708,32 @@ class _Progress:
             self._bar.update(self._made, [("loss", best)], finalize=False)
 
     def end(self, logs: dict[str, Any]) -> None:
-        """Shows what came out."""
+        """Shows what came out, as far as it is a number."""
+        shown = {name: value for name, value in logs.items() if np.ndim(value) == 0}
         if self._bar is not None:
-            self._bar.stateful_metrics = set(logs)
-            self._bar.update(self._steps, list(logs.items()), finalize=True)
+            self._bar.stateful_metrics = set(shown)
+            self._bar.update(self._steps, list(shown.items()), finalize=True)
         elif self._verbose == 2:
             seconds = time.perf_counter() - self._started
-            shown = " - ".join(f"{name}: {value:.4g}" for name, value in logs.items())
-            print(f"{self._heading} - {seconds:.1f}s - {shown}")
+            figures = " - ".join(f"{name}: {value:.4g}" for name, value in shown.items())
+            print(f"{self._heading} - {seconds:.1f}s - {figures}")
+
+
+def _as_float(value: Any) -> Any:
+    """A number as a float; an array, as metrics of several classes are, as it is."""
+    value = np.asarray(value)
+    return float(value) if value.ndim == 0 else value
+
+
+def _without_rate_and_name(config: Any) -> Any:
+    """A config without what may change in a run."""
+    if isinstance(config, dict):
+        return {
+            key: _without_rate_and_name(value)
+            for key, value in config.items()
+            if key not in ("learning_rate", "name")
+        }
+    return config
 
 
 def _check_precision(model: keras.Model) -> None:

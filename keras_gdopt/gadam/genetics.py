@@ -147,13 +147,14 @@ def mutate(
         The new array, and how many entries mutated, in int64.
     """
     happens = _happens(weights.shape, probability, key)
-    drawn = _uniform(weights.shape, another_key(key, 1), weights.dtype)
+    dtype = weights.dtype if weights.dtype.size >= 4 else tf.float32  # 24 bits
+    drawn = _uniform(weights.shape, another_key(key, 1), dtype)
     if mutation == "normal":
         # Box and Muller's: of 1 - u, so that no logarithm is of 0.
-        angle = 2.0 * np.pi * _uniform(weights.shape, another_key(key, 2), weights.dtype)
+        angle = 2.0 * np.pi * _uniform(weights.shape, another_key(key, 2), dtype)
         drawn = stddev * tf.sqrt(-2.0 * tf.math.log1p(-drawn)) * tf.cos(angle)
     count = tf.reduce_sum(tf.cast(happens, tf.int64))
-    return tf.where(happens, drawn, weights), count
+    return tf.where(happens, tf.cast(drawn, weights.dtype), weights), count
 
 
 def surviving(parent_losses: Tensor, child_losses: Tensor) -> Tensor:

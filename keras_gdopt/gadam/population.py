@@ -81,16 +81,22 @@ def clone(model: keras.Model, seed: int) -> keras.Model:
         ValueError: If the clone's variables are not the model's.
     """
     drawn = np.random.default_rng(seed)
+    compiled = model.compiled
     python_state = random.getstate()
     random.seed(seed)  # initializers without a seed take theirs from here
     try:
         if isinstance(model, keras.Sequential) or _is_functional(model):
 
             def cloned_layer(layer: Any) -> Any:
+                if hasattr(layer, "adapt"):
+                    return layer  # adapted to data before, and never trained: shared
                 twin = type(layer).from_config(layer.get_config())
-                _reseed(twin, drawn)
+                if isinstance(twin, keras.Layer):  # and no bare operation
+                    _reseed(twin, drawn)
                 return twin
 
+            # Keras would compile the clone through its config, which not every loss has.
+            model.compiled = False
             twin = keras.models.clone_model(model, clone_function=cloned_layer, recursive=True)
         else:
             twin = type(model).from_config(model.get_config())
@@ -106,6 +112,7 @@ def clone(model: keras.Model, seed: int) -> keras.Model:
             f"says all about it. Received this error: {error}"
         ) from error
     finally:
+        model.compiled = compiled
         random.setstate(python_state)
     for kind in ("trainable_variables", "non_trainable_variables"):
         expected = [tuple(v.shape) for v in getattr(model, kind)]
@@ -118,20 +125,30 @@ def clone(model: keras.Model, seed: int) -> keras.Model:
     return twin
 
 
-def compiled_as(model: keras.Model, twin: keras.Model) -> keras.Model:
-    """A clone, compiled as the model is, with an optimizer and metrics of its own."""
+def compiled_as(model: keras.Model, twin: keras.Model, *, metrics: bool = True) -> keras.Model:
+    """A clone, compiled as the model is, with an optimizer and metrics of its own.
+
+    Args:
+        model: Compiled.
+        twin: Its clone.
+        metrics: Whether it needs metrics.
+    """
     arguments = dict(model._compile_config.config)
     arguments["optimizer"] = type(model.optimizer).from_config(model.optimizer.get_config())
     for name in ("metrics", "weighted_metrics"):
-        arguments[name] = keras.tree.map_structure(_metric_of_its_own, arguments.get(name))
+        given = arguments.get(name) if metrics else None
+        arguments[name] = keras.tree.map_structure(_metric_of_its_own, given)
     twin.compile(**arguments)
     return twin
 
 
 def _metric_of_its_own(metric: Any) -> Any:
-    if isinstance(metric, keras.metrics.Metric):
+    if not isinstance(metric, keras.metrics.Metric):
+        return metric
+    try:
         return type(metric).from_config(metric.get_config())
-    return metric
+    except (TypeError, ValueError, NotImplementedError):
+        return metric  # of a function that no config can name: reset before each use
 
 
 def _is_functional(model: keras.Model) -> bool:
@@ -207,18 +224,18 @@ def seed_generators(model: keras.Model) -> list[int]:
 def check_fits_in_memory(model: keras.Model, optimizer: Any, population_size: int) -> None:
     """Raises if a population would not fit into the memory that is free.
 
-    Counted are weights, state and the optimizer's state, three times for each member:
-    parents, children, and what training makes of them.
+    Counted are weights, state and the optimizer's state, four times for each member:
+    parents, children, what training makes of them, and clones or copies to train in.
     """
     available = _available_memory()
     variables = [*model.variables, *optimizer.variables]
     size = sum(int(np.prod(v.shape)) * _bytes(v.dtype) for v in variables)
-    needed = 3 * population_size * size
+    needed = 4 * population_size * size
     if available is not None and needed > available:
         raise ValueError(
             f"A population of {population_size} clones of '{model.name}' needs about "
             f"{needed / 2**30:.1f} GiB (a member with its optimizer has {size / 2**20:.1f} MiB, "
-            f"held three times), and {available / 2**30:.1f} GiB are free. Use a smaller "
+            f"held four times), and {available / 2**30:.1f} GiB are free. Use a smaller "
             f"`population_size`. Received: population_size={population_size}"
         )
 

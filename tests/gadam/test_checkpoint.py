@@ -19,10 +19,10 @@ from tests.gadam import models
 SIZE = 3
 
 
-def _gadam(build=models.dropout, seed=5, size=SIZE, **kwargs):
+def _gadam(build=models.dropout, seed=5, size=SIZE, amsgrad=False, **kwargs):
     keras.utils.set_random_seed(1)
     model = build()
-    model.compile(gdopt.Adam(0.02), "mse")
+    model.compile(gdopt.Adam(0.02, amsgrad=amsgrad), "mse")
     return gdopt.Gadam(model, population_size=size, seed=seed, **kwargs)
 
 
@@ -98,6 +98,7 @@ def test_only_some_generations_are_saved(rng, tmp_path):
         ({"build": models.dense}, "model was"),
         ({"size": 4}, "population_size was 3 and is 4"),
         ({"seed": 6}, "seed was 5 and is 6"),
+        ({"amsgrad": True}, "optimizer was"),
         ({"engine": "unrolled"}, "engine was 'stacked' and is 'unrolled'"),
     ],
 )
@@ -124,7 +125,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(part, damage, 
     else:
         path.unlink()
     resumed = _gadam()
-    with pytest.warns(UserWarning, match=r"newest checkpoint is damaged.*ckpt-2"):
+    with pytest.warns(UserWarning, match=r"A checkpoint is damaged.*ckpt-2"):
+        resumed.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+    _assert_same_run(resumed, whole)
+
+
+def test_a_damaged_list_of_checkpoints_loses_none(rng, tmp_path):
+    data = _data(rng, "arrays")
+    whole = _gadam()
+    whole.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+    (tmp_path / "checkpoint").write_text("model_checkpoint_path: ")
+    resumed = _gadam()
+    with pytest.warns(UserWarning, match=r"A checkpoint is damaged.*ckpt-3"):
         resumed.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
     _assert_same_run(resumed, whole)
 

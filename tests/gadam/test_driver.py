@@ -3,6 +3,7 @@
 import csv
 import gc
 import re
+import weakref
 
 import keras
 import numpy as np
@@ -249,25 +250,24 @@ def test_each_member_goes_through_all_samples_in_an_order_of_its_own():
     assert [portion.order.shape.as_list() for portion in some] == [[5, 3, 8]]
 
 
-@pytest.mark.parametrize("batches", [4, 5])
-def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches):
-    """Two members; with 4 batches a pass, the deal moves on by one with each pass."""
+@pytest.mark.parametrize(("batches", "members"), [(4, 2), (5, 2), (7, 4), (12, 10), (6, 4), (3, 8)])
+def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches, members):
+    """In as many epochs (each of as many passes) as there are members."""
     dataset = tf.data.Dataset.from_tensor_slices(np.arange(2 * batches)).batch(2)
-    stream = StreamData(dataset, members=2, steps_per_epoch=batches)
-    seen = [[], []]
-    for _ in range(2):
-        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, 0, 2):
+    stream = StreamData(dataset, members=members)
+    seen = [[] for _ in range(members)]
+    for _ in range(members):
+        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, 0, members):
             for step in portion.data["x"].numpy():
-                for member in (0, 1):
+                for member in range(members):
                     seen[member].append(int(step[member][0]) // 2)
-    assert seen[0][:2] == [0, 2]
-    assert seen[1][:2] == [1, 3]
-    assert sorted(seen[0] + seen[1]) == sorted(list(range(batches)) * 4)
-    assert set(seen[0]) == set(seen[1]) == set(range(batches))
+    assert [one[0] for one in seen] == [member % batches for member in range(members)]
+    assert sorted(b for one in seen for b in one) == sorted(list(range(batches)) * members**2)
+    assert all(set(one) == set(range(batches)) for one in seen)
 
 
 def test_a_stream_goes_on_where_a_resumed_run_was():
-    dataset = tf.data.Dataset.range(22).batch(4)  # the last batch is smaller
+    dataset = tf.data.Dataset.range(22).batch(4)  # the last batch is filled up
     whole, resumed = (StreamData(dataset, members=2) for _ in range(2))
     assert whole.steps_per_epoch == 6
 
@@ -281,7 +281,8 @@ def test_a_stream_goes_on_where_a_resumed_run_was():
     epochs = [(epoch(whole), fitness(whole)) for _ in range(4)]
     assert epochs[0][0].shape == (6, 2, 4)
     assert epochs[0][1].shape == (8,)
-    assert not any(20 in part for both in epochs for part in both)
+    everything = np.concatenate([part.flatten() for both in epochs for part in both])
+    assert np.ptp(np.bincount(everything)) <= 1  # each sample as often
     resumed.skip(2, 2, 8)
     np.testing.assert_array_equal(epoch(resumed), epochs[2][0])
     np.testing.assert_array_equal(fitness(resumed), epochs[2][1])
@@ -412,17 +413,21 @@ def test_reduce_lr_on_plateau_slows_the_members(engine, data):
     assert not set(weights[1].flatten().tolist()) <= set(weights[0].flatten().tolist())
 
 
-def test_terminate_on_nan(data):
+def test_terminate_on_nan_sees_that_no_member_is_finite(data):
+    """Which ends `fit` by itself; one member that is finite keeps it going."""
     x, y = data
-    terminate = keras.callbacks.TerminateOnNaN()
-
-    class Breaks(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 1:
-                terminate.on_batch_end(0, {"loss": float("nan")})
-
-    history = _fit(_gadam(), (x, y), generations=9, callbacks=[terminate, Breaks()])
+    gadam = _gadam()
+    with pytest.raises(FloatingPointError):
+        _fit(gadam, (x, y * np.nan), callbacks=[keras.callbacks.TerminateOnNaN()])
+    assert gadam.model.stop_training
+    gadam = _gadam()
+    gadam._start_members()
+    broken = [w * tf.reshape([1.0, np.nan, np.nan, np.nan], [4] + [1] * (w.shape.rank - 1))
+              for w in gadam._members.weights]  # fmt: skip
+    gadam._members = gadam._members._replace(weights=broken)
+    history = _fit(gadam, (x, y), callbacks=[keras.callbacks.TerminateOnNaN()])
     assert history.epoch == [0, 1]
+    assert history.history["members_not_finite"][0] >= 3
 
 
 def test_lambda_callback_sees_generations_as_epochs(data):
@@ -435,7 +440,7 @@ def test_lambda_callback_sees_generations_as_epochs(data):
     )
     _fit(_gadam(_model(metrics=["mae"])), data, generations=1, callbacks=[note])
     names = ["children_survived", "diversity", "fitness", "fitness_mean", "fitness_worst"]
-    assert calls == ["begin", 0, [*names, "loss", "mae"], "end"]
+    assert calls == ["begin", 0, [*names, "loss", "mae", "members_not_finite"], "end"]
 
 
 class _Population(PopulationCallback):
@@ -511,9 +516,12 @@ def test_an_interrupted_fit_leaves_the_best_member_so_far(data):
 def test_nothing_is_traced_again_over_fifty_generations(engine, data):
     gadam = _gadam(engine=engine)
     _fit(gadam, data, generations=1)
-    traces = gadam._runner.trace_count
+    runner = gadam._runner
+    functions = [gadam._breeding._breed, gadam._diversity, runner._train, runner._losses]
+    functions += [runner._finalize] if engine == "stacked" else []
+    traces = [function.experimental_get_tracing_count() for function in functions]
     _fit(gadam, data, generations=50)
-    assert gadam._runner.trace_count == traces
+    assert [function.experimental_get_tracing_count() for function in functions] == traces
 
 
 def test_members_that_are_not_finite_die_out(data):
@@ -654,10 +662,86 @@ def test_what_cannot_be_stacked(model, message):
 
 
 def test_a_model_is_not_held_by_what_trained_it(data):
-    """The population goes with the driver."""
     gadam = _gadam()
     _fit(gadam, data)
-    model = gadam.model
+    model, driver = gadam.model, weakref.ref(gadam)
+    model.fit(*data, verbose=0)
     del gadam
     gc.collect()
-    model.fit(*data, verbose=0)
+    assert driver() is None
+
+
+# --- models as users have them -----------------------------------------------------------
+
+
+def _own_loss(y, prediction):
+    return keras.ops.mean(keras.ops.abs(y - prediction), axis=-1)
+
+
+class _OwnMetric(keras.metrics.Mean):
+    def update_state(self, y, prediction, sample_weight=None):
+        super().update_state(keras.ops.abs(y - prediction))
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, data):
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(3, activation="tanh")(inputs)
+    model = keras.Model(inputs, keras.ops.sin(keras.layers.Dense(3)(hidden) + hidden))
+    by_class = keras.metrics.F1Score(threshold=0.5)
+    metrics = [_OwnMetric(), keras.metrics.MeanMetricWrapper(_own_loss, name="own"), by_class]
+    model.compile(gdopt.Adam(0.02), _own_loss, metrics=metrics)
+    gadam = _gadam(model, engine=engine, fitness_batch_size=48)
+    x, y = data[0], (data[1] > 0).astype("float32")
+    history = _fit(gadam, (x, y), verbose=2, validation_data=(x, y))
+    member = gadam.member(0)
+    results = member.evaluate(x, y, verbose=0, return_dict=True)
+    np.testing.assert_allclose(results["own"], gadam.fitness[0], rtol=1e-5)
+    assert np.shape(history.history["f1_score"]) == (2, 3)
+    assert model.compiled
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_adapted_layers_stay_adapted(engine, data):
+    x, y = 5 * data[0] + 30, data[1]
+    normalization = keras.layers.Normalization()
+    normalization.adapt(x)
+    model = keras.Sequential([keras.Input((6,)), normalization, keras.layers.Dense(3)])
+    model.compile(gdopt.Adam(0.02), "mse")
+    gadam = _gadam(model, engine=engine, fitness_batch_size=48)
+    _fit(gadam, (x, y))
+    for trained in (model, gadam.member(0)):
+        np.testing.assert_allclose(trained.evaluate(x, y, verbose=0), gadam.fitness[0], rtol=1e-4)
+    assert gadam.fitness[-1] < 100
+
+
+def test_layers_that_do_not_compile_are_unrolled():
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.RandomRotation(0.1), keras.layers.Flatten(),
+         keras.layers.Dense(3)]
+    )  # fmt: skip
+    model.compile(gdopt.Adam(), "mse")
+    assert _gadam(model).engine == "unrolled"
+    with pytest.raises(ValueError, match="XLA does not compile the layer 'random_rotation"):
+        _gadam(model, engine="stacked")
+
+
+def test_a_model_compiled_anew_needs_a_new_population(data):
+    gadam = _gadam()
+    _fit(gadam, data)
+    gadam.model.compile(gdopt.Adam(0.0), "mae")
+    with pytest.raises(ValueError, match="was compiled anew, or layers were frozen"):
+        _fit(gadam, data)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_an_interrupted_fit_keeps_the_learning_rate_of_callbacks(engine, data):
+    def act(epoch, logs):
+        if epoch == 1:
+            gadam.model.optimizer.learning_rate = 0.125
+            raise KeyboardInterrupt
+
+    gadam = _gadam(engine=engine)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(gadam, data, callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=act)])
+    assert float(gadam.model.optimizer.learning_rate) == 0.125

@@ -159,6 +159,14 @@ def _normal_cdf(x):
     return 0.5 * (1 + tf.math.erf(tf.constant(x / np.sqrt(2.0))).numpy())
 
 
+def test_mutations_of_bfloat16_weights_are_finite():
+    weights = tf.zeros(ENTRIES, tf.bfloat16)
+    for mutation in ("uniform", "normal"):
+        child, _ = genetics.mutate(weights, 1.0, KEY, mutation=mutation)
+        assert child.dtype == tf.bfloat16
+        assert np.all(np.isfinite(child.numpy().astype("float32")))
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_what_is_impossible_never_happens_and_what_is_certain_always(probability):
     first, second = tf.ones(ENTRIES), tf.zeros(ENTRIES)

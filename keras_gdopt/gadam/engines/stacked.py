@@ -180,6 +180,8 @@ def why_not_stacked(model: keras.Model) -> str | None:
     except ValueError as error:
         return f"its optimizer cannot be stacked ({error})"
     for layer in model._flatten_layers():
+        if not layer.supports_jit:
+            return f"XLA does not compile the layer '{layer.name}'"
         if isinstance(layer, keras.layers.RNN) and not layer.unroll:
             return (
                 f"the recurrence of the layer '{layer.name}' is a loop, which cannot be "

@@ -82,7 +82,8 @@ class UnrolledEngine:
     def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
         """Gives a built optimizer of the model's class the state of a member's."""
         for variable, value in zip(optimizer.variables, members.optimizer, strict=True):
-            variable.assign(value[member])
+            if variable is not optimizer._learning_rate:  # that is the model's own
+                variable.assign(value[member])
 
     # --- members in and out of the clones ------------------------------------
 
