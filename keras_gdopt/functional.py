@@ -7,6 +7,9 @@ import keras
 
 Tensor = Any
 
+Data = dict[str, Any]
+"""The parts of a `Batch` that there are, by name: structures without `None`."""
+
 
 class Batch(NamedTuple):
     """What a model computes its loss from, each a tensor or a structure of tensors."""

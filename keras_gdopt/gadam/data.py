@@ -8,12 +8,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gdopt.functional import Data
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.keys import Phase
 
 Tensor = Any
-Data = dict[str, Any]
-"""The parts of a `functional.Batch` that there are, by name."""
 
 
 class Portion(NamedTuple):

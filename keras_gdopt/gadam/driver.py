@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.functional import check_is_trainable_by_its_loss
+from keras_gdopt.functional import Data, check_is_trainable_by_its_loss
 from keras_gdopt.gadam import genetics, keys, population
 from keras_gdopt.gadam.breeding import Breeding
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
-from keras_gdopt.gadam.data import ArrayData, Data, StreamData, as_dataset, drawn, in_memory
+from keras_gdopt.gadam.data import ArrayData, StreamData, as_dataset, drawn, in_memory
 from keras_gdopt.gadam.engines.stacked import StackedEngine, why_not_stacked
 from keras_gdopt.gadam.engines.unrolled import UnrolledEngine
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.population import Members
+from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
 
 ENGINES = ("auto", "stacked", "unrolled")
@@ -251,8 +251,8 @@ class Gadam:
             verbose: 0 for silence, 1 for a progress bar, 2 for a line a generation.
             checkpoint_dir: Where to save the run, and to go on where one stopped. An
                 interrupted `fit` that is called again ends as if it had not been. (What
-                callbacks remember is theirs, and so is the order of a dataset that shuffles:
-            make it anew, with a seed.)
+                callbacks remember is theirs. A dataset that shuffles must be made anew, with
+                a seed: one that was used before shuffles in another order.)
             checkpoint_freq: Generations from one checkpoint to the next; the last is
                 always saved. Defaults to 1.
 
@@ -323,7 +323,7 @@ class Gadam:
                 callback_list.on_epoch_begin(generation)
                 for listener in listeners:
                     listener.on_generation_begin(generation)
-                progress = _Progress(
+                progress = Progress(
                     verbose, generation, last, 2 * epochs * data.steps_per_epoch, callback_list
                 )
                 logs, details, ends = self._one_generation(
@@ -355,7 +355,7 @@ class Gadam:
         data: ArrayData | StreamData,
         fitness_data: Data | None,
         epochs: int,
-        progress: "_Progress",
+        progress: "Progress",
     ) -> tuple[dict[str, Any], dict[str, Any], bool]:
         """From parents to survivors.
 
@@ -426,7 +426,7 @@ class Gadam:
         phase: Phase,
         data: ArrayData | StreamData,
         epochs: int,
-        progress: "_Progress",
+        progress: "Progress",
     ) -> tuple[Members, np.ndarray]:
         """Members after `epochs` of training, and their mean losses in the last one."""
         state = list(members.state)
@@ -646,7 +646,7 @@ class Gadam:
         ]
         return {
             "model": [
-                [type(layer).__name__, *([list(v.shape) for v in layer.variables])]
+                [type(layer).__name__, *(list(v.shape) for v in layer.variables)]
                 for layer in self.model.layers
             ],
             "optimizer": json.loads(json.dumps(optimizer, default=str)),
@@ -677,46 +677,6 @@ class Gadam:
         if record["learning_rate"] is not None:
             self.model.optimizer.learning_rate = record["learning_rate"]
         return record
-
-
-class _Progress:
-    """Keras's bar over the steps of a generation, and the callbacks' batches."""
-
-    def __init__(
-        self, verbose: int, generation: int, generations: int, steps: int, callbacks: Any
-    ) -> None:
-        self._verbose = verbose
-        self._heading = f"Generation {generation + 1}/{generations}"
-        self._steps, self._made = steps, 0
-        self._callbacks = callbacks
-        self._started = time.perf_counter()
-        self._bar = None
-        # How many steps are made between two looks at the losses.
-        self.stride = steps
-        if verbose == 1:
-            print(self._heading)
-            self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
-            self.stride = max(1, math.ceil(steps / 20))
-
-    def add(self, steps: int, losses: np.ndarray) -> None:
-        """Shows steps that were made, and the best member's loss."""
-        best = float(np.nanmin(losses)) if np.any(np.isfinite(losses)) else math.nan
-        self._callbacks.on_train_batch_begin(self._made)
-        self._made += steps
-        self._callbacks.on_train_batch_end(self._made - 1, {"loss": best})
-        if self._bar is not None:
-            self._bar.update(self._made, [("loss", best)], finalize=False)
-
-    def end(self, logs: dict[str, Any]) -> None:
-        """Shows what came out, as far as it is a number."""
-        shown = {name: value for name, value in logs.items() if np.ndim(value) == 0}
-        if self._bar is not None:
-            self._bar.stateful_metrics = set(shown)
-            self._bar.update(self._steps, list(shown.items()), finalize=True)
-        elif self._verbose == 2:
-            seconds = time.perf_counter() - self._started
-            figures = " - ".join(f"{name}: {value:.4g}" for name, value in shown.items())
-            print(f"{self._heading} - {seconds:.1f}s - {figures}")
 
 
 def _as_float(value: Any) -> Any:

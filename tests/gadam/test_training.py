@@ -7,8 +7,8 @@ import pytest
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.data import ArrayData
-from keras_gdopt.gadam.driver import _Progress
 from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.progress import Progress
 from tests.gadam import models
 from tests.optimizer_cases import every_optimizer
 
@@ -29,7 +29,7 @@ def _data(gadam, x, y, **kwargs):
 def _train(gadam, data, epochs=2):
     """The members before and after the parents' training of generation 4."""
     gadam._start_members()
-    progress = _Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
+    progress = Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
     before = gadam._members
     return before, *gadam._trained(before, 4, Phase.TRAIN_PARENTS, data, epochs, progress)
 
@@ -153,7 +153,7 @@ def test_members_drop_different_units(engine, rng):
     gadam = _gadam(model, engine, gdopt.GradientDescent(0.0), initializer="ones")
     data = ArrayData(x.astype("float32"), y.astype("float32"), batch_size=22, seed=3)
     gadam._start_members()
-    progress = _Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
+    progress = Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
     losses = [
         gadam._trained(gadam._members, 0, phase, data, 1, progress)[1]
         for phase in (Phase.TRAIN_PARENTS, Phase.TRAIN_CHILDREN)

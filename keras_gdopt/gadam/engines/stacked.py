@@ -7,13 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.functional import Batch, ModelFunction
+from keras_gdopt.functional import Batch, Data, ModelFunction
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.optimizers.pure_step import pure_step
 
 Tensor = Any
-Data = dict[str, Any]
-"""The parts of a `Batch` that there are, by name."""
 
 
 class StackedEngine:

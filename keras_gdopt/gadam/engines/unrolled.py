@@ -6,12 +6,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.functional import Batch
+from keras_gdopt.functional import Batch, Data
 from keras_gdopt.gadam.population import Members
 
 Tensor = Any
-Data = dict[str, Any]
-"""The parts of a `Batch` that there are, by name."""
 
 
 class UnrolledEngine:

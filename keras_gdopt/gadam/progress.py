@@ -1,0 +1,48 @@
+"""What `fit` prints of a generation, and what callbacks hear of its steps."""
+
+import math
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class Progress:
+    """Keras's bar over the steps of a generation, and the callbacks' batches."""
+
+    def __init__(
+        self, verbose: int, generation: int, generations: int, steps: int, callbacks: Any
+    ) -> None:
+        self._verbose = verbose
+        self._heading = f"Generation {generation + 1}/{generations}"
+        self._steps, self._made = steps, 0
+        self._callbacks = callbacks
+        self._started = time.perf_counter()
+        self._bar = None
+        # How many steps are made between two looks at the losses.
+        self.stride = steps
+        if verbose == 1:
+            print(self._heading)
+            self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
+            self.stride = max(1, math.ceil(steps / 20))
+
+    def add(self, steps: int, losses: np.ndarray) -> None:
+        """Shows steps that were made, and the best member's loss."""
+        best = float(np.nanmin(losses)) if np.any(np.isfinite(losses)) else math.nan
+        self._callbacks.on_train_batch_begin(self._made)
+        self._made += steps
+        self._callbacks.on_train_batch_end(self._made - 1, {"loss": best})
+        if self._bar is not None:
+            self._bar.update(self._made, [("loss", best)], finalize=False)
+
+    def end(self, logs: dict[str, Any]) -> None:
+        """Shows what came out, as far as it is a number."""
+        shown = {name: value for name, value in logs.items() if np.ndim(value) == 0}
+        if self._bar is not None:
+            self._bar.stateful_metrics = set(shown)
+            self._bar.update(self._steps, list(shown.items()), finalize=True)
+        elif self._verbose == 2:
+            seconds = time.perf_counter() - self._started
+            figures = " - ".join(f"{name}: {value:.4g}" for name, value in shown.items())
+            print(f"{self._heading} - {seconds:.1f}s - {figures}")
