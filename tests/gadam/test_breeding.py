@@ -1,0 +1,102 @@
+"""Children of whole members: what comes from whom."""
+
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.gadam import genetics, keys
+from keras_gdopt.gadam.breeding import Breeding
+from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.population import Members
+
+LOSSES = [3.0, 1.0, 2.0, np.nan, 5.0]
+SIZE = len(LOSSES)
+
+
+def _members():
+    """Every entry of a member, and its state, is its number and 10."""
+    numbers = tf.range(SIZE, dtype=tf.float32) + 10.0
+    weights = [
+        tf.tile(numbers[:, None, None], [1, 40, 50]),
+        tf.tile(numbers[:, None], [1, 2000]),
+    ]
+    return Members(weights, [numbers, -numbers], [], tf.zeros(SIZE, tf.int64))
+
+
+def _brood(mutation_rate=0.2, generation=3, seed=7, mutation="uniform"):
+    breeding = Breeding(
+        mutation_rate=mutation_rate, mutation=mutation, mutation_stddev=0.01, seed=seed
+    )
+    return breeding(_members(), tf.constant(LOSSES), generation)
+
+
+def test_entries_come_from_the_parents_or_are_mutated():
+    brood = _brood()
+    for child in range(SIZE):
+        first, second = brood.parents.numpy()[child] + 10.0
+        entries = np.concatenate([weight[child].numpy().flatten() for weight in brood.weights])
+        assert np.all(np.isin(entries[entries >= 10.0], [first, second]))
+        mutated = np.sum(entries < 10.0)
+        assert mutated == brood.mutated_entries[child]
+        rate = float(brood.mutation_probabilities[child])
+        assert abs(mutated - 4000 * rate) <= 5 * np.sqrt(4000 * rate * (1 - rate))
+        if first != second:
+            kept = entries[entries >= 10.0]
+            share = float(brood.crossover_probabilities[child])
+            deviation = np.sqrt(share * (1 - share) / len(kept))
+            assert abs(np.mean(kept == first) - share) <= 5 * deviation
+
+
+def test_state_comes_whole_from_the_fitter_parent():
+    found = set()
+    for generation in range(6):
+        brood = _brood(generation=generation)
+        for child, (first, second) in enumerate(brood.parents.numpy()):
+            fitter = first if LOSSES[first] <= LOSSES[second] else second
+            assert float(brood.state[0][child]) == fitter + 10.0
+            assert float(brood.state[1][child]) == -(fitter + 10.0)
+            found.add((first > second, LOSSES[first] < LOSSES[second]))
+    assert len(found) >= 4  # either parent was the fitter one, in either order
+
+
+def test_the_masks_of_variables_and_of_children_differ():
+    brood = _brood(mutation_rate=1.0)
+    masks = [np.stack([w[child].numpy().flatten() < 10.0 for w in brood.weights])
+             for child in range(SIZE)]  # fmt: skip
+    for child, mask in enumerate(masks):
+        rate = float(brood.mutation_probabilities[child])
+        if 0.01 < rate < 0.99:
+            assert np.any(mask[0] != mask[1])
+            assert all(np.any(mask != other) for other in masks[:child])
+
+
+def test_parents_and_masks_depend_on_seed_and_generation():
+    def entries(**kwargs):
+        return _brood(**kwargs).weights[1].numpy()
+
+    np.testing.assert_array_equal(entries(), entries())
+    assert np.any(entries() != entries(seed=8))
+    assert np.any(entries() != entries(generation=4))
+
+
+def test_a_child_can_be_made_from_its_own_key_alone():
+    """As a worker does that has only the child's two parents."""
+    brood, child = _brood(mutation_rate=0.0), 2
+    first, second = (float(parent) + 10.0 for parent in brood.parents[child])
+    key = tf.constant(keys.key(7, 3, Phase.CROSS_OVER, child))
+    for index, weight in enumerate(brood.weights):
+        shape = weight.shape[1:]
+        alone = genetics.crossover(
+            tf.fill(shape, first),
+            tf.fill(shape, second),
+            brood.crossover_probabilities[child],
+            genetics.another_key(key, (index + 1) << 4),
+        )
+        np.testing.assert_array_equal(weight[child], alone)
+
+
+def test_normal_mutations_have_the_given_deviation():
+    brood = _brood(mutation_rate=1.0, mutation="normal")
+    entries = np.concatenate([weight.numpy().flatten() for weight in brood.weights])
+    mutated = entries[entries < 5.0]
+    assert len(mutated) > 5000
+    assert abs(mutated.std() / 0.01 - 1) < 0.05
