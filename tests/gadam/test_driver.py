@@ -745,3 +745,23 @@ def test_an_interrupted_fit_keeps_the_learning_rate_of_callbacks(engine, data):
     with pytest.raises(KeyboardInterrupt):
         _fit(gadam, data, callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=act)])
     assert float(gadam.model.optimizer.learning_rate) == 0.125
+
+
+def test_parents_and_children_are_trained_and_judged_with_keys_of_their_own(data, monkeypatch):
+    asked = []
+    for name in ("epoch", "fitness_batch"):
+        original = getattr(ArrayData, name)
+
+        def noted(self, generation, phase, *rest, original=original):
+            asked.append((generation, phase, *rest))
+            return original(self, generation, phase, *rest)
+
+        monkeypatch.setattr(ArrayData, name, noted)
+    _fit(_gadam(fitness_batch_size=8), data, generations=2, epochs=2)
+    expected = []
+    for generation in (0, 1):
+        expected += [(generation, Phase.TRAIN_PARENTS, epoch, SIZE) for epoch in (0, 1)]
+        expected += [(generation, Phase.FITNESS, 8)]
+        expected += [(generation, Phase.TRAIN_CHILDREN, epoch, SIZE) for epoch in (0, 1)]
+        expected += [(generation, Phase.SURVIVAL, 8)]
+    assert asked == expected
