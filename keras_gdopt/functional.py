@@ -60,22 +60,25 @@ class ModelFunction:
         Returns:
             A scalar, and the new state.
         """
-        model = self.model
         mapping = [
             *zip(self.trainable_variables, weights, strict=True),
             *zip(self.state_variables, state, strict=True),
         ]
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
-            arguments = {"training": training} if model._call_has_training_arg else {}
-            y_pred = model(batch.x, **arguments)
-            loss = model._compute_loss(
-                x=batch.x,
-                y=batch.y,
-                y_pred=y_pred,
-                sample_weight=batch.sample_weight,
-                training=training,
-            )
+            loss = loss_of(self.model, batch, training=training)
         return loss, [scope.get_current_value(variable) for variable in self.state_variables]
+
+
+def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:
+    """The loss of a compiled model with the weights that it has, as Keras's `fit` takes it."""
+    arguments = {"training": training} if model._call_has_training_arg else {}
+    return model._compute_loss(
+        x=batch.x,
+        y=batch.y,
+        y_pred=model(batch.x, **arguments),
+        sample_weight=batch.sample_weight,
+        training=training,
+    )
 
 
 def check_is_trainable_by_its_loss(model: Any) -> None:

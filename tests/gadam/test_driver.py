@@ -39,6 +39,13 @@ def _fit(gadam, data, **kwargs):
     return gadam.fit(*data, **{"generations": 2, "batch_size": 16, "verbose": 0, **kwargs})
 
 
+def _trace_counts(gadam):
+    runner = gadam._runner
+    functions = [gadam._breeding._breed, gadam._diversity, runner._train, runner._losses]
+    functions += [runner._finalize] if gadam.engine == "stacked" else []
+    return [function.experimental_get_tracing_count() for function in functions]
+
+
 # --- what comes out ----------------------------------------------------------------------
 
 
@@ -321,9 +328,9 @@ def test_kinds_of_data(make, engine, data):
     batch_size = 16 if len(arrays) == 2 else None
     history = _fit(gadam, arrays, batch_size=batch_size)
     assert np.all(np.isfinite(history.history["fitness"]))
-    traces = gadam._runner.trace_count
+    traces = _trace_counts(gadam)
     _fit(gadam, arrays, batch_size=batch_size)
-    assert gadam._runner.trace_count == traces
+    assert _trace_counts(gadam) == traces
 
 
 def test_class_weights_weigh_samples(rng):
@@ -516,12 +523,9 @@ def test_an_interrupted_fit_leaves_the_best_member_so_far(data):
 def test_nothing_is_traced_again_over_fifty_generations(engine, data):
     gadam = _gadam(engine=engine)
     _fit(gadam, data, generations=1)
-    runner = gadam._runner
-    functions = [gadam._breeding._breed, gadam._diversity, runner._train, runner._losses]
-    functions += [runner._finalize] if engine == "stacked" else []
-    traces = [function.experimental_get_tracing_count() for function in functions]
+    traces = _trace_counts(gadam)
     _fit(gadam, data, generations=50)
-    assert [function.experimental_get_tracing_count() for function in functions] == traces
+    assert _trace_counts(gadam) == traces
 
 
 def test_members_that_are_not_finite_die_out(data):

@@ -21,27 +21,15 @@ class StackedEngine:
     function, which is compiled once for each shape of a batch.
 
     Args:
-        model: Compiled and built, with an optimizer of this package.
+        model: Compiled and built, one that `why_not_stacked` has nothing against.
         population_size: How many members.
-
-    Raises:
-        ValueError: If the model or its optimizer cannot be stacked.
     """
 
-    name = "stacked"
-
     def __init__(self, model: keras.Model, population_size: int) -> None:
-        reason = why_not_stacked(model)
-        if reason:
-            raise ValueError(
-                f"The engine 'stacked' cannot train the model '{model.name}': {reason}. Use "
-                "engine='unrolled' or 'auto'."
-            )
         self._function = ModelFunction(model)
         self._optimizer = model.optimizer
         self._step = pure_step(model.optimizer)
         self._size = population_size
-        self.trace_count = 0
         self._train = tf.function(self._train_steps, jit_compile=True, autograph=False)
         self._losses = tf.function(self._fitness_losses, jit_compile=True, autograph=False)
         self._finalize = tf.function(self._finalized, autograph=False)
@@ -111,7 +99,6 @@ class StackedEngine:
         first: Tensor,
         last: Tensor,
     ) -> tuple[Members, Tensor]:
-        self.trace_count += 1
         example = order if order is not None else tf.nest.flatten(data)[0]
         losses = tf.zeros((example.shape[0], self._size), keras.config.floatx())
 
@@ -162,8 +149,6 @@ class StackedEngine:
     def _fitness_losses(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
     ) -> Tensor:
-        self.trace_count += 1
-
         def loss(member: tuple[list[Tensor], list[Tensor]]) -> Tensor:
             weights, state = member
             return self._function.loss(weights, state, Batch(**batch), training=False)[0]

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.functional import Batch, Data
+from keras_gdopt.functional import Batch, Data, loss_of
 from keras_gdopt.gadam.population import Members
 
 Tensor = Any
@@ -23,17 +23,13 @@ class UnrolledEngine:
         clones: A clone of it for each member, compiled as it is.
     """
 
-    name = "unrolled"
-
     def __init__(self, model: keras.Model, clones: list[keras.Model]) -> None:
         self._optimizer = model.optimizer
         self._clones = clones
         for clone in clones:
             clone.optimizer.build(clone.trainable_variables)
-        self._compiles = bool(model.jit_compile)
-        self.trace_count = 0
         self._train = tf.function(self._train_steps)
-        self._losses = tf.function(self._fitness_losses, jit_compile=self._compiles)
+        self._losses = tf.function(self._fitness_losses, jit_compile=bool(model.jit_compile))
 
     # --- what the driver calls -----------------------------------------------
 
@@ -112,7 +108,6 @@ class UnrolledEngine:
     # --- what is traced ------------------------------------------------------
 
     def _train_steps(self, data: Data, order: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
-        self.trace_count += 1
         losses = tf.TensorArray(keras.config.floatx(), size=last - first)
         for index in tf.range(first, last):
             of_step = []
@@ -124,8 +119,7 @@ class UnrolledEngine:
         return losses.stack()
 
     def _fitness_losses(self, batch: Data) -> Tensor:
-        self.trace_count += 1
-        return tf.stack([_loss(clone, Batch(**batch), training=False) for clone in self._clones])
+        return tf.stack([loss_of(clone, Batch(**batch), training=False) for clone in self._clones])
 
 
 def _batch(data: Data, rows: Tensor | None, place: Tensor) -> Batch:
@@ -138,17 +132,9 @@ def _batch(data: Data, rows: Tensor | None, place: Tensor) -> Batch:
     return Batch(**tf.nest.map_structure(pick, data))
 
 
-def _loss(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:
-    arguments = {"training": training} if model._call_has_training_arg else {}
-    y_pred = model(batch.x, **arguments)
-    return model._compute_loss(
-        x=batch.x, y=batch.y, y_pred=y_pred, sample_weight=batch.sample_weight, training=training
-    )
-
-
 def _train_step(model: keras.Model, batch: Batch) -> Tensor:
     with tf.GradientTape() as tape:
-        loss = _loss(model, batch, training=True)
+        loss = loss_of(model, batch, training=True)
     variables = model.trainable_variables
     model.optimizer.apply(tape.gradient(loss, variables), variables)
     return tf.cast(loss, keras.config.floatx())
