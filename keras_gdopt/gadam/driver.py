@@ -21,7 +21,7 @@ from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
-from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
+from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count, checked_number
 
 ENGINES = ("auto", "stacked", "unrolled")
 _FITNESS_SAMPLES = 1024
@@ -155,14 +155,14 @@ class Gadam:
         self.model = model
         self.population_size = checked_count("population_size", population_size, minimum=2)
         self.mutation_rate = checked_number("mutation_rate", mutation_rate, most=1.0)
-        self.mutation = _checked_choice("mutation", mutation, ("uniform", "normal"))
+        self.mutation = checked_choice("mutation", mutation, ("uniform", "normal"))
         self.mutation_stddev = checked_number("mutation_stddev", mutation_stddev, above=0.0)
         self.tolerance = None if tolerance is None else checked_number("tolerance", tolerance)
         if fitness_batch_size is not None:
             checked_count("fitness_batch_size", fitness_batch_size, minimum=1)
         self.fitness_batch_size = fitness_batch_size
         self.initializer = None if initializer is None else keras.initializers.get(initializer)
-        self._engine_asked_for = _checked_choice("engine", engine, ENGINES)
+        self._engine_asked_for = checked_choice("engine", engine, ENGINES)
         if seed is None:
             seed = random.SystemRandom().randrange(2**31)
         self.seed = checked_count("seed", seed, minimum=0)
@@ -716,12 +716,6 @@ def _why_better_unrolled(model: keras.Model) -> str | None:
         if any(word in type(layer).__name__ for word in slow):
             return f"a stack of layers such as '{layer.name}' is slower than clones"
     return None
-
-
-def _checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}. Received: {name}={value!r}")
-    return value
 
 
 def _split(arrays: tuple[Any, ...], part: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

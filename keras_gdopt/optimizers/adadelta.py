@@ -90,6 +90,14 @@ class Adadelta(GradientOptimizer):
         new_slots = {"accumulated_grad": squares, "accumulated_delta_var": deltas}
         return learning_rate * delta, new_slots
 
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """Of the next step's root, see `GradientOptimizer.effective_learning_rate`."""
+        del step
+        ratio = self._ratio_of_roots(slots["accumulated_delta_var"], slots["accumulated_grad"])
+        return ops.cast(learning_rate, ratio.dtype) * ratio
+
     def _ratio_of_roots(self, deltas: Tensor, squares: Tensor) -> Tensor:
         deltas, squares = deltas + self.epsilon_root, squares + self.epsilon_root
         if not self.epsilon:

@@ -94,3 +94,11 @@ class Adagrad(GradientOptimizer):
         accumulator = slots["accumulator"] + ops.square(gradient)
         divisor = ops.sqrt(accumulator + self.epsilon_root) + self.epsilon
         return -learning_rate * gradient / divisor, {"accumulator": accumulator}
+
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """The rate over the root, see `GradientOptimizer.effective_learning_rate`."""
+        del step
+        root = ops.sqrt(slots["accumulator"] + self.epsilon_root) + self.epsilon
+        return ops.cast(learning_rate, root.dtype) / root

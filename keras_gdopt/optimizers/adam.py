@@ -103,3 +103,11 @@ class Adam(AdaptiveMoments):
             v = new_slots["velocity_hat"] = ops.maximum(slots["velocity_hat"], v)
         rate, *epsilons = self._bias_corrected(learning_rate, step)
         return -ops.cast(rate, m.dtype) * m / self._root(v, *epsilons), new_slots
+
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """Over the root that the step takes, see `GradientOptimizer.effective_learning_rate`."""
+        if self.amsgrad:
+            slots = {"velocity": slots["velocity_hat"]}
+        return super().effective_learning_rate(slots, learning_rate, step)

@@ -34,6 +34,15 @@ class AdaptiveMoments(GradientOptimizer):
         """The moments, see `GradientOptimizer.slots`."""
         return {"momentum": 0.0, "velocity": 0.0}
 
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """The rate over the root, see `GradientOptimizer.effective_learning_rate`."""
+        v = slots["velocity"]
+        v = v / ops.cast(one_minus_power(self.beta_2, step), v.dtype)
+        root = ops.sqrt(v + self.epsilon_root) + self.epsilon
+        return ops.cast(learning_rate, v.dtype) / root
+
     def _moments(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Both moving averages, without their bias corrections."""
         m = moving_average(slots["momentum"], gradient, self.beta_1)

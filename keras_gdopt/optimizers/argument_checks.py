@@ -1,6 +1,7 @@
 """Range checks of constructor arguments, with Keras's form of error message."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -104,6 +105,13 @@ def checked_count(name: str, value: Any, *, minimum: int) -> int:
             f"Received: {name}={value!r} (of type {type(value).__name__})"
         )
     return int(value)
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Returns `value` if it is one of `choices`, or raises."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}. Received: {name}={value!r}")
+    return value
 
 
 def checked_learning_rate(value: Any) -> Any:

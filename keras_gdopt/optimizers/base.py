@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import (
@@ -204,6 +205,24 @@ class GradientOptimizer(SavedStateOptimizer):
         del slots, learning_rate, step
         return {}
 
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """What each entry's gradient, or its average where the rule has one, is multiplied by.
+
+        Quantiles of it are recorded with the step metrics.
+
+        Args:
+            slots: New slots, vectors of the same entries.
+            learning_rate: As for `update_rule`.
+            step: As for `update_rule`.
+
+        Returns:
+            A vector; `None`, by default, where all entries have the learning rate.
+        """
+        del slots, learning_rate, step
+        return None
+
     # --- what Keras calls ----------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
@@ -364,7 +383,9 @@ class GradientOptimizer(SavedStateOptimizer):
 
     # --- step metrics --------------------------------------------------------
 
-    def record_step_metrics(self, every: int = 1) -> bool:
+    def record_step_metrics(
+        self, every: int = 1, *, tier: str = "scalars", listener: Any = None
+    ) -> bool:
         """Asks for the metrics of every n-th training step; needs TensorFlow.
 
         A step that was traced before anybody asked does not record; one traced
@@ -375,13 +396,20 @@ class GradientOptimizer(SavedStateOptimizer):
 
         Args:
             every: Record every n-th step; 0 stops the recording. Defaults to 1.
+            tier: What to keep: `"scalars"` for `step_metrics`, `"layers"` for
+                `variable_metrics` too, `"histograms"` for `recorded_gradients` too, which
+                takes the memory of the gradients once more. Defaults to `"scalars"`.
+            listener: Who asks, for listeners that know nothing of each other: each has
+                an `every` of its own, and the steps of all are recorded. Any object
+                that can be hashed and weakly referred to. Defaults to `None`: one for
+                all that give none.
 
         Returns:
             Whether the step that was traced last cannot record, so that it must be
             traced again: `model.make_train_function(force=True)`.
 
         Raises:
-            ValueError: If `every` is no integer or negative.
+            ValueError: If `every` is no integer or negative, or `tier` is unknown.
             RuntimeError: With another backend than TensorFlow.
         """
         every = checked_count("every", every, minimum=0)
@@ -390,7 +418,7 @@ class GradientOptimizer(SavedStateOptimizer):
                 "Step metrics need the TensorFlow backend. Received: "
                 f"keras.backend.backend() == '{keras.backend.backend()}'"
             )
-        return self._tensorflow_step.metrics.record_every(every)
+        return self._tensorflow_step.metrics.record_every(every, tier, listener)
 
     @property
     def step_metrics(self) -> dict[str, float]:
@@ -400,15 +428,37 @@ class GradientOptimizer(SavedStateOptimizer):
         - `learning_rate`,
         - `grad_norm`: the norm of all gradients together, before clipping; under a
           strategy of their sum over the replicas,
+        - `clipped_grad_norm`: the same after clipping, where the optimizer clips,
         - `update_norm`: the norm of the rule's change of all weights, without
           weight decay,
         - `weight_norm`: the norm of all weights with the change made, before
           constraints,
-        - what the algorithm adds in `rule_metrics`.
+        - what the algorithm adds in `rule_metrics`,
+        - `effective_learning_rate_p10`, `_p50` and `_p90`: quantiles of
+          `effective_learning_rate` over a fixed sample of at most 4,096 entries, where
+          it differs between them.
         """
         if self._tensorflow_step is None:
             return {}
         return self._tensorflow_step.metrics.latest()
+
+    @property
+    def variable_metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of each variable in the last recorded step, by its path.
+
+        `grad_norm`, `update_norm`, `weight_norm` and the norm of each slot, such as
+        `velocity_norm`; those of a gradient are 0 where there was none. Empty before
+        there is a step that was recorded with the tier `"layers"`.
+        """
+        return {} if self._tensorflow_step is None else self._tensorflow_step.metrics.of_variables()
+
+    @property
+    def recorded_gradients(self) -> dict[str, np.ndarray]:
+        """The gradients of the last recorded step, before clipping, by the variable's path.
+
+        Empty before there is a step that was recorded with the tier `"histograms"`.
+        """
+        return {} if self._tensorflow_step is None else self._tensorflow_step.metrics.gradients()
 
     # --- the parts -----------------------------------------------------------
 
@@ -419,7 +469,9 @@ class GradientOptimizer(SavedStateOptimizer):
 
         return TensorFlowStep(self)
 
-    def _slot_variables(self) -> Mapping[str, list[Any]]:
+    @property
+    def slot_variables(self) -> Mapping[str, Sequence[Any]]:
+        """The slots by name, each in the order of the variables; empty before `build`."""
         return self._slots
 
     def _slot_initial_values(self) -> Mapping[str, float]:

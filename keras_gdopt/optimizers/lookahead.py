@@ -149,6 +149,19 @@ class Lookahead(WrappingOptimizer):
                 weight.assign(ops.cast(slow, weight.dtype))
         self._fast_updates.assign(0)
 
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """The inner optimizer's, and two of its own; see `GradientOptimizer.step_metrics`.
+
+        - `slow_fast_distance`: of the fast weights to the slow ones, before a
+          synchronization,
+        - `syncs`: how many there were since the slow weights began.
+        """
+        metrics = super().step_metrics
+        if metrics and self._tensorflow_sync is not None:
+            metrics.update(self._tensorflow_sync.recorded())
+        return metrics
+
     # --- the parts -----------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:

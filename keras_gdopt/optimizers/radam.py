@@ -1,5 +1,6 @@
 """RAdam: Liu et al. 2020, Algorithm 2."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -97,19 +98,44 @@ class RAdam(AdaptiveMoments):
         new_slots = {"momentum": m, "velocity": v}
         learning_rate = ops.cast(learning_rate, step.dtype)
         plain_rate = learning_rate / one_minus_power(self.beta_1, step)
-        longest = 2 / (1 - self.beta_2) - 1
-        if longest <= self.sma_threshold:
+        if self._longest <= self.sma_threshold:
             return -ops.cast(plain_rate, m.dtype) * m, new_slots
-        correction = one_minus_power(self.beta_2, step)
-        length = longest - 2 * step * (1 - correction) / correction
-        rectified = length > self.sma_threshold
-        rectification = self._rectification(ops.maximum(length, self.sma_threshold), longest)
+        _, rectified, rectification = self._rectification(step)
         rate, *epsilons = self._bias_corrected(learning_rate * rectification, step)
         rate = ops.cast(ops.where(rectified, rate, plain_rate), m.dtype)
         divisor = ops.where(rectified, self._root(v, *epsilons), 1.0)
         return -rate * m / divisor, new_slots
 
-    @staticmethod
-    def _rectification(length: Tensor, longest: float) -> Tensor:
+    def rule_metrics(
+        self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
+    ) -> dict[str, Tensor]:
+        r"""$\rho_t$, and $r_t$ or 0 where the step is not rectified.
+
+        See `GradientOptimizer.rule_metrics`.
+        """
+        length, rectified, rectification = self._rectification(step)
+        return {"rho_t": length, "rectification": ops.where(rectified, rectification, 0.0)}
+
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """Rectified, or the rate itself, see `GradientOptimizer.effective_learning_rate`."""
+        _, rectified, rectification = self._rectification(step)
+        rate = ops.cast(learning_rate, step.dtype)
+        adapted: Tensor = super().effective_learning_rate(slots, rate * rectification, step)
+        return ops.where(rectified, adapted, ops.cast(rate, adapted.dtype))
+
+    @property
+    def _longest(self) -> float:
+        return 2 / (1 - self.beta_2) - 1
+
+    def _rectification(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The moving average's length, whether a step is rectified, and by what then."""
+        correction, longest = one_minus_power(self.beta_2, step), self._longest
+        length = longest - 2 * step * (1 - correction) / correction
+        rectified = length > self.sma_threshold
+        if longest <= self.sma_threshold:
+            return length, rectified, ops.zeros_like(length)  # never
+        kept = ops.maximum(length, self.sma_threshold)  # where the root is real
         of_longest = (longest - 4) * (longest - 2) / longest
-        return ops.sqrt((length - 4) * (length - 2) / (length * of_longest))
+        return length, rectified, ops.sqrt((kept - 4) * (kept - 2) / (kept * of_longest))

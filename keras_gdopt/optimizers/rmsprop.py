@@ -123,3 +123,11 @@ class RMSprop(GradientOptimizer):
             step_back = self.momentum * slots["momentum"] + step_back
             new_slots["momentum"] = step_back
         return -step_back, new_slots
+
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """The rate over the root, see `GradientOptimizer.effective_learning_rate`."""
+        del step
+        root = ops.sqrt(slots["velocity"] + self.epsilon_root) + self.epsilon
+        return ops.cast(learning_rate, root.dtype) / root

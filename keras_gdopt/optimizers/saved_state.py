@@ -30,7 +30,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     - copies and pickles an optimizer with its state.
 
     A subclass calls `_check_loaded_state_fits` at the start and `_restore_loaded_state`
-    at the end of its `build`, and names its slots in `_slot_variables`,
+    at the end of its `build`, and names its slots in `slot_variables`,
     `_slot_initial_values` and `_slot_shape`. `tf.train.Checkpoint` goes by the structure of objects
     instead; its own `assert_consumed()` tells what did not fit.
     """
@@ -48,7 +48,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         """Variables that exist from construction on, by the name they are saved under."""
         return {"iteration": self._iterations, "learning_rate": self._learning_rate}
 
-    def _slot_variables(self) -> Mapping[str, list[Any]]:
+    @property
+    def slot_variables(self) -> Mapping[str, Sequence[Any]]:
         """Slot variables by slot name, aligned with the model's; `None` where none is."""
         return {}
 
@@ -153,7 +154,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         groups = {
             "average": getattr(self, "_model_variables_moving_average", []),
             "gradient_accumulator": getattr(self, "_accumulated_gradients", []),
-            **self._slot_variables(),
+            **self.slot_variables,
         }
         for group, variables in groups.items():
             for index, variable in enumerate(variables):

@@ -1,12 +1,27 @@
 """The metrics of recorded training steps, in variables that nobody saves."""
 
-from typing import TYPE_CHECKING
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tensorflow as tf
+
+from keras_gdopt.optimizers.argument_checks import checked_choice
+from keras_gdopt.optimizers.arithmetic import computation_dtype, global_norm
+from keras_gdopt.optimizers.saved_state import variable_path
 
 if TYPE_CHECKING:
     from keras_gdopt.optimizers.base import GradientOptimizer
 
+TIERS = ("scalars", "layers", "histograms")
+"""How much a recorded step keeps: numbers of the whole model, besides them numbers of
+each variable, and besides those the gradients."""
+
+_MOST_LISTENERS = 8
+_QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+_SAMPLED_ENTRIES = 4096
 # float32 holds a norm to 1e-7, which is more than a plot shows.
 _METRIC_DTYPE = tf.float32
 
@@ -16,83 +31,220 @@ class StepMetrics:
 
     def __init__(self, optimizer: "GradientOptimizer") -> None:
         self._optimizer = optimizer
-        self._every: tf.Variable | None = None
-        self._latest: tf.Variable | None = None
+        # Weakly: a training that dies does not say that it listens no more.
+        self._listeners: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._frequencies: tf.Variable | None = None
         self._latest_iterations: tf.Variable | None = None
+        self._latest: dict[str, tf.Variable] = {}
         self._names: tuple[str, ...] = ()
-        self._last_trace_is_blind = False
+        self._variable_names: tuple[str, ...] = ()
+        self._tier = -1  # the highest that was ever asked for, by its place in TIERS
+        self._last_traced_tier = len(TIERS)
 
     @property
     def asked_for(self) -> bool:
         """Whether anybody ever asked; a step traced since then can record."""
-        return self._every is not None
+        return self._frequencies is not None
+
+    @property
+    def tier(self) -> int:
+        """The place in `TIERS` of what a step that is traced now keeps; -1 for nothing."""
+        return self._tier
 
     def note_trace(self) -> None:
         """Notes that a step is traced now, where it does not run eagerly."""
         if not tf.executing_eagerly():
-            self._last_trace_is_blind = not self.asked_for
+            self._last_traced_tier = self._tier
 
-    def record_every(self, every: int) -> bool:
-        """Records every n-th step from now on; 0 records none.
+    def record_every(self, every: int, tier: str, listener: Any) -> bool:
+        """Records every n-th step from now on for a listener; 0 records none for it.
 
         Returns:
             Whether the step that was traced last cannot record.
         """
+        checked_choice("tier", tier, TIERS)
+        listener = self if listener is None else listener
+        self._listeners.pop(listener, None)
+        if every:
+            self._listeners[listener] = every
+        frequencies = list(self._listeners.values())
+        if len(frequencies) > _MOST_LISTENERS:
+            raise ValueError(
+                f"At most {_MOST_LISTENERS} listeners may ask an optimizer for step metrics. "
+                f"Received: {len(frequencies)}"
+            )
+        frequencies += [0] * (_MOST_LISTENERS - len(frequencies))
         with tf.init_scope():
-            if self._every is not None:
-                self._every.assign(every)
+            if self._frequencies is not None:
+                self._frequencies.assign(frequencies)
             elif every:
-                self._every = tf.Variable(every, dtype=tf.int64, trainable=False)
+                self._frequencies = tf.Variable(frequencies, dtype=tf.int64, trainable=False)
             if every and self._latest_iterations is not None:
                 self._latest_iterations.assign(0)
-        return every > 0 and self._last_trace_is_blind
+        if every:
+            self._tier = max(self._tier, TIERS.index(tier))
+        return every > 0 and self._last_traced_tier < TIERS.index(tier)
 
     def due(self) -> tf.Tensor:
-        """Whether this call of `apply` passes a multiple of `every`."""
+        """Whether this call of `apply` passes a multiple of what a listener asked for."""
         optimizer = self._optimizer
-        call = tf.convert_to_tensor(optimizer._iterations) + 1
+        call = tf.cast(optimizer._iterations, tf.int64) + 1
         since_last_update = optimizer.gradient_accumulation_steps or 1
-        every = tf.convert_to_tensor(self._every)
-        divisor = tf.cast(tf.maximum(every, 1), call.dtype)
-        passed = call // divisor > (call - since_last_update) // divisor
-        return tf.logical_and(every > 0, passed)
+        frequencies = tf.convert_to_tensor(self._frequencies)
+        divisors = tf.maximum(frequencies, 1)
+        passed = call // divisors > (call - since_last_update) // divisors
+        return tf.reduce_any(tf.logical_and(frequencies > 0, passed))
 
-    def stacked(
+    def recorded_now(self) -> tf.Tensor:
+        """Whether the step that was made last is the one that was recorded last."""
+        if self._latest_iterations is None:
+            return tf.constant(False)
+        updates = tf.cast(self._optimizer.iterations, tf.int64)
+        return tf.equal(tf.convert_to_tensor(self._latest_iterations), updates)
+
+    # --- inside the step -----------------------------------------------------
+
+    def of_step(
         self,
+        tier: int,
         learning_rate: tf.Tensor,
         step: tf.Tensor,
-        grad_square: tf.Tensor,
-        update_square: tf.Tensor,
-        weight_square: tf.Tensor,
-        slots: dict[str, list[tf.Tensor]],
-    ) -> tf.Tensor:
-        """All metrics of a step as one vector, for `store`; part of the cluster."""
-        own = self._optimizer.rule_metrics(slots, learning_rate, tf.cast(step, tf.float64))
-        metrics = {
-            "learning_rate": learning_rate,
-            "grad_norm": tf.sqrt(grad_square),
-            "update_norm": tf.sqrt(update_square),
-            "weight_norm": tf.sqrt(weight_square),
-            **own,
-        }
-        self._names = tuple(metrics)
-        return tf.stack([tf.cast(value, _METRIC_DTYPE) for value in metrics.values()])
+        squares: Mapping[str, Mapping[int, tf.Tensor]],
+        slots: Mapping[str, Mapping[int, tf.Tensor]],
+        gradients: Mapping[int, tf.Tensor],
+    ) -> dict[str, tf.Tensor]:
+        """What a step records, for `store`; part of the cluster.
 
-    def store(self, metrics: tf.Tensor) -> None:
-        """Keeps the vector of the step that is being made."""
-        if self._latest is None or self._latest_iterations is None:
-            with tf.init_scope():
-                self._latest = tf.Variable(tf.zeros(metrics.shape), trainable=False)
+        Args:
+            tier: The place in `TIERS` of what to keep.
+            learning_rate: Of the step.
+            step: The 1-based count of updates.
+            squares: Squared norms by the names of their metrics and the variable's index.
+            slots: The new slots of all variables, by name and the variable's index.
+            gradients: By the variable's index.
+
+        Returns:
+            Numbers of the model as the vector "model"; in the second tier, numbers of the
+            variables as the matrix "variables", one row for each; in the third one, the
+            gradients by their indices, as strings.
+        """
+        optimizer, step = self._optimizer, tf.cast(step, tf.float64)
+        lists = {name: list(values.values()) for name, values in slots.items()}
+        metrics = {"learning_rate": learning_rate}
+        for name, values in squares.items():
+            metrics[name] = tf.sqrt(tf.add_n(list(values.values()))) if values else 0.0
+        metrics.update(optimizer.rule_metrics(lists, learning_rate, step))
+        metrics.update(self._quantiles(lists, learning_rate, step))
+        self._names = tuple(metrics)
+        recorded = {"model": _stacked(metrics.values())}
+        if tier >= TIERS.index("layers"):
+            norms = {name: _roots(of_variables) for name, of_variables in squares.items()}
+            for name in optimizer.slots:
+                norms[f"{name}_norm"] = {
+                    index: global_norm([slot]) for index, slot in slots[name].items()
+                }
+            self._variable_names = tuple(norms)
+            recorded["variables"] = tf.stack(
+                [
+                    _stacked(norms[name].get(index, 0.0) for name in norms)
+                    for index in range(len(optimizer._trainable_variables))
+                ]
+            )
+        if tier >= TIERS.index("histograms"):
+            recorded.update((str(index), gradient) for index, gradient in gradients.items())
+        return recorded
+
+    def _quantiles(
+        self, slots: Mapping[str, Sequence[tf.Tensor]], learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Quantiles of the effective learning rates of a fixed sample of entries."""
+        optimizer = self._optimizer
+        sampled = {name: _sampled(slots[name]) for name in optimizer.slots}
+        rates = optimizer.effective_learning_rate(sampled, learning_rate, step)
+        if rates is None:
+            return {}
+        ascending = tf.sort(rates)
+        last = rates.shape[0] - 1
+        return {
+            f"effective_learning_rate_{name}": ascending[round(quantile * last)]
+            for name, quantile in _QUANTILES.items()
+        }
+
+    def store(self, recorded: Mapping[str, tf.Tensor]) -> None:
+        """Keeps what the step that is being made has recorded, see `of_step`."""
+        with tf.init_scope():
+            if self._latest_iterations is None:
                 self._latest_iterations = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._latest.assign(metrics)
+            for name, value in recorded.items():
+                if name not in self._latest:
+                    zeros = tf.zeros(value.shape, value.dtype)
+                    self._latest[name] = tf.Variable(zeros, trainable=False)
         self._latest_iterations.assign(tf.cast(self._optimizer.iterations + 1, tf.int64))
+        for name, value in recorded.items():
+            self._latest[name].assign(value)
+
+    # --- afterwards ----------------------------------------------------------
 
     def latest(self) -> dict[str, float]:
         """The metrics of the last recorded step, or nothing."""
-        if self._latest is None or self._latest_iterations is None:
+        if not self._latest_update():
             return {}
-        iterations = int(self._latest_iterations.numpy())
-        if iterations == 0:
+        values = self._latest["model"].numpy().tolist()
+        return {"iterations": self._latest_update(), **dict(zip(self._names, values, strict=True))}
+
+    def of_variables(self) -> dict[str, dict[str, float]]:
+        """The metrics of each variable in the last recorded step, by its path."""
+        if not self._latest_update() or "variables" not in self._latest:
             return {}
-        values = self._latest.numpy().tolist()
-        return {"iterations": iterations, **dict(zip(self._names, values, strict=True))}
+        rows = self._latest["variables"].numpy().tolist()
+        return {
+            path: dict(zip(self._variable_names, row, strict=True))
+            for path, row in zip(self._paths(), rows, strict=True)
+        }
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """The gradients of the last recorded step, by the variables' paths."""
+        if not self._latest_update():
+            return {}
+        kept = {i: self._latest.get(str(i)) for i in range(len(self._paths()))}
+        paths = self._paths()
+        return {paths[i]: gradient.numpy() for i, gradient in kept.items() if gradient is not None}
+
+    def _latest_update(self) -> int:
+        return 0 if self._latest_iterations is None else int(self._latest_iterations.numpy())
+
+    def _paths(self) -> list[str]:
+        return distinct_paths(self._optimizer._trainable_variables)
+
+
+def distinct_paths(variables: Sequence[Any]) -> list[str]:
+    """The variables' paths, with a number behind those that an earlier variable has too."""
+    paths: list[str] = []
+    for variable in variables:
+        path = variable_path(variable)
+        count = sum(other == path or other.startswith(f"{path}#") for other in paths)
+        paths.append(f"{path}#{count + 1}" if count else path)
+    return paths
+
+
+def _stacked(values: Iterable[Any]) -> tf.Tensor:
+    return tf.stack([tf.cast(value, _METRIC_DTYPE) for value in values])
+
+
+def _roots(squares: Mapping[int, tf.Tensor]) -> dict[int, tf.Tensor]:
+    return {index: tf.sqrt(square) for index, square in squares.items()}
+
+
+def _sampled(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The same entries at each call, evenly spaced over all tensors; a vector."""
+    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    total = sum(sizes)
+    places = np.linspace(0, total - 1, min(total, _SAMPLED_ENTRIES)).astype("int64")
+    starts = np.cumsum([0, *sizes])
+    dtypes = {computation_dtype(tensor.dtype) for tensor in tensors}
+    dtype = "float64" if "float64" in dtypes else "float32"
+    parts = []
+    for tensor, start, end in zip(tensors, starts[:-1], starts[1:], strict=True):
+        own = places[(places >= start) & (places < end)] - start
+        parts.append(tf.cast(tf.gather(tf.reshape(tensor, (-1,)), own), dtype))
+    return tf.concat(parts, axis=0)

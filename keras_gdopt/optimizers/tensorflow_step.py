@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_gdopt.optimizers.arithmetic import computation_dtype, sum_of_squares
-from keras_gdopt.optimizers.step_metrics import StepMetrics
+from keras_gdopt.optimizers.step_metrics import TIERS, StepMetrics
 
 if TYPE_CHECKING:
     from keras_gdopt.optimizers.base import GradientOptimizer
@@ -32,7 +32,7 @@ class _Plan:
     dense: tuple[int, ...]  # updated in the cluster
     rows: tuple[int, ...]  # updated before it, by gather and scatter
     update: bool  # False: only add the gradients to the accumulators
-    record: bool
+    record: int  # which of `step_metrics.TIERS`, -1: nothing
     device: str  # of the replica under a strategy, else empty
 
 
@@ -121,19 +121,23 @@ class TensorFlowStep:
         step = tf.convert_to_tensor(optimizer.iterations + 1)
 
         def run(*, update: bool, record: bool) -> None:
-            plan = _Plan(tuple(dense), tuple(rows), update, record, device)
-            norm = None
-            row_squares = tf.zeros((2,), self._norm_dtype)
+            tier = self.metrics.tier if record else -1
+            plan = _Plan(tuple(dense), tuple(rows), update, tier, device)
+            norm, row_squares = None, {}
             if rows:
                 norm = self._global_norm_with_rows(dense, rows)
                 changes = self._update_rows_of_all(rows, norm, learning_rate, step)
                 if record:
-                    row_squares = tf.stack([self._square(rows.values()), self._square(changes)])
+                    row_squares = self._squares_of_step(
+                        rows, dict(zip(rows, changes, strict=True)), norm
+                    )
             if not self._is_idle(plan):
                 cluster = self._cluster(plan)
-                metrics = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
+                recorded = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
                 if record:
-                    self.metrics.store(metrics)
+                    if tier == TIERS.index("histograms"):
+                        recorded.update((str(i), tf.convert_to_tensor(g)) for i, g in rows.items())
+                    self.metrics.store(recorded)
 
         def update() -> None:
             if record and self.metrics.asked_for:
@@ -163,7 +167,7 @@ class TensorFlowStep:
         variables = self._optimizer._trainable_variables
         return not (
             plan.dense
-            or plan.record
+            or plan.record >= 0
             or self._optimizer.use_ema
             or any(variables[index].constraint is not None for index in plan.rows)
         )
@@ -179,7 +183,7 @@ class TensorFlowStep:
         """The variables that a cluster reads all of."""
         optimizer = self._optimizer
         variables = optimizer._trainable_variables
-        if plan.record or optimizer.use_ema:
+        if plan.record >= 0 or optimizer.use_ema:
             return list(variables)
         constrained = [i for i in plan.rows if variables[i].constraint is not None]
         return [variables[index] for index in (*plan.dense, *constrained)]
@@ -191,9 +195,13 @@ class TensorFlowStep:
         learning_rate: tf.Tensor,
         step: tf.Tensor,
         norm: tf.Tensor | None,
-        row_squares: tf.Tensor,
-    ) -> tf.Tensor | None:
-        """The body of a cluster; `plan` is bound before it is traced."""
+        row_squares: Mapping[str, Mapping[int, tf.Tensor]],
+    ) -> dict[str, tf.Tensor]:
+        """The body of a cluster; `plan` is bound before it is traced.
+
+        Returns:
+            What the step records, see `StepMetrics.of_step`.
+        """
         optimizer = self._optimizer
         variables = optimizer._trainable_variables
         grads = [
@@ -216,29 +224,27 @@ class TensorFlowStep:
             )
         moves = dict(zip(plan.dense, changes, strict=False))
         sums = values.copy() if optimizer.weight_decay is None else {}
-        metrics = None
-        if plan.record:
-            weights = [
-                values.get(i, variable)
-                for i, variable in enumerate(variables)
-                if not optimizer._overwrite_variable_with_gradient(variable)
-            ]
-            grad_square, update_square = tf.unstack(row_squares)
-            metrics = self.metrics.stacked(
-                learning_rate,
-                step,
-                grad_square + self._square(grads),
-                update_square + self._square(changes),
-                self._square(weights),
+        recorded = {}
+        if plan.record >= 0:
+            dense = dict(zip(plan.dense, grads, strict=True))
+            squares = self._squares_of_step(dense, moves, norm)
+            squares = {name: {**row_squares.get(name, {}), **squares[name]} for name in squares}
+            squares["weight_norm"] = self._squares(
                 {
-                    name: [
-                        new_slots[i][name] if i in new_slots else tf.convert_to_tensor(slot)
-                        for i, slot in enumerate(slots)
-                        if slot is not None
-                    ]
-                    for name, slots in optimizer._slots.items()
-                },
+                    i: values.get(i, variable)
+                    for i, variable in enumerate(variables)
+                    if not optimizer._overwrite_variable_with_gradient(variable)
+                }
             )
+            slots = {
+                name: {
+                    i: new_slots[i][name] if i in new_slots else tf.convert_to_tensor(slot)
+                    for i, slot in enumerate(slots)
+                    if slot is not None
+                }
+                for name, slots in optimizer._slots.items()
+            }
+            recorded = self.metrics.of_step(plan.record, learning_rate, step, squares, slots, dense)
         if optimizer.use_ema:
             averages = {
                 index: (average, values.get(index, variables[index]))
@@ -262,7 +268,7 @@ class TensorFlowStep:
                 optimizer.assign_add(variables[index], moves[index])  # in place
             else:
                 optimizer.assign(variables[index], value)
-        return metrics
+        return recorded
 
     def _rule(self, dtype: Any) -> Callable[..., Any]:
         if dtype not in self._rules:
@@ -501,15 +507,36 @@ class TensorFlowStep:
 
     def _square(self, tensors: Iterable[Any]) -> tf.Tensor:
         """The squared Euclidean norm of all tensors together, sparse ones merged."""
+        squares = list(self._squares(dict(enumerate(tensors))).values())
+        return tf.add_n(squares) if squares else tf.zeros((), self._norm_dtype)
+
+    def _squares(self, tensors: Mapping[int, Any]) -> dict[int, tf.Tensor]:
+        """The squared Euclidean norms of tensors by index, sparse ones merged."""
         dtype = self._norm_dtype
-        squares = [
+        return {
             # How many rows there are differs from step to step.
-            tf.reduce_sum(tf.square(tf.cast(t.values, dtype)))
+            index: tf.reduce_sum(tf.square(tf.cast(t.values, dtype)))
             if _is_sparse(t)
             else _sum_of_squares(tf.cast(t, dtype))
-            for t in tensors
-        ]
-        return tf.add_n(squares) if squares else tf.zeros((), dtype)
+            for index, t in tensors.items()
+        }
+
+    def _squares_of_step(
+        self, gradients: Mapping[int, Any], changes: Mapping[int, Any], norm: tf.Tensor | None
+    ) -> dict[str, dict[int, tf.Tensor]]:
+        """Squared norms by the names of their metrics and by index.
+
+        Args:
+            gradients: Before clipping, by index.
+            changes: By index.
+            norm: For `global_clipnorm`, where `gradients` are not all there are.
+        """
+        optimizer = self._optimizer
+        squares = {"grad_norm": self._squares(gradients)}
+        if optimizer.clipnorm or optimizer.clipvalue or optimizer.global_clipnorm:
+            clipped = self._clipped(list(gradients.values()), norm)
+            squares["clipped_grad_norm"] = self._squares(dict(zip(gradients, clipped, strict=True)))
+        return {**squares, "update_norm": self._squares(changes)}
 
     @functools.cached_property
     def _norm_dtype(self) -> tf.DType:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from keras_gdopt.optimizers.arithmetic import global_norm
+from keras_gdopt.optimizers.step_metrics import StepMetrics
 from keras_gdopt.optimizers.tensorflow_step import compiled, is_distributed, on_every_device
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ class TensorFlowSync:
     def __init__(self, lookahead: "Lookahead") -> None:
         self._lookahead = lookahead
         self._clusters: dict[tuple[Callable[[], None], str], Callable[..., Any]] = {}
+        self._recorded: tf.Variable | None = None
 
     def before(self) -> None:
         """Sets the slow weights to the weights, where a first step is about to come."""
@@ -47,15 +50,50 @@ class TensorFlowSync:
         tf.cond(is_new, self._cluster(self._lookahead._start, device), lambda: None)
 
     def _count(self, updates: tf.Tensor, *, device: str = "", first: bool = True) -> None:
-        del first
         lookahead = self._lookahead
         count = tf.convert_to_tensor(lookahead._fast_updates) + updates
         lookahead.assign(lookahead._fast_updates, count)
+        if first:
+            self._record(updates, count)
         is_due = tf.logical_and(updates > 0, tf.equal(count % lookahead.sync_period, 0))
         tf.cond(is_due, self._cluster(lookahead._synchronize, device), lambda: None)
+
+    def _record(self, updates: tf.Tensor, count: tf.Tensor) -> None:
+        """Measures, where the inner optimizer has just recorded a step."""
+        lookahead = self._lookahead
+        metrics = _step_metrics(lookahead)
+        if metrics is None or not metrics.asked_for:
+            return
+        with tf.init_scope():
+            if self._recorded is None:
+                self._recorded = tf.Variable(tf.zeros((2,)), trainable=False)
+        recorded = self._recorded
+
+        def measure() -> None:
+            differences = [tf.cast(w, slow.dtype) - slow for w, slow in lookahead._pairs()]
+            values = [global_norm(differences), count // lookahead.sync_period]
+            recorded.assign(tf.stack([tf.cast(value, recorded.dtype) for value in values]))
+
+        now = tf.logical_and(updates > 0, metrics.recorded_now())
+        tf.cond(now, measure, lambda: None)
+
+    def recorded(self) -> dict[str, float]:
+        """What was measured in the last recorded step, or nothing."""
+        if self._recorded is None:
+            return {}
+        names = ("slow_fast_distance", "syncs")
+        return dict(zip(names, self._recorded.numpy().tolist(), strict=True))
 
     def _cluster(self, function: Callable[[], None], device: str) -> Callable[..., Any]:
         key = (function, device)
         if key not in self._clusters:
             self._clusters[key] = compiled(function, self._lookahead._trainable_variables)
         return self._clusters[key]
+
+
+def _step_metrics(optimizer: Any) -> StepMetrics | None:
+    """Those of the innermost optimizer, if it is one of ours."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    step = getattr(optimizer, "_tensorflow_step", None)
+    return None if step is None else step.metrics

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 
 from keras_gdopt.optimizers.arithmetic import Tensor
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
@@ -131,6 +132,40 @@ class WrappingOptimizer(SavedStateOptimizer):
         """Excludes variables from the inner optimizer's weight decay, before `build`."""
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
+    # --- step metrics --------------------------------------------------------
+
+    def record_step_metrics(
+        self, every: int = 1, *, tier: str = "scalars", listener: Any = None
+    ) -> bool:
+        """Asks the inner optimizer, see `GradientOptimizer.record_step_metrics`.
+
+        Raises:
+            ValueError: If it is one that records no steps, as Keras's own are.
+        """
+        inner = recording_optimizer(self.inner_optimizer)
+        if inner is None:
+            raise ValueError(
+                "Step metrics need an optimizer of keras_gdopt, which records them. Received: "
+                f"{type(self).__name__} around {type(self.inner_optimizer).__name__} of "
+                f"{type(self.inner_optimizer).__module__}"
+            )
+        return inner.record_step_metrics(every, tier=tier, listener=listener)
+
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """The inner optimizer's, see `GradientOptimizer.step_metrics`."""
+        return getattr(recording_optimizer(self.inner_optimizer), "step_metrics", {})
+
+    @property
+    def variable_metrics(self) -> dict[str, dict[str, float]]:
+        """The inner optimizer's, see `GradientOptimizer.variable_metrics`."""
+        return getattr(recording_optimizer(self.inner_optimizer), "variable_metrics", {})
+
+    @property
+    def recorded_gradients(self) -> dict[str, np.ndarray]:
+        """The inner optimizer's, see `GradientOptimizer.recorded_gradients`."""
+        return getattr(recording_optimizer(self.inner_optimizer), "recorded_gradients", {})
+
     # --- config and state ----------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
@@ -190,7 +225,9 @@ class WrappingOptimizer(SavedStateOptimizer):
             inner = keras.saving.serialize_keras_object(inner)
         return _rebuilt, (type(self), inner, self._own_config(), state, values)
 
-    def _slot_variables(self) -> Mapping[str, list[Any]]:
+    @property
+    def slot_variables(self) -> Mapping[str, Sequence[Any]]:
+        """The wrapper's own slots by name, each in the order of the variables."""
         return self._slots
 
     def _slot_initial_values(self) -> Mapping[str, float]:
@@ -198,6 +235,18 @@ class WrappingOptimizer(SavedStateOptimizer):
 
     def _own_variables(self) -> list[Any]:
         return list(self._variables[self._unused :])
+
+
+def recording_optimizer(optimizer: Any) -> Any:
+    """The outermost optimizer in a chain of wrappers that records its steps, or `None`.
+
+    A wrapper of ours records if the optimizer inside it does.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inside = None if inner is None else recording_optimizer(inner)
+    if hasattr(optimizer, "record_step_metrics") and (inner is None or inside is not None):
+        return optimizer
+    return inside
 
 
 def _resolved(optimizer: Any) -> Any:
