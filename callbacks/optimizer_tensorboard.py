@@ -2,49 +2,86 @@
 
 import math
 import os
-import weakref
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams import summary as hparams_session
+from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 
-from keras_gdopt.optimizers.argument_checks import checked_count
+from keras_gdopt.callbacks.event_files import EventFiles, scalar, write_layout
+from keras_gdopt.callbacks.histograms import histogram
+from keras_gdopt.callbacks.hyperparameters import hyperparameters
+from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
+from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
+from keras_gdopt.optimizers.wrapping_optimizer import recording_optimizer
+
+_EPOCHS = "epochs"
+# Of log10 of update norm to weight norm.
+_HEALTHY = (-4.0, -2.0)
 
 
 class OptimizerTensorBoard(keras.callbacks.Callback):
-    r"""Writes what the optimizer does, every few batches, as TensorBoard scalars.
+    r"""Writes what the optimizer does, every few batches, for TensorBoard.
 
     The optimizer records the metrics inside its compiled step, and only on the
     steps that are written; each write is one event, flushed at once, so that the
-    event file holds all of it also when training dies. The step of every scalar is
-    `optimizer.iterations`, the count of updates.
+    event file holds all of it also when training dies. The step of everything that is
+    written is `optimizer.iterations`, the count of updates, so that a second `fit` goes
+    on where the first one ended.
 
     | tag | meaning |
     | --- | --- |
     | `optimizer/learning_rate` | the rate of the step |
     | `optimizer/grad_norm` | norm of all gradients together, before clipping |
+    | `optimizer/clipped_grad_norm` | after clipping, where the optimizer clips |
     | `optimizer/update_norm` | norm of the change that the rule made |
     | `optimizer/weight_norm` | norm of all weights after it |
     | `optimizer/update_ratio_log10` | log10 of update norm to weight norm; around -3 is healthy |
+    | `optimizer/loss_scale` | in mixed float16 |
 
-    and one for each metric of the algorithm's own, such as
-    `optimizer/velocity_norm`. `update_ratio_log10` is left out where a norm is 0.
+    and one for each metric of the algorithm's own: `velocity_norm` (Momentum, NAG),
+    `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 4,096
+    entries; Adagrad, RMSprop, Adadelta, Adam, Nadam, RAdam), `rho_t` and `rectification`
+    (RAdam), `slow_fast_distance` and `syncs` (Lookahead). `update_ratio_log10` is left
+    out where a norm is 0. The run's directory `epochs` has the logs of each epoch
+    (`epoch_loss`, `epoch_val_loss`, ...) and the optimizer's hyper-parameters, which the
+    HParams tab compares between runs. The Custom Scalars tab shows learning rate,
+    gradient norm, the update ratio within its healthy band, and the losses of all runs.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
-    `jit_compile`, distribution strategies and `steps_per_execution`; with the last,
-    only the last recording of an execution can be seen.
+    `jit_compile`, distribution strategies (only the chief writes) and
+    `steps_per_execution`; with the last, only the last recording of an execution can be
+    seen. Several may be used in one `fit`, and beside `keras.callbacks.TensorBoard`.
+
+    A disk that fills up ends the writing with one warning, not the training.
 
     Args:
         log_dir: The directory of the run, a path or a remote URL that TensorFlow
             can write to. Use one for each training run.
         update_freq: Write every so many batches. Defaults to 50.
+        tier: How much to write. `"scalars"`: the above. `"layers"`: also, for each
+            variable by its path, `layer_grad_norm`, `layer_update_ratio_log10` and the
+            norm of each slot, such as `layer_velocity_norm`. `"histograms"`: also, after
+            each epoch, histograms of weights, slots and the gradients of the last step
+            that was written, which takes the memory of the gradients once more. Defaults
+            to `"scalars"`.
 
     Raises:
-        ValueError: If `update_freq` is no positive integer; before training starts,
-            if the directory cannot be written or the model's optimizer records no
-            step metrics, as Keras's own do not.
+        ValueError: If `update_freq` is no positive integer or `tier` is unknown; before
+            training starts, if the directory cannot be written or the model is not
+            compiled.
+
+    With an optimizer that records no steps, as Keras's own do not, a warning says so, and
+    learning rate, weight norm and the epochs' logs are all there is.
+
+    Keras's `TensorBoard` writes nothing of gradients, updates and slots.
 
     Example:
 
@@ -58,27 +95,51 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     >>> history = model.fit(np.ones((8, 3)), np.ones((8, 1)), verbose=0, callbacks=[callback])
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str], update_freq: int = 50) -> None:
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        update_freq: int = 50,
+        tier: str = "scalars",
+    ) -> None:
         super().__init__()
         self.log_dir = os.fspath(log_dir)
         self.update_freq = checked_count("update_freq", update_freq, minimum=1)
-        self._optimizer: Any = None
-        self._writer: tf.summary.SummaryWriter | None = None
+        self.tier = checked_choice("tier", tier, TIERS)
+        self._recording: Any = None  # the optimizer that records, if there is one
+        self._files: EventFiles | None = None
         self._batches = 0
         self._batches_before_epoch = 0
         self._last_look = 0
         self._last_written = 0
+        self._last_gradients = 0
+
+    # --- what Keras calls ----------------------------------------------------
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Opens the event file and asks the model's optimizer to record."""
-        self._optimizer = _recording_optimizer(self.model)
-        self._writer = self._opened_writer()
-        if self._optimizer.record_step_metrics(self.update_freq):
-            self.model.make_train_function(force=True)
-        updates = int(keras.ops.convert_to_numpy(self._optimizer.iterations))
-        self._batches = updates * (self._optimizer.gradient_accumulation_steps or 1)
-        self._last_look = self._batches
-        self._last_written = 0
+        """Opens the event files and asks the model's optimizer to record."""
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None:
+            raise ValueError(
+                "OptimizerTensorBoard needs a compiled model: call "
+                "`model.compile(optimizer=keras_gdopt.Adam(), ...)` first. Received: the model "
+                f"'{self.model.name}', which is not compiled"
+            )
+        self._files = None
+        if self.model.distribute_strategy.extended.should_save_summary:  # the chief
+            write_layout(self.log_dir, _layout(self.tier), owner=type(self).__name__)
+            self._files = EventFiles(self.log_dir, owner=type(self).__name__, runs=("", _EPOCHS))
+            session = hparams_summary.hparams_pb(hyperparameters(optimizer), trial_id=self.log_dir)
+            self._write(_values(session), run=_EPOCHS)
+        self._recording = recording_optimizer(optimizer)
+        accumulated = 1
+        if self._recording is None:
+            warnings.warn(_message_about(optimizer), stacklevel=2)
+        else:
+            if self._recording.record_step_metrics(self.update_freq, tier=self.tier, listener=self):
+                self.model.make_train_function(force=True)
+            accumulated = _innermost(self._recording).gradient_accumulation_steps or 1
+        self._batches = self._last_look = self._updates() * accumulated
+        self._last_written = self._last_gradients = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes how many batches came before the epoch."""
@@ -89,65 +150,154 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._batches = self._batches_before_epoch + batch + 1
         if self._batches // self.update_freq > self._last_look // self.update_freq:
             self._last_look = self._batches
-            self._write_new_metrics()
+            self._write_step()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the epoch's logs, and histograms."""
+        numbers = {name: value for name, value in (logs or {}).items() if np.ndim(value) == 0}
+        self._write(
+            [scalar(f"epoch_{name}", float(value)) for name, value in numbers.items()], run=_EPOCHS
+        )
+        if self.tier == "histograms":
+            self._write(list(self._histograms()))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Writes what is left, ends the recording and closes the event file."""
-        self._write_new_metrics()
-        self._optimizer.record_step_metrics(0)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Writes what is left, ends the recording and closes the event files."""
+        self._write_step()
+        if self._recording is not None:
+            self._recording.record_step_metrics(0, listener=self)
+        if self._files is not None:
+            ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
+            self._write(_values(ended), run=_EPOCHS)
+            self._files.close()
 
-    def _opened_writer(self) -> tf.summary.SummaryWriter:
-        try:
-            tf.io.gfile.makedirs(self.log_dir)
-            writer = tf.summary.create_file_writer(self.log_dir)
-            writer.init()
-            writer.flush()
-        except (OSError, tf.errors.OpError) as error:
-            raise ValueError(
-                "Argument `log_dir` of OptimizerTensorBoard must be a directory that can "
-                f"be created and written to. Received: log_dir={self.log_dir!r} ({error})"
-            ) from error
-        # `on_train_end` does not come when training ends by an exception.
-        weakref.finalize(self, writer.close)
-        return writer
+    # --- what is written -----------------------------------------------------
 
-    def _write_new_metrics(self) -> None:
-        metrics = dict(self._optimizer.step_metrics)
-        step = metrics.pop("iterations", 0)
-        if step == self._last_written or self._writer is None:
+    def _write(self, values: Any, *, step: int | None = None, run: str = "") -> None:
+        if self._files is not None and len(values):
+            self._files.write(self._updates() if step is None else step, values, run=run)
+
+    def _write_step(self) -> None:
+        """The last recorded step, unless it was written before."""
+        if self._files is None:
+            return
+        metrics = dict(self._recording.step_metrics) if self._recording is not None else {}
+        if self._recording is None:
+            metrics = _metrics_of_any(self.model)
+            metrics["iterations"] = self._updates()
+        step = int(metrics.pop("iterations", 0))
+        if step == self._last_written:
             return
         self._last_written = step
-        update, weight = metrics["update_norm"], metrics["weight_norm"]
-        if update > 0 and weight > 0:
-            metrics["update_ratio_log10"] = math.log10(update / weight)
-        summary = Summary(
-            value=[
-                scalar_pb(f"optimizer/{name}", value).value[0] for name, value in metrics.items()
+        scale = _loss_scale(self.model.optimizer)
+        if scale is not None:
+            metrics["loss_scale"] = scale
+        values = [scalar(f"optimizer/{name}", value) for name, value in metrics.items()]
+        ratio = _ratio_log10(metrics)
+        if ratio is not None:
+            low, high = _HEALTHY
+            values += [
+                scalar("optimizer/update_ratio_log10", ratio),
+                scalar("healthy/update_ratio_low", low),
+                scalar("healthy/update_ratio_high", high),
             ]
-        )
-        with self._writer.as_default():
-            tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=step)
-        self._writer.flush()
+        if self.tier != "scalars" and self._recording is not None:
+            values += self._of_layers()
+        self._write(values, step=step)
+
+    def _of_layers(self) -> Iterator[Summary.Value]:
+        for path, metrics in self._recording.variable_metrics.items():
+            ratio = _ratio_log10(metrics)
+            if ratio is not None:
+                yield scalar(f"layer_update_ratio_log10/{path}", ratio)
+            for name, value in metrics.items():
+                if name not in ("update_norm", "weight_norm"):
+                    yield scalar(f"layer_{name}/{path}", value)
+
+    def _histograms(self) -> Iterator[Summary.Value]:
+        variables = self.model.trainable_variables
+        paths = distinct_paths(variables)
+        for path, variable in zip(paths, variables, strict=True):
+            yield from histogram(f"weights/{path}", keras.ops.convert_to_numpy(variable))
+        if self._recording is None:
+            return
+        for name, slots in self._recording.slot_variables.items():
+            for path, slot in zip(paths, slots, strict=True):
+                if slot is not None:
+                    yield from histogram(f"{name}/{path}", keras.ops.convert_to_numpy(slot))
+        if self._last_gradients != self._last_written:
+            self._last_gradients = self._last_written
+            for path, gradient in self._recording.recorded_gradients.items():
+                yield from histogram(f"gradients/{path}", gradient)
+
+    def _updates(self) -> int:
+        return int(keras.ops.convert_to_numpy(_innermost(self.model.optimizer).iterations))
 
 
-def _recording_optimizer(model: keras.Model) -> Any:
-    """The model's optimizer, or the one inside its wrappers, that records."""
-    compiled = getattr(model, "optimizer", None)
-    optimizer = compiled
-    while optimizer is not None and not hasattr(optimizer, "record_step_metrics"):
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    if optimizer is None:
-        raise ValueError(
-            "OptimizerTensorBoard needs a model compiled with an optimizer of keras_gdopt, "
-            "which records its step metrics, for example "
-            "`model.compile(optimizer=keras_gdopt.Adam())`. Received: a model "
-            + (
-                f"compiled with {type(compiled).__module__}.{type(compiled).__name__}"
-                if compiled is not None
-                else "that is not compiled"
-            )
-        )
+def _values(summary: Any) -> list[Summary.Value]:
+    """Of a summary of TensorFlow's class, which TensorBoard's plugins make."""
+    return list(Summary.FromString(summary.SerializeToString()).value)
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer inside all wrappers: some of Keras's have a count that stays 0."""
+    while getattr(optimizer, "inner_optimizer", None) is not None:
+        optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def _ratio_log10(metrics: dict[str, float]) -> float | None:
+    """log10 of update norm to weight norm, where there are both."""
+    update, weight = metrics.get("update_norm", 0.0), metrics.get("weight_norm", 0.0)
+    return math.log10(update / weight) if update > 0 and weight > 0 else None
+
+
+def _loss_scale(optimizer: Any) -> float | None:
+    while optimizer is not None:
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built:
+            return float(keras.ops.convert_to_numpy(optimizer.dynamic_scale))
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return None
+
+
+def _metrics_of_any(model: keras.Model) -> dict[str, float]:
+    """What can be had of an optimizer that records nothing."""
+    rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    weights = [tf.cast(v.value, tf.float32) for v in model.trainable_variables]
+    return {"learning_rate": rate, "weight_norm": float(tf.linalg.global_norm(weights))}
+
+
+def _message_about(optimizer: Any) -> str:
+    return (
+        f"{type(optimizer).__module__}.{type(optimizer).__name__} records no step metrics, so "
+        "OptimizerTensorBoard writes learning rate, weight norm and the epochs' logs alone. "
+        "For norms of gradients and updates, compile with an optimizer of keras_gdopt, such "
+        "as keras_gdopt.Adam()."
+    )
+
+
+def _layout(tier: str) -> layout_pb2.Layout:
+    """Charts for the Custom Scalars tab, the same for all runs of a tier."""
+
+    def lines(title: str, *tags: str) -> layout_pb2.Chart:
+        return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
+
+    low, high = "healthy/update_ratio_low", "healthy/update_ratio_high"
+    band = layout_pb2.MarginChartContent.Series(
+        value="optimizer/update_ratio_log10", lower=low, upper=high
+    )
+    charts = [
+        lines("learning rate", "^optimizer/learning_rate$"),
+        lines("gradient norm", "^optimizer/(clipped_)?grad_norm$"),
+        layout_pb2.Chart(
+            title="update to weight, log10, and its healthy band",
+            margin=layout_pb2.MarginChartContent(series=[band]),
+        ),
+        lines("loss", "^epoch_(val_)?loss$"),
+    ]
+    if tier != "scalars":
+        charts += [
+            lines("gradient norm by layer", "^layer_grad_norm/"),
+            lines("update to weight by layer, log10", "^layer_update_ratio_log10/"),
+        ]
+    return layout_pb2.Layout(category=[layout_pb2.Category(title="Optimizer", chart=charts)])

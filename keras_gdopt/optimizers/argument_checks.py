@@ -10,6 +10,20 @@ import keras
 # A thousandth of it, as a bias correction leaves, is still normal in float32.
 _SMALLEST_EPSILON = 1e-30
 
+BASE_ARGUMENTS: dict[str, Any] = {
+    "name": None,
+    "weight_decay": None,
+    "clipnorm": None,
+    "clipvalue": None,
+    "global_clipnorm": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
+"""The arguments of Keras's base class, besides the rate, and their defaults."""
+
 
 def checked_number(
     name: str,
@@ -144,23 +158,11 @@ def checked_base_arguments(owner: str, arguments: dict[str, Any]) -> dict[str, A
         ValueError: If a name is unknown to Keras's base class, or its value is
             one that Keras would take in silence and ignore.
     """
-    known = {
-        "name",
-        "weight_decay",
-        "clipnorm",
-        "clipvalue",
-        "global_clipnorm",
-        "use_ema",
-        "ema_momentum",
-        "ema_overwrite_frequency",
-        "loss_scale_factor",
-        "gradient_accumulation_steps",
-    }
-    unknown = sorted(set(arguments) - known)
+    unknown = sorted(set(arguments) - set(BASE_ARGUMENTS))
     if unknown:
         raise ValueError(
             f"{owner} does not take the argument(s) {unknown}. Expected, besides its "
-            f"own, any of {sorted(known)}. "
+            f"own, any of {sorted(BASE_ARGUMENTS)}. "
             f"Received: { ({name: arguments[name] for name in unknown}) }"
         )
     checked = dict(arguments)
