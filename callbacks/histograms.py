@@ -22,7 +22,10 @@ def histogram(tag: str, array: np.ndarray) -> Iterator[Summary.Value]:
     finite = array[np.isfinite(array)]
     if not finite.size:
         return
-    counts, edges = np.histogram(finite.astype("float64"), bins=_BUCKETS)
+    if finite.min() == finite.max():  # as TensorBoard writes it
+        counts, edges = np.eye(_BUCKETS)[-1] * finite.size, np.full(_BUCKETS + 1, finite.min())
+    else:
+        counts, edges = np.histogram(finite.astype("float64"), bins=_BUCKETS)
     buckets = np.stack([edges[:-1], edges[1:], counts], axis=1)
     yield Summary.Value(
         tag=tag,

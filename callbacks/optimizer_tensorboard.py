@@ -34,7 +34,8 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     steps that are written; each write is one event, flushed at once, so that the
     event file holds all of it also when training dies. The step of everything that is
     written is `optimizer.iterations`, the count of updates, so that a second `fit` goes
-    on where the first one ended.
+    on where the first one ended, and one that resumes from a checkpoint where that was
+    made (what had been written beyond it is taken back).
 
     | tag | meaning |
     | --- | --- |
@@ -107,6 +108,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self.tier = checked_choice("tier", tier, TIERS)
         self._recording: Any = None  # the optimizer that records, if there is one
         self._files: EventFiles | None = None
+        self._has_begun = False
         self._batches = 0
         self._batches_before_epoch = 0
         self._last_look = 0
@@ -131,18 +133,23 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             session = hparams_summary.hparams_pb(hyperparameters(optimizer), trial_id=self.log_dir)
             self._write(_values(session), run=_EPOCHS)
         self._recording = recording_optimizer(optimizer)
-        accumulated = 1
         if self._recording is None:
             warnings.warn(_message_about(optimizer), stacklevel=2)
         else:
             if self._recording.record_step_metrics(self.update_freq, tier=self.tier, listener=self):
                 self.model.make_train_function(force=True)
-            accumulated = _innermost(self._recording).gradient_accumulation_steps or 1
-        self._batches = self._last_look = self._updates() * accumulated
+        self._has_begun = False
         self._last_written = self._last_gradients = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes how many batches came before the epoch."""
+        if not self._has_begun:  # after `BackupAndRestore` has restored what it does
+            self._has_begun = True
+            updates = self._updates()
+            accumulated = _innermost(self.model.optimizer).gradient_accumulation_steps or 1
+            self._batches = self._last_look = updates * accumulated
+            if updates and self._files is not None:
+                self._files.restart(updates + 1)
         self._batches_before_epoch = self._batches
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -268,8 +275,12 @@ def _metrics_of_any(model: keras.Model) -> dict[str, float]:
 
 
 def _message_about(optimizer: Any) -> str:
+    names = []
+    while optimizer is not None:
+        names.append(f"{type(optimizer).__module__}.{type(optimizer).__name__}")
+        optimizer = getattr(optimizer, "inner_optimizer", None)
     return (
-        f"{type(optimizer).__module__}.{type(optimizer).__name__} records no step metrics, so "
+        f"{' around '.join(names)} records no step metrics, so "
         "OptimizerTensorBoard writes learning rate, weight norm and the epochs' logs alone. "
         "For norms of gradients and updates, compile with an optimizer of keras_gdopt, such "
         "as keras_gdopt.Adam()."

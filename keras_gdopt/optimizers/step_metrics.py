@@ -65,14 +65,14 @@ class StepMetrics:
         checked_choice("tier", tier, TIERS)
         listener = self if listener is None else listener
         self._listeners.pop(listener, None)
+        if every and len(self._listeners) == _MOST_LISTENERS:
+            raise ValueError(
+                f"At most {_MOST_LISTENERS} listeners may ask an optimizer for step metrics. "
+                f"Received: {_MOST_LISTENERS + 1}"
+            )
         if every:
             self._listeners[listener] = every
         frequencies = list(self._listeners.values())
-        if len(frequencies) > _MOST_LISTENERS:
-            raise ValueError(
-                f"At most {_MOST_LISTENERS} listeners may ask an optimizer for step metrics. "
-                f"Received: {len(frequencies)}"
-            )
         frequencies += [0] * (_MOST_LISTENERS - len(frequencies))
         with tf.init_scope():
             if self._frequencies is not None:

@@ -136,7 +136,7 @@ class TensorFlowStep:
                 recorded = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
                 if record:
                     if tier == TIERS.index("histograms"):
-                        recorded.update((str(i), tf.convert_to_tensor(g)) for i, g in rows.items())
+                        recorded.update((str(i), self._dense(i, g)) for i, g in rows.items())
                     self.metrics.store(recorded)
 
         def update() -> None:
@@ -406,6 +406,12 @@ class TensorFlowStep:
                 dense = tf.math.unsorted_segment_sum(values, gradient.indices, variable.shape[0])
                 merged[index] = tf.ensure_shape(dense, variable.shape)
         return merged
+
+    def _dense(self, index: int, gradient: tf.IndexedSlices) -> tf.Tensor:
+        """A gradient without repeated rows in its variable's shape."""
+        shape = self._optimizer._trainable_variables[index].shape
+        rows = tf.cast(gradient.indices, tf.int64)[:, None]
+        return tf.scatter_nd(rows, gradient.values, tf.constant(tuple(shape), tf.int64))
 
     def _update_rows_of_all(
         self,

@@ -1,6 +1,6 @@
 """The event files, read back, against norms computed from gradients and weights."""
 
-import gc
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_rule
+from keras_gdopt.optimizers.step_metrics import TIERS
+from tests.optimizer_cases import CASES, RULES, every_optimizer
 
 TAGS = ["learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
 
@@ -25,7 +27,7 @@ def read(log_dir):
     return {
         tag: {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors(tag)}
         for tag in accumulator.Tags()["tensors"]
-        if tag.startswith(("optimizer/", "epoch_"))
+        if tag.startswith(("optimizer/", "epoch_", "layer_"))
     }
 
 
@@ -77,7 +79,7 @@ def _expected(after, x, y, batch_size):
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-@every_rule
+@every_optimizer
 def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
     x, y = _data(rng)
     model = _model(case(learning_rate=0.01), jit_compile=jit_compile)
@@ -85,11 +87,13 @@ def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=3)
     model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=[weights, callback])
     written = read(tmp_path)
-    own = set(model.optimizer.step_metrics) - {"iterations", *TAGS}
-    assert set(written) == {f"optimizer/{tag}" for tag in [*TAGS, *own]}
+    assert set(written) == {f"optimizer/{tag}" for tag in TAGS} | _own_tags(case)
+    assert all(np.all(np.isfinite(list(values.values()))) for values in written.values())
     steps = [3, 6, 9, 12, 15, 18]
     assert all(list(values) == steps for values in written.values())
     expected = _expected(weights.after, x, y, 4)
+    if case not in RULES:  # the numbers of the fast step, which a synchronization follows
+        expected = {"grad_norm": expected["grad_norm"]}
     for step in steps:
         assert written["optimizer/learning_rate"][step] == pytest.approx(0.01, rel=1e-6)
         for tag, values in expected.items():
@@ -215,19 +219,12 @@ class _Breaks(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
-def test_event_files_are_whole_and_closed_when_training_breaks(error, rng, tmp_path):
+def test_event_files_are_whole_when_training_breaks(error, rng, tmp_path):
     model = _model(gdopt.Adam())
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=2)
     with pytest.raises(type(error)):
         model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback, _Breaks(error)])
     assert list(read(tmp_path)["optimizer/grad_norm"]) == [2, 4, 6, 8]
-    # Closed with the callback: a closed writer refuses.
-    writer = callback._writer
-    del callback
-    error.__traceback__ = None
-    gc.collect()
-    with pytest.raises(RuntimeError, match="already closed"), writer.as_default():
-        pass
     # The next `fit` goes on, in a file of its own.
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=2)
     model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])
@@ -276,7 +273,370 @@ def test_a_directory_that_cannot_be_written(rng, tmp_path):
 
 def test_an_optimizer_that_records_nothing(rng, tmp_path):
     model = _model("adam")
-    with pytest.raises(ValueError, match=r"optimizer of keras_gdopt.*Received: .*adam\.Adam"):
-        model.fit(
-            *_data(rng), verbose=0, callbacks=[gdopt.callbacks.OptimizerTensorBoard(tmp_path)]
+    weights = _Weights()
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=4)
+    with pytest.warns(UserWarning, match=r"adam\.Adam records no step metrics.*keras_gdopt\.Adam"):
+        model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[weights, callback])
+    written = read(tmp_path)
+    assert set(written) == {"optimizer/learning_rate", "optimizer/weight_norm"}
+    assert written["optimizer/learning_rate"] == pytest.approx({4: 1e-3, 8: 1e-3, 10: 1e-3})
+    expected = {step: _norm(weights.after[step]) for step in (4, 8, 10)}
+    assert written["optimizer/weight_norm"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_is_not_compiled(tmp_path):
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / "run")
+    callback.set_model(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
+    with pytest.raises(ValueError, match=r"compiled model.*Received: .* is not compiled"):
+        callback.on_train_begin()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_tier(tmp_path):
+    with pytest.raises(ValueError, match=r"`tier` must be one of .*Received: tier='all'"):
+        gdopt.callbacks.OptimizerTensorBoard(tmp_path, tier="all")
+
+
+# --- what an algorithm has of its own ------------------------------------------------
+
+_QUANTILES = {f"effective_learning_rate_p{q}" for q in (10, 50, 90)}
+OWN = {
+    "GradientDescent": set(),
+    "Momentum": {"velocity_norm"},
+    "NAG": {"velocity_norm"},
+    "RAdam": {"rho_t", "rectification", *_QUANTILES},
+    "Lookahead": {"velocity_norm", "slow_fast_distance", "syncs"},  # around Momentum
+}
+
+
+every_class = pytest.mark.parametrize(
+    "case", {case.cls: case for case in reversed(CASES)}.values(), ids=str
+)
+
+
+def _own_tags(case):
+    return {f"optimizer/{name}" for name in OWN.get(case.cls.__name__, _QUANTILES)}
+
+
+def _check_own_metrics(case, model, rng, log_dir):
+    callback = gdopt.callbacks.OptimizerTensorBoard(log_dir, update_freq=5)
+    model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])
+    written = read(log_dir)
+    of_all = {f"optimizer/{tag}" for tag in [*TAGS, "loss_scale"]}
+    assert set(written) - of_all == _own_tags(case)
+    for tag in written:
+        assert list(written[tag]) == [5, 10], tag
+        assert np.all(np.isfinite(list(written[tag].values()))), tag
+
+
+@every_class
+def test_own_metrics_in_mixed_precision(case, rng, tmp_path):
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    _check_own_metrics(case, _model(case()), rng, tmp_path)
+    assert read(tmp_path)["optimizer/loss_scale"] == {5: 2.0**15, 10: 2.0**15}
+
+
+@every_class
+def test_own_metrics_on_two_devices(case, two_devices, rng, tmp_path):
+    with two_devices.scope():
+        model = _model(case())
+    _check_own_metrics(case, model, rng, tmp_path)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_the_distance_of_lookaheads_weights(jit_compile, rng, tmp_path):
+    optimizer = gdopt.Lookahead(gdopt.GradientDescent(0.1), sync_period=3)
+    model = _model(optimizer, jit_compile=jit_compile)
+    weights = _Weights()
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=1)
+    model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[weights, callback])
+    written, after = read(tmp_path), weights.after
+    for step in range(1, 11):
+        slow = after[(step - 1) // 3 * 3]
+        distance = _norm(a - b for a, b in zip(after[step], slow, strict=True))
+        # A synchronization, which is seen here, has gone half of the way.
+        distance *= 2 if step % 3 == 0 else 1
+        assert written["optimizer/slow_fast_distance"][step] == pytest.approx(distance, rel=1e-4)
+        assert written["optimizer/syncs"][step] == step // 3
+
+
+def test_lookahead_around_keras(rng, tmp_path):
+    model = _model(gdopt.Lookahead(keras.optimizers.SGD(0.01)))
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=10)
+    with pytest.warns(UserWarning, match=r"Lookahead around keras.*SGD records no step"):
+        model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])
+    assert set(read(tmp_path)) == {"optimizer/learning_rate", "optimizer/weight_norm"}
+
+
+# --- layers and histograms -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_layers_have_norms_of_their_own(jit_compile, rng, tmp_path):
+    x, y = _data(rng)
+    model = _model(gdopt.Momentum(0.01, momentum=0.5), jit_compile=jit_compile)
+    weights = _Weights()
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=1, tier="layers")
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[weights, callback])
+    written = read(tmp_path)
+    paths = [v.path for v in model.trainable_variables]
+    names = ("grad_norm", "update_ratio_log10", "velocity_norm")
+    expected = {f"layer_{name}/{path}" for name in names for path in paths}
+    assert {tag for tag in written if tag.startswith("layer_")} == expected
+    # The velocity is the mean of the gradients, and the change the rate times it.
+    twin, velocity = _model("sgd"), [0.0] * 4
+    for step in range(1, 11):
+        before, after = weights.after[step - 1], weights.after[step]
+        twin.set_weights(before)
+        xb, yb = x[(step - 1) * 4 : step * 4], y[(step - 1) * 4 : step * 4]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(twin(xb) - yb))
+        grads = tape.gradient(loss, [v.value for v in twin.trainable_variables])
+        for i, (path, gradient) in enumerate(zip(paths, grads, strict=True)):
+            velocity[i] = 0.5 * velocity[i] + 0.5 * gradient.numpy()
+            change = np.log10(0.01 * _norm([velocity[i]]) / _norm([after[i]]))
+            at = {name: written[f"layer_{name}/{path}"][step] for name in names}
+            assert at["grad_norm"] == pytest.approx(_norm([gradient.numpy()]), rel=1e-4)
+            assert at["velocity_norm"] == pytest.approx(_norm([velocity[i]]), rel=1e-4)
+            assert at["update_ratio_log10"] == pytest.approx(change, abs=1e-4)
+
+
+def _buckets(log_dir):
+    """{tag: {step: buckets}} of all histograms."""
+    accumulator = EventAccumulator(str(log_dir), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    tags = accumulator.summary_metadata
+    return {
+        tag: {e.step: tf.make_ndarray(e.tensor_proto) for e in accumulator.Tensors(tag)}
+        for tag in accumulator.Tags()["tensors"]
+        if tags[tag].plugin_data.plugin_name == "histograms"
+    }
+
+
+def test_histograms_of_weights_slots_and_gradients(rng, tmp_path):
+    x, y = _data(rng)
+    model = _model(gdopt.GradientDescent(0.01))
+    momentum = _model(gdopt.Momentum(0.01))
+    for name, one in (("plain", model), ("momentum", momentum)):
+        weights = _Weights()
+        callback = gdopt.callbacks.OptimizerTensorBoard(
+            tmp_path / name, update_freq=10, tier="histograms"
         )
+        one.fit(
+            x, y, batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=[weights, callback]
+        )
+        written = _buckets(tmp_path / name)
+        kinds = {"weights", "gradients", *(["velocity"] if name == "momentum" else [])}
+        paths = [v.path for v in one.trainable_variables]
+        assert set(written) == {f"{kind}/{path}" for kind in kinds for path in paths}
+        for i, path in enumerate(paths):
+            histogram = written[f"weights/{path}"]
+            assert list(histogram) == [10, 20]
+            values = weights.after[20][i]
+            if values.size == 1:
+                assert histogram[20][-1].tolist() == [values[0], values[0], 1]
+                continue
+            counts, edges = np.histogram(values.astype("float64"), bins=30)
+            np.testing.assert_array_equal(histogram[20][:, 2], counts)
+            np.testing.assert_allclose(histogram[20][:, 0], edges[:-1], rtol=1e-6)
+            np.testing.assert_allclose(histogram[20][:, 1], edges[1:], rtol=1e-6)
+        if name == "plain":  # the last step's change is -0.01 times the gradient
+            for i, path in enumerate(paths):
+                gradient = (weights.after[19][i] - weights.after[20][i]) / 0.01
+                of_gradient = written[f"gradients/{path}"][20]
+                assert of_gradient[:, 2].sum() == gradient.size
+                ends = of_gradient[0, 0], of_gradient[-1, 1]
+                assert ends == pytest.approx((gradient.min(), gradient.max()), rel=1e-2, abs=1e-3)
+
+
+def test_gradients_that_were_not_recorded_anew_are_not_written_again(rng, tmp_path):
+    model = _model(gdopt.Adam())
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=20, tier="histograms")
+    model.fit(*_data(rng), batch_size=4, epochs=3, verbose=0, callbacks=[callback])
+    steps = {tag.split("/")[0]: list(values) for tag, values in _buckets(tmp_path).items()}
+    assert steps == {
+        "weights": [10, 20, 30], "gradients": [20],
+        "momentum": [10, 20, 30], "velocity": [10, 20, 30],
+    }  # fmt: skip
+
+
+def test_a_higher_tier_is_recorded_in_a_second_fit(rng, tmp_path):
+    model = _model(gdopt.Adam())
+    for tier in TIERS:
+        callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / tier, update_freq=10, tier=tier)
+        model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])
+    assert not [tag for tag in read(tmp_path / "scalars") if tag.startswith("layer_")]
+    assert [tag for tag in read(tmp_path / "layers") if tag.startswith("layer_")]
+    assert list(_buckets(tmp_path / "histograms")["gradients/" + _path(model)]) == [30]
+
+
+def _path(model):
+    return model.trainable_variables[0].path
+
+
+def test_a_gradient_of_an_embedding(rng, tmp_path):
+    model = keras.Sequential(
+        [keras.Input((3,), dtype="int32"), keras.layers.Embedding(6, 2), keras.layers.Flatten(),
+         keras.layers.Dense(1)]
+    )  # fmt: skip
+    model.compile(gdopt.Adagrad(0.1, initial_accumulator_value=0.1), "mse")
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=1, tier="histograms")
+    model.fit(rng.integers(0, 6, (4, 3)), rng.normal(size=(4, 1)), verbose=0, callbacks=[callback])
+    gradient = model.optimizer.recorded_gradients[_path(model)]
+    assert gradient.shape == (6, 2)
+    norm = read(tmp_path)["layer_grad_norm/" + _path(model)]
+    assert norm == pytest.approx({1: _norm([gradient])}, rel=1e-5)
+
+
+# --- runs beside one another ---------------------------------------------------------
+
+
+def test_two_in_one_fit_have_frequencies_of_their_own(rng, tmp_path):
+    model = _model(gdopt.Adam())
+    callbacks = [
+        gdopt.callbacks.OptimizerTensorBoard(tmp_path / str(every), update_freq=every)
+        for every in (3, 4)
+    ]
+    model.optimizer.record_step_metrics(5)
+    model.fit(
+        *_data(rng),
+        batch_size=4,
+        epochs=2,
+        verbose=0,
+        callbacks=[*callbacks, keras.callbacks.TensorBoard(tmp_path / "keras")],
+    )
+    assert list(read(tmp_path / "3")["optimizer/grad_norm"]) == [3, 6, 9, 12, 15, 18, 20]
+    assert list(read(tmp_path / "4")["optimizer/grad_norm"]) == [4, 8, 12, 16, 20]
+    # And what was asked for without a callback goes on.
+    model.fit(*_data(rng), batch_size=4, verbose=0)
+    assert model.optimizer.step_metrics["iterations"] == 30
+
+
+def test_a_resumed_fit_goes_on_where_its_checkpoint_was_made(rng, tmp_path):
+    x, y = _data(rng)
+
+    def fit(*more):
+        model = _model(gdopt.Adam())
+        board = gdopt.callbacks.OptimizerTensorBoard(tmp_path / "run", update_freq=2)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[board, backup, *more])
+
+    class Dies(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.optimizer.iterations == 17:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Dies())
+    assert list(read(tmp_path / "run")["optimizer/grad_norm"]) == [2, 4, 6, 8, 10, 12, 14, 16]
+    fit()
+    accumulator = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    steps = [event.step for event in accumulator.Tensors("optimizer/grad_norm")]
+    assert steps == list(range(2, 31, 2))
+    epochs = EventAccumulator(str(tmp_path / "run" / "epochs"), size_guidance={"tensors": 0})
+    epochs.Reload()
+    assert [event.step for event in epochs.Tensors("epoch_loss")] == [10, 20, 30]
+
+
+def test_only_the_chief_writes(rng, tmp_path, monkeypatch):
+    model = _model(gdopt.Adam())
+    extended = type(model.distribute_strategy.extended)
+    monkeypatch.setattr(extended, "should_save_summary", property(lambda self: False))
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / "run", update_freq=2)
+    model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])
+    assert not (tmp_path / "run").exists()
+    assert model.optimizer.step_metrics["iterations"] == 10
+
+
+def test_a_disk_that_fills_up_ends_the_writing_with_one_warning(rng, tmp_path, monkeypatch):
+    model = _model(gdopt.Adam())
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=2)
+
+    class Fills(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                full = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+                writer = tf.io.TFRecordWriter
+                monkeypatch.setattr(writer, "flush", lambda self: (_ for _ in ()).throw(full))
+
+    with pytest.warns(UserWarning, match="No space left on device") as warned:
+        history = model.fit(
+            *_data(rng), batch_size=4, epochs=2, verbose=0, callbacks=[callback, Fills()]
+        )
+    assert sum("No space left" in str(w.message) for w in warned) == 1
+    assert len(history.history["loss"]) == 2
+    monkeypatch.undo()
+    assert list(read(tmp_path)["optimizer/grad_norm"])[:2] == [2, 4]
+
+
+# --- epochs and hyper-parameters -----------------------------------------------------
+
+
+def test_the_logs_of_epochs(rng, tmp_path):
+    x, y = _data(rng)
+    model = _model(gdopt.Adam(), metrics=["mae"])
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path)
+    history = model.fit(
+        x, y, batch_size=4, epochs=2, validation_data=(x, y), verbose=0, callbacks=[callback]
+    ).history
+    written = read(tmp_path / "epochs")
+    assert set(written) == {"epoch_loss", "epoch_mae", "epoch_val_loss", "epoch_val_mae"}
+    for name, values in history.items():
+        expected = dict(zip([10, 20], values, strict=True))
+        assert written[f"epoch_{name}"] == pytest.approx(expected, rel=1e-6)
+
+
+def _hparams(log_dir):
+    """The hyper-parameters of a run, its name and whether it ended."""
+    accumulator = EventAccumulator(str(log_dir / "epochs"))
+    accumulator.Reload()
+    tags = accumulator.summary_metadata
+    content = {tag: m.plugin_data.content for tag, m in tags.items() if "_hparams_" in tag}
+    start = hparams_metadata.parse_session_start_info_plugin_data(
+        content[hparams_metadata.SESSION_START_INFO_TAG]
+    )
+    values = {
+        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
+    }
+    return values, start.group_name, hparams_metadata.SESSION_END_INFO_TAG in content
+
+
+def test_hyperparameters_of_the_run(rng, tmp_path):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.5, 10, 0.25)
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    optimizers = {
+        "momentum": gdopt.Momentum(0.1, clipnorm=1.0),
+        "scheduled": gdopt.GradientDescent(schedule),
+        "lookahead": gdopt.Lookahead(gdopt.Adam(amsgrad=True), sync_period=3),
+    }
+    for name, optimizer in optimizers.items():
+        callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path / name)
+        _model(optimizer).fit(*_data(rng), verbose=0, callbacks=[callback])
+    values, group, ended = _hparams(tmp_path / "momentum")
+    assert values == {
+        "optimizer": "Momentum", "learning_rate": 0.1, "momentum": 0.9, "classical": False,
+        "clipnorm": 1.0,
+    }  # fmt: skip
+    assert group == str(tmp_path / "momentum") and ended
+    values, _, _ = _hparams(tmp_path / "scheduled")
+    config = json.loads(values["learning_rate"])
+    assert config["class_name"] == "PolynomialDecay"
+    assert config["config"]["end_learning_rate"] == 0.25
+    values, _, _ = _hparams(tmp_path / "lookahead")
+    assert values == {
+        "optimizer": "Lookahead", "inner_optimizer": "Adam", "sync_period": 3.0,
+        "slow_step_size": 0.5, "learning_rate": 0.001, "beta_1": 0.9, "beta_2": 0.999,
+        "epsilon": 1e-8, "epsilon_root": 0.0, "amsgrad": True,
+    }  # fmt: skip
+
+
+def test_the_hyperparameters_of_a_run_that_breaks_are_there(rng, tmp_path):
+    model = _model(gdopt.Adam())
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(
+            *_data(rng), batch_size=4, verbose=0, callbacks=[callback, _Breaks(KeyboardInterrupt())]
+        )
+    values, _, ended = _hparams(tmp_path)
+    assert values["optimizer"] == "Adam" and not ended

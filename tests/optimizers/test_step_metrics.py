@@ -213,3 +213,143 @@ def test_large_tensors_are_summed_precisely(rng):
     optimizer.record_step_metrics()
     optimizer.apply([tf.ones(size)], [variable])
     assert optimizer.step_metrics["grad_norm"] == pytest.approx(size**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["clipnorm", "clipvalue", "global_clipnorm"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_gradient_norm_after_clipping(kind, lazy, rng):
+    variables = [keras.Variable(rng.normal(size=(5, 2))), keras.Variable(rng.normal(size=(3,)))]
+    rows = rng.normal(size=(3, 2)).astype("float32")
+    dense = rng.normal(size=(3,)).astype("float32")
+    optimizer = gdopt.GradientDescent(1.0, lazy=lazy, **{kind: 0.5})
+    optimizer.record_step_metrics(tier="layers")
+    # Row 4 comes twice: what is clipped is the sum.
+    optimizer.apply(
+        [tf.IndexedSlices(tf.constant(rows), [4, 1, 4], (5, 2)), tf.constant(dense)], variables
+    )
+    merged = np.zeros((5, 2), "float32")
+    np.add.at(merged, [4, 1, 4], rows)
+    gradients = [merged, dense]
+    total = _norm(gradients)
+    clipped = {
+        "clipnorm": [g * min(1.0, 0.5 / _norm([g])) for g in gradients],
+        "clipvalue": [np.clip(g, -0.5, 0.5) for g in gradients],
+        "global_clipnorm": [g * min(1.0, 0.5 / total) for g in gradients],
+    }[kind]
+    metrics = optimizer.step_metrics
+    assert metrics["grad_norm"] == pytest.approx(total, rel=1e-5)
+    assert metrics["clipped_grad_norm"] == pytest.approx(_norm(clipped), rel=1e-5)
+    of_variables = list(optimizer.variable_metrics.values())
+    for values, gradient, short in zip(of_variables, gradients, clipped, strict=True):
+        assert values["grad_norm"] == pytest.approx(_norm([gradient]), rel=1e-5)
+        assert values["clipped_grad_norm"] == pytest.approx(_norm([short]), rel=1e-5)
+        assert values["update_norm"] == pytest.approx(_norm([short]), rel=1e-5)
+
+
+def _effective_learning_rates(name, slots, eta, t, h):
+    """What multiplies an entry's gradient, or its average, from the slots after step t."""
+
+    def root(x):
+        return np.sqrt(x + h["epsilon_root"]) + h["epsilon"]
+
+    if name == "Adagrad":
+        return eta / root(slots["accumulator"])
+    if name == "RMSprop":
+        return eta / root(slots["velocity"])
+    if name == "Adadelta":
+        return eta * root(slots["accumulated_delta_var"]) / root(slots["accumulated_grad"])
+    v = slots["velocity_hat" if h.get("amsgrad") else "velocity"] / (1 - h["beta_2"] ** t)
+    if name != "RAdam":
+        return eta / root(v)
+    _, rectification = _rectification(t, h)
+    return eta * rectification / root(v) if rectification else np.full_like(v, eta)
+
+
+def _rectification(t, h):
+    """The length of the moving average, and the factor or 0."""
+    longest = 2 / (1 - h["beta_2"]) - 1
+    power = h["beta_2"] ** t
+    length = longest - 2 * t * power / (1 - power)
+    if longest <= 4 or length <= h["sma_threshold"]:
+        return length, 0.0
+    square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return length, np.sqrt(square)
+
+
+ADAPTIVE = [case for case in RULES if case().effective_learning_rate.__func__ is not
+            gdopt.GradientOptimizer.effective_learning_rate]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [7, 9000])
+@pytest.mark.parametrize("case", ADAPTIVE, ids=str)
+def test_quantiles_of_effective_learning_rates(case, size, rng):
+    h, name = case.hyperparameters(), case.cls.__name__
+    shapes = [(size,), (4, 3)]
+    variables = [keras.Variable(rng.normal(size=s).astype("float32")) for s in shapes]
+    slots = [case.initial_slots(s) for s in shapes]
+    optimizer = case(learning_rate=0.5)
+    optimizer.record_step_metrics()
+    for t in range(1, 9):
+        gradients = [rng.normal(size=s).astype("float32") for s in shapes]
+        for i, gradient in enumerate(gradients):
+            theta = np.zeros(shapes[i])
+            _, slots[i] = case.reference.update(
+                theta, gradient.astype("float64"), slots[i], 0.5, t, **h
+            )
+        _step(optimizer, variables, gradients)
+        rates = np.concatenate(
+            [_effective_learning_rates(name, own, 0.5, t, h).ravel() for own in slots]
+        )
+        places = np.linspace(0, len(rates) - 1, min(4096, len(rates))).astype(int)
+        ascending = np.sort(rates[places])
+        for quantile in (10, 50, 90):
+            expected = ascending[round(quantile / 100 * (len(ascending) - 1))]
+            measured = optimizer.step_metrics[f"effective_learning_rate_p{quantile}"]
+            assert measured == pytest.approx(expected, rel=1e-4), (t, quantile)
+
+
+@pytest.mark.parametrize("beta_2", [0.999, 0.9, 0.5])
+def test_radams_rectification(beta_2, variables, rng):
+    optimizer = gdopt.RAdam(beta_2=beta_2)
+    optimizer.record_step_metrics()
+    for t in range(1, 8):
+        _step(optimizer, variables, _gradients(rng, variables))
+        length, factor = _rectification(t, {"beta_2": beta_2, "sma_threshold": 4.0})
+        metrics = optimizer.step_metrics
+        assert metrics["rho_t"] == pytest.approx(length, rel=1e-5, abs=1e-5)
+        assert metrics["rectification"] == pytest.approx(factor, rel=1e-5)
+    assert (metrics["rectification"] > 0) == (beta_2 > 0.5)
+
+
+def test_listeners_with_frequencies_of_their_own(variables, rng):
+    class Listener:
+        pass
+
+    optimizer = gdopt.Adam()
+    often, seldom = Listener(), Listener()
+    optimizer.record_step_metrics(3, listener=often)
+    optimizer.record_step_metrics(5, tier="layers", listener=seldom)
+
+    def recorded_over(steps):
+        seen = set()
+        for _ in range(steps):
+            _step(optimizer, variables, _gradients(rng, variables))
+            seen.add(optimizer.step_metrics.get("iterations", 0))
+        return sorted(seen - {0})
+
+    assert recorded_over(10) == [3, 5, 6, 9, 10]
+    assert len(optimizer.variable_metrics) == 3
+    optimizer.record_step_metrics(0, listener=often)
+    assert recorded_over(9) == [10, 15]
+    del seldom  # one that is gone asks no more, as soon as another one asks
+    optimizer.record_step_metrics(7, listener=often)
+    assert recorded_over(11) == [21, 28]
+    crowd = [Listener() for _ in range(8)]
+    with pytest.raises(ValueError, match=r"At most 8 listeners.*Received: 9"):
+        for listener in crowd:
+            optimizer.record_step_metrics(1, listener=listener)
+
+
+def test_an_unknown_tier():
+    with pytest.raises(ValueError, match=r"`tier` must be one of .*Received: tier='all'"):
+        gdopt.Adam().record_step_metrics(tier="all")
