@@ -22,7 +22,6 @@ from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import recording_optimizer
 
-_EPOCHS = "epochs"
 # Of log10 of update norm to weight norm.
 _HEALTHY = (-4.0, -2.0)
 
@@ -51,10 +50,10 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 4,096
     entries; Adagrad, RMSprop, Adadelta, Adam, Nadam, RAdam), `rho_t` and `rectification`
     (RAdam), `slow_fast_distance` and `syncs` (Lookahead). `update_ratio_log10` is left
-    out where a norm is 0. The run's directory `epochs` has the logs of each epoch
-    (`epoch_loss`, `epoch_val_loss`, ...) and the optimizer's hyper-parameters, which the
-    HParams tab compares between runs. The Custom Scalars tab shows learning rate,
-    gradient norm, the update ratio within its healthy band, and the losses of all runs.
+    out where a norm is 0. The logs of each epoch are there too (`epoch_loss`,
+    `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that the HParams tab
+    compares the runs. The Custom Scalars tab shows learning rate, gradient norm, the
+    update ratio and its healthy band (`healthy/...`), and the losses of all runs.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
     `jit_compile`, distribution strategies (only the chief writes) and
@@ -129,9 +128,11 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._files = None
         if self.model.distribute_strategy.extended.should_save_summary:  # the chief
             write_layout(self.log_dir, _layout(self.tier), owner=type(self).__name__)
-            self._files = EventFiles(self.log_dir, owner=type(self).__name__, runs=("", _EPOCHS))
-            session = hparams_summary.hparams_pb(hyperparameters(optimizer), trial_id=self.log_dir)
-            self._write(_values(session), run=_EPOCHS)
+            self._files = EventFiles(self.log_dir, owner=type(self).__name__)
+            session = hparams_summary.hparams_pb(
+                hyperparameters(optimizer), trial_id=_trial(self.log_dir)
+            )
+            self._write(_values(session))
         self._recording = recording_optimizer(optimizer)
         if self._recording is None:
             warnings.warn(_message_about(optimizer), stacklevel=2)
@@ -162,9 +163,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the epoch's logs, and histograms."""
         numbers = {name: value for name, value in (logs or {}).items() if np.ndim(value) == 0}
-        self._write(
-            [scalar(f"epoch_{name}", float(value)) for name, value in numbers.items()], run=_EPOCHS
-        )
+        self._write([scalar(f"epoch_{name}", float(value)) for name, value in numbers.items()])
         if self.tier == "histograms":
             self._write(list(self._histograms()))
 
@@ -175,7 +174,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._recording.record_step_metrics(0, listener=self)
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
-            self._write(_values(ended), run=_EPOCHS)
+            self._write(_values(ended))
             self._files.close()
 
     # --- what is written -----------------------------------------------------
@@ -246,6 +245,11 @@ def _values(summary: Any) -> list[Summary.Value]:
     return list(Summary.FromString(summary.SerializeToString()).value)
 
 
+def _trial(log_dir: str) -> str:
+    """A run's name in the HParams tab: the last two parts of its directory."""
+    return "/".join(os.path.normpath(log_dir).split(os.sep)[-2:])
+
+
 def _innermost(optimizer: Any) -> Any:
     """The optimizer inside all wrappers: some of Keras's have a count that stays 0."""
     while getattr(optimizer, "inner_optimizer", None) is not None:
@@ -293,16 +297,14 @@ def _layout(tier: str) -> layout_pb2.Layout:
     def lines(title: str, *tags: str) -> layout_pb2.Chart:
         return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
 
-    low, high = "healthy/update_ratio_low", "healthy/update_ratio_high"
-    band = layout_pb2.MarginChartContent.Series(
-        value="optimizer/update_ratio_log10", lower=low, upper=high
-    )
     charts = [
         lines("learning rate", "^optimizer/learning_rate$"),
         lines("gradient norm", "^optimizer/(clipped_)?grad_norm$"),
-        layout_pb2.Chart(
-            title="update to weight, log10, and its healthy band",
-            margin=layout_pb2.MarginChartContent(series=[band]),
+        # As lines: the shades of several runs' bands would hide the curves.
+        lines(
+            "update to weight, log10, and its healthy band",
+            "^optimizer/update_ratio_log10$",
+            "^healthy/update_ratio_(low|high)$",
         ),
         lines("loss", "^epoch_(val_)?loss$"),
     ]

@@ -5,9 +5,8 @@
     tensorboard --logdir runs
 
 Each call makes a folder of its own below `--logdir`, and in it one for each
-optimizer: its step metrics and hyper-parameters, with Keras's losses and accuracies
-in `train` and `validation` below. It ends with a table and a picture of the loss
-curves.
+optimizer: its step metrics, losses, accuracies and hyper-parameters. It ends with a
+table and a picture of the loss curves.
 """
 
 import argparse
@@ -28,8 +27,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorboard.plugins.hparams import api as hp
-from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 
 import keras_gdopt as gdopt
 
@@ -209,52 +206,15 @@ def train(
         shuffle=False,  # the data set does it
         verbose=0,
         callbacks=[
-            keras.callbacks.TensorBoard(log_dir, write_graph=False),
             gdopt.callbacks.OptimizerTensorBoard(log_dir, update_freq=10),
             Progress(name, label_width),
             times,
         ],
     ).history
-    trial = f"{log_dir.parent.name}/{name}"
-    write_summary(log_dir, hparams_summary.hparams_pb(hparams(name, optimizer), trial_id=trial))
     return Result(history["loss"], history["val_accuracy"][-1], times.median_milliseconds())
 
 
 # --- what it shows -------------------------------------------------------------------
-
-
-def write_summary(log_dir: Path, summary: Any) -> None:
-    with tf.summary.create_file_writer(str(log_dir)).as_default():
-        tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=0)
-
-
-def hparams(name: str, optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """The optimizer's name and the numbers and switches of its own, and of one inside it."""
-    inside = hparams(name, optimizer.inner_optimizer) if is_wrapper(optimizer) else {}
-    own = inspect.signature(type(optimizer)).parameters
-    config = {key: value for key, value in optimizer.get_config().items() if key in own}
-    numbers = {key: value for key, value in config.items() if isinstance(value, (int, float))}
-    return {"optimizer": name, **inside, **numbers}
-
-
-def is_wrapper(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether another optimizer is inside, as in Lookahead."""
-    return hasattr(optimizer, "inner_optimizer")
-
-
-def write_hparams_columns(log_dir: Path, names: list[str]) -> None:
-    """Tells the HParams tab its columns: all hyper-parameters, and the metrics."""
-    optimizers = available_optimizers()
-    columns = [hp.HParam(key) for name in names for key in hparams(name, optimizers[name]())]
-    metrics = [
-        hp.Metric("epoch_accuracy", group="validation", display_name="test accuracy"),
-        hp.Metric("epoch_loss", group="validation", display_name="test loss"),
-        hp.Metric("epoch_loss", group="train", display_name="training loss"),
-    ]
-    config = hparams_summary.hparams_config_pb(
-        hparams=list({column.name: column for column in columns}.values()), metrics=metrics
-    )
-    write_summary(log_dir, config)
 
 
 def print_table(results: dict[str, Result]) -> None:
@@ -344,7 +304,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed_arguments(argv)
     data = load(args.data, args.seed)
     folder = new_folder(args.logdir, args.data)
-    write_hparams_columns(folder, args.optimizers)
     keras.utils.set_random_seed(args.seed)
     model = new_model(data)
     print(
