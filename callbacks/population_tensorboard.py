@@ -17,7 +17,13 @@ from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.text.summary_v2 import text_pb
 
 from keras_gdopt.callbacks import family_tree
-from keras_gdopt.callbacks.event_files import WRITE_ERRORS, EventFiles, scalar, write_layout
+from keras_gdopt.callbacks.event_files import (
+    WRITE_ERRORS,
+    EventFiles,
+    scalar,
+    unwritable,
+    write_layout,
+)
 from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.optimizers.argument_checks import checked_count
 
@@ -143,7 +149,8 @@ class PopulationTensorBoard(PopulationCallback):
             for name, value in logs.items()
             if name not in _OF_THE_POPULATION and np.ndim(value) == 0
         ]
-        self._note_lineage()
+        if not self._files.closed:
+            self._note_lineage()
         self._generations.append(family_tree.ranked(generation, identities, fitness.tolist()))
         self._tree_drawn = bool(self.tree_freq) and (generation + 1) % self.tree_freq == 0
         if self._tree_drawn:
@@ -158,7 +165,8 @@ class PopulationTensorBoard(PopulationCallback):
         """Draws the last family tree and closes the files."""
         if self._begun and self.tree_freq and not self._tree_drawn:
             self._files.write(self._generations[-1].number, self._family_tree(), run=_RUN)
-        self._close_lineage()
+        if not self._files.closed:
+            self._close_lineage()
         self._files.close()
         del self.gadam  # the next `fit` says whose it is
 
@@ -205,17 +213,20 @@ class PopulationTensorBoard(PopulationCallback):
 
     def _open_lineage(self) -> None:
         self._lineage_path = os.path.join(self.log_dir, "lineage.jsonl")
-        self._lineage_file: Any = None
         try:
-            self.gadam.lineage.to_json_lines(self._lineage_path)
+            self._write_lineage()
             self._lineage_file = tf.io.gfile.GFile(self._lineage_path, "a")
         except WRITE_ERRORS as error:
-            self._files.give_up(error)
+            raise unwritable(self.log_dir, type(self).__name__, error) from error
+
+    def _write_lineage(self) -> None:
+        """One line for each individual, in place of what is there."""
+        whole = f"{self._lineage_path}.new"
+        self.gadam.lineage.to_json_lines(whole)
+        tf.io.gfile.rename(whole, self._lineage_path, overwrite=True)
 
     def _note_lineage(self) -> None:
         """Adds what became of a generation's parents and of their children."""
-        if self._lineage_file is None:
-            return
         lineage = self.gadam.lineage
         children = range(len(lineage) - self.gadam.population_size, len(lineage))
         evaluated = [*self._generations[-1].identities, *children]
@@ -226,12 +237,9 @@ class PopulationTensorBoard(PopulationCallback):
             self._files.give_up(error)
 
     def _close_lineage(self) -> None:
-        """Leaves one line for each individual."""
-        if self._lineage_file is None:
-            return
         try:
             self._lineage_file.close()
-            self.gadam.lineage.to_json_lines(self._lineage_path)
+            self._write_lineage()
         except WRITE_ERRORS as error:
             self._files.give_up(error)
 
