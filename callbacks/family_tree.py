@@ -10,13 +10,14 @@ import numpy as np
 
 from keras_gdopt.gadam import Lineage
 
-GENERATIONS = 8
+GENERATIONS = 6
 """How many a picture shows, besides the one that they come from."""
 
 _NAMED = 0.2
 """The share in the winner's weights from which on an ancestor is named where it was born."""
 
-_WIDTH, _LEFT = 9.0, 0.9  # inches of the picture, and of its left margin
+# Inches of the picture, which TensorBoard shows about 350 pixels wide, and of its margin.
+_WIDTH, _LEFT = 6.4, 1.05
 _ALONG = np.linspace(0.0, 1.0, 16)
 # From 0 to 1 in both directions, level at the ends.
 _CURVE = np.stack([_ALONG, _ALONG**2 * (3 - 2 * _ALONG)], axis=1)
@@ -126,7 +127,7 @@ def drawn(lineage: Lineage, generations: Sequence[Generation]) -> bytes:
     from PIL import Image  # which matplotlib brings
 
     size = max(len(generation.identities) for generation in generations)
-    height = float(np.clip(0.3 * size + 1.5, 3.0, 9.0))
+    height = float(np.clip(0.24 * size + 1.5, 2.6, 7.2))
     # Drawn in inches on the figure itself: axes would take as long as all the rest.
     figure = Figure(figsize=(_WIDTH, height), dpi=100)
     x = _LEFT + (_WIDTH - _LEFT) * (np.arange(len(generations)) + 0.5) / len(generations)
@@ -200,8 +201,8 @@ def _draw_members(
             points[born, share > 0].append((x[column], y[rank]))
             if share >= _NAMED and (born or column == 0):
                 name = f"#{identity}"
-                _text(figure, x[column], y[rank] + 0.15, name, size=10, weight="bold", zorder=5)
-    diameter = float(np.clip(45 / np.sqrt(len(y)), 3, 10))
+                _text(figure, x[column], y[rank] + 0.16, name, size=11, weight="bold", zorder=5)
+    diameter = float(np.clip(40 / np.sqrt(len(y)), 3, 10))
     for (born, is_ancestor), centers in points.items():
         color = _CHILD if born else _SURVIVOR
         _marks(figure, centers, "o", diameter, color, _WINNER if is_ancestor else "white")
@@ -212,15 +213,15 @@ def _write_around(
     figure: Any, x: np.ndarray, height: float, generations: Sequence[Generation]
 ) -> None:
     """The legend above the columns, and numbers below them."""
-    top, below, bottom = height - 0.25, 0.55, 0.25
+    top, below, bottom = height - 0.25, 0.6, 0.25
     legend = (
-        (1.0, "*", _WINNER, f"winner #{generations[-1].identities[0]} and its ancestry"),
-        (4.4, "o", _CHILD, "born in the generation"),
-        (7.0, "o", _SURVIVOR, "lived on"),
+        (0.25, "*", _WINNER, f"winner #{generations[-1].identities[0]}, its ancestry"),
+        (3.75, "o", _CHILD, "newborn"),
+        (5.2, "o", _SURVIVOR, "lived on"),
     )
     for place, marker, color, words in legend:
         _marks(figure, [(place, top)], marker, 16 if marker == "*" else 10, color, "white")
-        _text(figure, place + 0.15, top, words, ha="left")
+        _text(figure, place + 0.17, top, words, ha="left")
     _text(figure, 0.2, height / 2, "fitter →", rotation=90)
     _text(figure, 0.1, below, "generation", ha="left")
     _text(figure, 0.1, bottom, "best loss", ha="left")
@@ -229,7 +230,7 @@ def _write_around(
             _text(figure, place, below, "start", weight="bold")
         else:
             _text(figure, place, below, str(generation.number), weight="bold")
-            _text(figure, place, bottom, f"{generation.losses[0]:.3g}")
+            _text(figure, place, bottom, f"{generation.losses[0]:.3g}", size=11)
 
 
 def _marks(
@@ -253,5 +254,5 @@ def _marks(
 
 
 def _text(figure: Any, x: float, y: float, words: str, **style: Any) -> None:
-    style = {"size": 12, "color": _TEXT, "ha": "center", "va": "center", **style}
+    style = {"size": 13, "color": _TEXT, "ha": "center", "va": "center", **style}
     figure.text(x, y, words, transform=figure.dpi_scale_trans, **style)
