@@ -60,6 +60,11 @@ class EventFiles:
         for run in runs:
             self._writers[run] = _opened(os.path.join(log_dir, run), self._name, log_dir, owner)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is written, after `close` or `give_up`."""
+        return not self._writers
+
     def write(self, step: int, values: Iterable[Summary.Value], run: str = "") -> None:
         """Writes one event of a run.
 
@@ -149,7 +154,7 @@ def write_layout(log_dir: str, layout: layout_pb2.Layout, *, owner: str) -> None
         writer.write(event.SerializeToString())
         writer.close()
     except WRITE_ERRORS as error:
-        raise _unwritable(log_dir, owner, error) from error
+        raise unwritable(log_dir, owner, error) from error
 
 
 def _opened(directory: str, name: str, log_dir: str, owner: str) -> tf.io.TFRecordWriter:
@@ -159,7 +164,7 @@ def _opened(directory: str, name: str, log_dir: str, owner: str) -> tf.io.TFReco
         writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         writer.flush()
     except WRITE_ERRORS as error:
-        raise _unwritable(log_dir, owner, error) from error
+        raise unwritable(log_dir, owner, error) from error
     return writer
 
 
@@ -183,7 +188,8 @@ def _shorten(directory: str, name: str, step: int) -> None:
         tf.io.gfile.rename(shorter, path, overwrite=True)
 
 
-def _unwritable(log_dir: str, owner: str, error: Exception) -> ValueError:
+def unwritable(log_dir: str, owner: str, error: Exception) -> ValueError:
+    """What to raise when a directory turns out, before training, to be of no use."""
     return ValueError(
         f"Argument `log_dir` of {owner} must be a directory that can be created and written "
         f"to. Received: log_dir={log_dir!r} ({error})"

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
+
 
 class Lineage:
     """Every individual that was ever born, in the order of birth.
@@ -90,12 +92,33 @@ class Lineage:
         return [self._individuals[one] for one in sorted(found, reverse=True)]
 
     def to_json_lines(self, path: str | Path) -> None:
-        """Writes one line of JSON for each individual."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(individual) + "\n" for individual in self)
+        """Writes one line of JSON for each individual, to any path of `tf.io.gfile`."""
+        with tf.io.gfile.GFile(str(path), "w") as file:
+            for individual in self:
+                file.write(json.dumps(individual) + "\n")
+
+    def latest_json_lines(self, identities: Iterable[int]) -> str:
+        """Lines that bring a file up to date after a generation.
+
+        Args:
+            identities: Of all that were evaluated at its end. Each has a line with this
+                last one of its `selections` alone, so that a line stays short however long
+                its individual lives; `from_json_lines` joins them.
+        """
+        latest = (
+            {**self[identity], "selections": self[identity]["selections"][-1:]}
+            for identity in identities
+        )
+        return "".join(json.dumps(individual) + "\n" for individual in latest)
 
     @classmethod
     def from_json_lines(cls, path: str | Path) -> "Lineage":
-        """Reads what `to_json_lines` wrote."""
-        with Path(path).open(encoding="utf-8") as file:
-            return cls(json.loads(line) for line in file)
+        """Reads what `to_json_lines` wrote, and `latest_json_lines` after it."""
+        individuals: dict[int, dict[str, Any]] = {}
+        with tf.io.gfile.GFile(str(path)) as file:
+            for line in file:
+                individual = json.loads(line)
+                earlier = individuals.get(individual["id"], {"selections": []})
+                individual["selections"] = earlier["selections"] + individual["selections"]
+                individuals[individual["id"]] = individual
+        return cls(individuals[identity] for identity in sorted(individuals))

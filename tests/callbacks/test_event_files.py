@@ -13,6 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
 from keras_gdopt.callbacks.event_files import EventFiles, scalar, write_layout
+from tests.callbacks.conftest import eventually
 
 
 def read(log_dir):
@@ -64,6 +65,25 @@ def test_what_is_written_again_counts_once(again, tmp_path):
     expected = [(step, 2.0 if step >= again else 1.0) for step in range(4)]
     assert read(tmp_path)["x"] == expected
     assert read(tmp_path)["sometimes"] == expected[1::2]
+
+
+@pytest.mark.parametrize("load_fast", ["true", "false"])
+def test_a_tensorboard_that_runs_shows_each_step_once(load_fast, serving, tmp_path):
+    def write(first, last, value):
+        files = EventFiles(str(tmp_path), owner="Test", runs=["run"])
+        files.restart(first)
+        for step in range(first, last):
+            files.write(step, [scalar("x", value)], run="run")
+        files.close()
+
+    write(0, 4, 1.0)
+    arguments = ["--load_fast", load_fast, "--reload_interval", "1"]
+    with serving(tmp_path, ["run"], *arguments) as server:
+        shown = eventually(lambda: server.scalars("run", "x"), lambda found: len(found) == 4)
+        assert shown == [(step, 1.0) for step in range(4)]
+        write(2, 6, 2.0)
+        shown = eventually(lambda: server.scalars("run", "x"), lambda found: (5, 2.0) in found)
+        assert shown == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
 def test_a_killed_process_ends_in_the_middle_of_a_record(tmp_path):
@@ -156,6 +176,7 @@ def test_one_warning_when_a_write_fails(fails, error, tmp_path):
         files.restart(1)
         files.close()
     assert len(caught) == 1
+    assert files.closed
     assert not _open_files(tmp_path)
 
 
