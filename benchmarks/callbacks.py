@@ -5,22 +5,26 @@ python -m benchmarks.callbacks population-16   # one part; `--help` lists the pa
 """
 
 import itertools
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
-from keras_gdopt.callbacks import PopulationTensorBoard
+from benchmarks.update_step import resnet50_shapes
+from keras_gdopt.callbacks import OptimizerTensorBoard, PopulationTensorBoard
 from keras_gdopt.gadam import Lineage
 
-SAMPLES, GENERATIONS = 1797, 50
+SAMPLES, BATCH, EPOCHS = 1797, 32, 10
+GENERATIONS, UPDATES = 50, 50
 
 
 def digits_mlp() -> keras.Model:
@@ -69,7 +73,81 @@ def _population(members: int) -> list[Work]:
     ]
 
 
-WORKS = {"population-16": lambda: _population(16), "population-64": lambda: _population(64)}
+def epochs(tier: str | None) -> Contender:
+    """Epochs of `fit` of the digits MLP, on data that lies in memory as batches."""
+
+    def make() -> Callable[[], object]:
+        rng = np.random.default_rng(0)
+        x, y = rng.random((SAMPLES, 64), "float32"), rng.integers(0, 10, SAMPLES)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).cache().prefetch(4)
+        model, directory = digits_mlp(), tempfile.mkdtemp()
+
+        def step() -> object:
+            callbacks = []
+            if tier is not None:
+                callbacks = [OptimizerTensorBoard(directory, tier=tier)]
+            return model.fit(data, epochs=EPOCHS, callbacks=callbacks, verbose=0)
+
+        return step
+
+    return Contender(_name(tier), make, steps=EPOCHS * math.ceil(SAMPLES / BATCH))
+
+
+class _OfShapes(keras.Model):
+    """A model that is nothing but its weights."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        for shape in shapes:
+            self.add_weight(shape=shape, initializer="zeros")
+        self.built = True
+
+
+def updates(tier: str | None) -> Contender:
+    """Updates of the weights of ResNet-50 by Adam, 25.6 million, as `fit` calls them."""
+
+    def make() -> Callable[[], object]:
+        rng = np.random.default_rng(0)
+        model = _OfShapes(resnet50_shapes())
+        model.compile(gdopt.Adam(), "mse")
+        optimizer, variables = model.optimizer, model.trainable_variables
+        optimizer.build(variables)
+        gradients = [tf.constant(rng.normal(size=v.shape), "float32") for v in variables]
+        callback = keras.callbacks.Callback()
+        if tier is not None:
+            callback = OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)
+        callback.set_model(model)
+        callback.on_train_begin()
+        callback.on_epoch_begin(0)
+        apply = tf.function(lambda: optimizer.apply(gradients, variables))
+        batches = itertools.count()
+
+        def step() -> None:
+            for batch in itertools.islice(batches, UPDATES):
+                apply()
+                callback.on_train_batch_end(batch, {})
+
+        return step
+
+    return Contender(_name(tier), make, steps=UPDATES)
+
+
+def _name(tier: str | None) -> str:
+    return "without" if tier is None else f"with OptimizerTensorBoard, {tier}"
+
+
+def _optimizer(name: str, contender: Callable[[str | None], Contender]) -> list[Work]:
+    contenders = [contender(tier) for tier in (None, "scalars", "layers")]
+    bounds = {_name("scalars"): 1.03, _name("layers"): 1.08}
+    return [Work(name, contenders, bounds=bounds)]
+
+
+WORKS = {
+    "digits": lambda: _optimizer(f"fit of a digits MLP, batch {BATCH}", epochs),
+    "resnet-50": lambda: _optimizer("update of ResNet-50, 25.6 M", updates),
+    "population-16": lambda: _population(16),
+    "population-64": lambda: _population(64),
+}
 
 
 if __name__ == "__main__":

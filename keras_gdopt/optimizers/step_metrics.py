@@ -20,6 +20,7 @@ TIERS = ("scalars", "layers", "histograms")
 each variable, and besides those the gradients."""
 
 _MOST_LISTENERS = 8
+_NEVER = 2**62  # steps from one recording to the next
 _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 _SAMPLED_ENTRIES = 4096
 # float32 holds a norm to 1e-7, which is more than a plot shows.
@@ -73,7 +74,7 @@ class StepMetrics:
         if every:
             self._listeners[listener] = every
         frequencies = list(self._listeners.values())
-        frequencies += [0] * (_MOST_LISTENERS - len(frequencies))
+        frequencies += [_NEVER] * (_MOST_LISTENERS - len(frequencies))
         with tf.init_scope():
             if self._frequencies is not None:
                 self._frequencies.assign(frequencies)
@@ -90,10 +91,7 @@ class StepMetrics:
         optimizer = self._optimizer
         call = tf.cast(optimizer._iterations, tf.int64) + 1
         since_last_update = optimizer.gradient_accumulation_steps or 1
-        frequencies = tf.convert_to_tensor(self._frequencies)
-        divisors = tf.maximum(frequencies, 1)
-        passed = call // divisors > (call - since_last_update) // divisors
-        return tf.reduce_any(tf.logical_and(frequencies > 0, passed))
+        return tf.reduce_any(call % self._frequencies < since_last_update)
 
     def recorded_now(self) -> tf.Tensor:
         """Whether the step that was made last is the one that was recorded last."""

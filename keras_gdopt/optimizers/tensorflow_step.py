@@ -33,6 +33,7 @@ class _Plan:
     rows: tuple[int, ...]  # updated before it, by gather and scatter
     update: bool  # False: only add the gradients to the accumulators
     record: int  # which of `step_metrics.TIERS`, -1: nothing
+    when_due: bool  # whether to look in the cluster if recording is due, and to store there
     device: str  # of the replica under a strategy, else empty
 
 
@@ -120,9 +121,9 @@ class TensorFlowStep:
         learning_rate = tf.convert_to_tensor(learning_rate)
         step = tf.convert_to_tensor(optimizer.iterations + 1)
 
-        def run(*, update: bool, record: bool) -> None:
+        def run(*, update: bool, record: bool, when_due: bool = False) -> None:
             tier = self.metrics.tier if record else -1
-            plan = _Plan(tuple(dense), tuple(rows), update, tier, device)
+            plan = _Plan(tuple(dense), tuple(rows), update, tier, when_due, device)
             norm, row_squares = None, {}
             if rows:
                 norm = self._global_norm_with_rows(dense, rows)
@@ -134,20 +135,25 @@ class TensorFlowStep:
             if not self._is_idle(plan):
                 cluster = self._cluster(plan)
                 recorded = cluster(list(dense.values()), learning_rate, step, norm, row_squares)
-                if record:
+                if record and not when_due:
                     if tier == TIERS.index("histograms"):
                         recorded.update((str(i), self._dense(i, g)) for i, g in rows.items())
                     self.metrics.store(recorded)
 
+        plain = _Plan(tuple(dense), tuple(rows), True, -1, False, device)
+
         def update() -> None:
-            if record and self.metrics.asked_for:
+            if not record or not self.metrics.asked_for:
+                run(update=True, record=False)
+            elif not rows and not is_worth_compiling(self._computed_on(plain)):
+                # A condition around all of the update would cost more than what it saves.
+                run(update=True, record=True, when_due=True)
+            else:
                 tf.cond(
                     self.metrics.due(),
                     lambda: run(update=True, record=True),
                     lambda: run(update=True, record=False),
                 )
-            else:
-                run(update=True, record=False)
 
         accumulated = optimizer.gradient_accumulation_steps
         if accumulated:
@@ -183,7 +189,7 @@ class TensorFlowStep:
         """The variables that a cluster reads all of."""
         optimizer = self._optimizer
         variables = optimizer._trainable_variables
-        if plan.record >= 0 or optimizer.use_ema:
+        if optimizer.use_ema or (plan.record >= 0 and not plan.when_due):
             return list(variables)
         constrained = [i for i in plan.rows if variables[i].constraint is not None]
         return [variables[index] for index in (*plan.dense, *constrained)]
@@ -227,24 +233,16 @@ class TensorFlowStep:
         recorded = {}
         if plan.record >= 0:
             dense = dict(zip(plan.dense, grads, strict=True))
-            squares = self._squares_of_step(dense, moves, norm)
-            squares = {name: {**row_squares.get(name, {}), **squares[name]} for name in squares}
-            squares["weight_norm"] = self._squares(
-                {
-                    i: values.get(i, variable)
-                    for i, variable in enumerate(variables)
-                    if not optimizer._overwrite_variable_with_gradient(variable)
-                }
-            )
-            slots = {
-                name: {
-                    i: new_slots[i][name] if i in new_slots else tf.convert_to_tensor(slot)
-                    for i, slot in enumerate(slots)
-                    if slot is not None
-                }
-                for name, slots in optimizer._slots.items()
-            }
-            recorded = self.metrics.of_step(plan.record, learning_rate, step, squares, slots, dense)
+
+            def record() -> dict[str, tf.Tensor]:
+                squares = self._squares_of_step(dense, moves, norm)
+                squares = {name: {**row_squares.get(name, {}), **squares[name]} for name in squares}
+                return self._recorded(plan, learning_rate, step, squares, values, new_slots, dense)
+
+            if plan.when_due:
+                tf.cond(self.metrics.due(), lambda: self.metrics.store(record()), lambda: None)
+            else:
+                recorded = record()
         if optimizer.use_ema:
             averages = {
                 index: (average, values.get(index, variables[index]))
@@ -269,6 +267,35 @@ class TensorFlowStep:
             else:
                 optimizer.assign(variables[index], value)
         return recorded
+
+    def _recorded(
+        self,
+        plan: _Plan,
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        squares: dict[str, dict[int, tf.Tensor]],
+        values: Mapping[int, tf.Tensor],
+        new_slots: Mapping[int, Mapping[str, tf.Tensor]],
+        gradients: Mapping[int, tf.Tensor],
+    ) -> dict[str, tf.Tensor]:
+        """What a step records, see `StepMetrics.of_step`."""
+        optimizer = self._optimizer
+        squares["weight_norm"] = self._squares(
+            {
+                index: values.get(index, variable)
+                for index, variable in enumerate(optimizer._trainable_variables)
+                if not optimizer._overwrite_variable_with_gradient(variable)
+            }
+        )
+        slots = {
+            name: {
+                i: new_slots[i][name] if i in new_slots else tf.convert_to_tensor(slot)
+                for i, slot in enumerate(slots)
+                if slot is not None
+            }
+            for name, slots in optimizer._slots.items()
+        }
+        return self.metrics.of_step(plan.record, learning_rate, step, squares, slots, gradients)
 
     def _rule(self, dtype: Any) -> Callable[..., Any]:
         if dtype not in self._rules:
@@ -571,8 +598,13 @@ def compiled(function: Callable[..., Any], tensors: Iterable[Any]) -> Callable[.
         function: Of tensors and variables.
         tensors: What it computes on, for its size.
     """
+    return tf.function(function, jit_compile=is_worth_compiling(tensors), autograph=False)
+
+
+def is_worth_compiling(tensors: Iterable[Any]) -> bool:
+    """Whether a function of tensors is large enough for a cluster, see `compiled`."""
     large = sum(math.prod(tensor.shape) for tensor in tensors) >= SMALLEST_CLUSTER
-    return tf.function(function, jit_compile=large and xla_is_available(), autograph=False)
+    return large and xla_is_available()
 
 
 # Traced once for each shape.
