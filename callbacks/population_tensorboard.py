@@ -83,7 +83,8 @@ class PopulationTensorBoard(PopulationCallback):
     Args:
         log_dir: A directory, of any path that `tf.io.gfile` can write to.
         tree_freq: Generations from one family tree to the next; the last generation of a
-            `fit` has one, too. Its picture needs matplotlib. Defaults to 50: a picture
+            `fit` has one, too. Its picture needs matplotlib, which the extra
+            `keras-gdopt[plots]` brings. Defaults to 50: a picture
             may take as long as a generation of a small model. 0 for none.
 
     Raises:
