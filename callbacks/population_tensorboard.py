@@ -101,7 +101,7 @@ class PopulationTensorBoard(PopulationCallback):
     >>> model.compile(gdopt.Adam(), "mse")
     >>> callback = gdopt.callbacks.PopulationTensorBoard(tempfile.mkdtemp())
     >>> gadam = gdopt.Gadam(model, population_size=4)
-    >>> x, y = np.ones((8, 3)), np.ones((8, 1))
+    >>> x, y = np.ones((32, 3)), np.ones((32, 1))
     >>> history = gadam.fit(x, y, generations=2, verbose=0, callbacks=[callback])
     """
 
