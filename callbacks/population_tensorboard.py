@@ -83,7 +83,8 @@ class PopulationTensorBoard(PopulationCallback):
     Args:
         log_dir: A directory, of any path that `tf.io.gfile` can write to.
         tree_freq: Generations from one family tree to the next; the last generation of a
-            `fit` has one, too. Its picture needs matplotlib. Defaults to 50: a picture
+            `fit` has one, too. Its picture needs matplotlib, which the extra
+            `keras-gdopt[plots]` brings. Defaults to 50: a picture
             may take as long as a generation of a small model. 0 for none.
 
     Raises:
@@ -100,7 +101,7 @@ class PopulationTensorBoard(PopulationCallback):
     >>> model.compile(gdopt.Adam(), "mse")
     >>> callback = gdopt.callbacks.PopulationTensorBoard(tempfile.mkdtemp())
     >>> gadam = gdopt.Gadam(model, population_size=4)
-    >>> x, y = np.ones((8, 3)), np.ones((8, 1))
+    >>> x, y = np.ones((32, 3)), np.ones((32, 1))
     >>> history = gadam.fit(x, y, generations=2, verbose=0, callbacks=[callback])
     """
 

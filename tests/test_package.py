@@ -57,7 +57,7 @@ def test_public_names():
         "callbacks",
     ]
     assert all(hasattr(gdopt, name) for name in gdopt.__all__)
-    assert gdopt.callbacks.__all__ == ["OptimizerTensorBoard"]
+    assert gdopt.callbacks.__all__ == ["OptimizerTensorBoard", "PopulationTensorBoard"]
     with pytest.raises(AttributeError, match="no attribute 'Magic'"):
         _ = gdopt.Magic
 

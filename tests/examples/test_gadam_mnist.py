@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.callbacks.test_event_files import read
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "gadam_mnist.py"
 
 
@@ -24,7 +26,7 @@ def _run(*arguments, cwd):
 
 def test_ends_with_a_table_and_a_picture(tmp_path):
     small = ("--seeds", 1, "--members", 2, "--generations", 1, "--epochs", 1)
-    run = _run(*small, "--output", "races.png", cwd=tmp_path)
+    run = _run(*small, "--output", "races.png", "--logdir", "runs", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     table = run.stdout[run.stdout.index("test accuracy  ") :].splitlines()[1:7]
     assert [line[:32].strip() for line in table] == [
@@ -36,6 +38,10 @@ def test_ends_with_a_table_and_a_picture(tmp_path):
         "one Adam with all the steps",
     ]
     assert all(0.7 < float(line[32:].split()[0]) < 1.0 for line in table)
+    populations = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert populations == {f"{line[:32].strip()}, seed 0" for line in table[:4]}
+    for name in populations:
+        assert "best/accuracy" in read(tmp_path / "runs" / name / "population")
     assert (tmp_path / "races.png").read_bytes().startswith(b"\x89PNG")
 
 
