@@ -639,3 +639,67 @@ def test_the_hyperparameters_of_a_run_that_breaks_are_there(rng, tmp_path):
         )
     values, _, ended = _hparams(tmp_path)
     assert values["optimizer"] == "Adam" and not ended
+
+
+# --- as TensorBoard serves it --------------------------------------------------------
+
+
+def test_a_real_tensorboard_compares_the_runs(serving, rng, tmp_path):
+    x, y = _data(rng)
+    histories = {}
+    for name, optimizer in (("adam", gdopt.Adam()), ("momentum", gdopt.Momentum(0.02))):
+        log_dir = tmp_path / "runs" / name
+        callback = gdopt.callbacks.OptimizerTensorBoard(log_dir, update_freq=5, tier="layers")
+        histories[name] = (
+            _model(optimizer)
+            .fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[callback])
+            .history
+        )
+    with serving(tmp_path / "runs", ["adam", "momentum"]) as server:
+        assert set(server.json("/data/runs")) == {"adam", "momentum"}
+        for name, history in histories.items():
+            losses = server.scalars(name, "epoch_loss")
+            expected = list(zip([10, 20], history["loss"], strict=True))
+            np.testing.assert_allclose(losses, expected, rtol=1e-6)
+            norms = read(tmp_path / "runs" / name)["optimizer/grad_norm"]
+            np.testing.assert_allclose(
+                server.scalars(name, "optimizer/grad_norm"), list(norms.items()), rtol=1e-6
+            )
+        # The layouts of both runs are the same, so that there is each chart once.
+        (category,) = server.json("/data/plugin/custom_scalars/layout")["category"]
+        assert category["title"] == "Optimizer"
+        charts = {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
+        assert len(charts) == len(category["chart"]) == 6
+        for tags in charts.values():  # each chart has something to show
+            for tag in tags:
+                answer = server.json("/data/plugin/custom_scalars/scalars", run="adam", tag=tag)
+                assert answer["regex_valid"] and answer["tag_to_events"], tag
+        groups = _session_groups(server)
+    assert set(groups) == {"runs/adam", "runs/momentum"}
+    for name, history in histories.items():
+        hparams, metrics = groups[f"runs/{name}"]
+        assert hparams["optimizer"] == ("Adam" if name == "adam" else "Momentum")
+        assert hparams["learning_rate"] == (0.001 if name == "adam" else 0.02)
+        assert metrics["epoch_loss"] == pytest.approx(history["loss"][-1], rel=1e-6)
+
+
+def _session_groups(server):
+    """{trial: (hyper-parameters, metrics)} as the HParams tab gets them."""
+    experiment = server.post("/data/plugin/hparams/experiment", {"experimentName": ""})
+    request = {
+        "experimentName": "",
+        "allowedStatuses": [
+            "STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING",
+        ],
+        "colParams": [{"metric": info["name"]} for info in experiment["metricInfos"]],
+        "startIndex": 0,
+        "sliceSize": 100,
+    }  # fmt: skip
+    answer = server.post("/data/plugin/hparams/session_groups", request)
+    return {
+        group["name"]: (
+            group["hparams"],
+            {value["name"]["tag"]: value["value"] for value in group["metricValues"]},
+        )
+        for group in answer["sessionGroups"]
+    }

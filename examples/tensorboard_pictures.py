@@ -1,0 +1,131 @@
+"""Makes the README's pictures: TensorBoard as a browser renders it.
+
+    python examples/tensorboard_pictures.py
+
+Runs the main job and a population, starts TensorBoard on what they wrote, has headless
+Chromium (on Debian: `apt install chromium`) take pictures of it, and keeps of each the part
+that the README shows, as small PNG files.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+EXAMPLES = Path(__file__).parent
+
+
+class Picture(NamedTuple):
+    """A part of a page of TensorBoard."""
+
+    runs: str
+    """The folder of runs that the page is of."""
+    page: str
+    window: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    """Left, upper, right and lower edge, in pixels of the window."""
+
+
+PICTURES = {
+    "optimizers": Picture("optimizers", "custom_scalars", (1700, 620), (385, 70, 1530, 500)),
+    "hparams": Picture("optimizers", "hparams", (1700, 640), (325, 66, 1700, 560)),
+    "population": Picture("population", "custom_scalars", (1300, 560), (360, 70, 1130, 450)),
+    "family_tree": Picture("population", "images", (1300, 900), (360, 70, 1130, 800)),
+}
+
+
+def train(folder: Path, epochs: int, generations: int) -> None:
+    """Runs the examples, which write below `folder`."""
+    jobs = [
+        ["compare_optimizers.py", "--epochs", epochs, "--logdir", folder / "optimizers"],
+        [
+            "gadam_mnist.py", "--seeds", 1, "--generations", generations,
+            "--logdir", folder / "population", "--output", folder / "gadam.png",
+        ],
+    ]  # fmt: skip
+    for script, *arguments in jobs:
+        command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+        subprocess.run(command, check=True, cwd=folder)
+
+
+def take(picture: Picture, folder: Path, browser: str, path: Path) -> None:
+    """Starts TensorBoard, has the browser render a page of it, and keeps a part."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / picture.runs)]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/data/runs")
+        with tempfile.TemporaryDirectory() as profile:
+            arguments = [
+                "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                "--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}",
+                "--virtual-time-budget=40000",
+                f"--window-size={picture.window[0]},{picture.window[1]}",
+                f"--screenshot={path}", f"http://127.0.0.1:{port}/#{picture.page}",
+            ]  # fmt: skip
+            subprocess.run([browser, *arguments], check=True, capture_output=True)
+    finally:
+        server.terminate()
+        server.wait()
+    _keep_part(path, picture.crop)
+
+
+def _wait_for(address: str, seconds: float = 60) -> None:
+    """Until TensorBoard has found runs."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(address) as answer:
+                if len(answer.read()) > 4:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise TimeoutError(f"TensorBoard shows no runs after {seconds} s: {address}")
+
+
+def _keep_part(path: Path, crop: tuple[int, int, int, int]) -> None:
+    from PIL import Image
+
+    with Image.open(path) as page:
+        part = page.crop(crop).convert("RGB")
+    part.quantize(128).save(path, optimize=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=EXAMPLES / "pictures", help="a folder")
+    parser.add_argument("--epochs", type=int, default=20, help="of the main job")
+    parser.add_argument("--generations", type=int, default=20, help="of the population")
+    parser.add_argument("--keep", type=Path, help="where to keep the runs, or find them again")
+    args = parser.parse_args(argv)
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("tensorboard_pictures: error: no chromium found; on Debian: apt install chromium")
+    args.output.mkdir(parents=True, exist_ok=True)
+    folder = args.keep or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        train(folder.resolve(), args.epochs, args.generations)
+    for name, picture in PICTURES.items():
+        path = args.output / f"{name}.png"
+        take(picture, folder, browser, path.resolve())
+        print(f"{path}: {os.path.getsize(path) // 1024} kB")
+
+
+if __name__ == "__main__":
+    main()
