@@ -266,7 +266,7 @@ def _layout() -> layout_pb2.Layout:
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
         for title, tags in lines.items()
     ]
-    return layout_pb2.Layout(category=[layout_pb2.Category(title="population", chart=charts)])
+    return layout_pb2.Layout(category=[layout_pb2.Category(title="Population", chart=charts)])
 
 
 def _image(tag: str, png: bytes) -> Summary.Value:

@@ -26,7 +26,7 @@ class Picture(NamedTuple):
     """A part of a page of TensorBoard."""
 
     runs: str
-    """The folder of runs that the page is of."""
+    """The folder of runs that the page is of, as a pattern."""
     page: str
     window: tuple[int, int]
     crop: tuple[int, int, int, int]
@@ -34,10 +34,12 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
-    "optimizers": Picture("optimizers", "custom_scalars", (1700, 620), (385, 70, 1530, 500)),
-    "hparams": Picture("optimizers", "hparams", (1700, 640), (325, 66, 1700, 560)),
-    "population": Picture("population", "custom_scalars", (1300, 560), (360, 70, 1130, 450)),
-    "family_tree": Picture("population", "images", (1300, 900), (360, 70, 1130, 800)),
+    "optimizers": Picture("optimizers", "custom_scalars", (1850, 620), (358, 70, 1850, 460)),
+    "hparams": Picture("optimizers", "hparams", (1700, 640), (342, 64, 1700, 560)),
+    "population": Picture(
+        "population/*normal*", "custom_scalars", (1500, 900), (358, 70, 1500, 766)
+    ),
+    "family_tree": Picture("population/*normal*", "images", (1300, 900), (333, 122, 720, 482)),
 }
 
 
@@ -60,7 +62,8 @@ def take(picture: Picture, folder: Path, browser: str, path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / picture.runs)]
+    (log_dir,) = folder.glob(picture.runs)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(log_dir)]
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL
     )
