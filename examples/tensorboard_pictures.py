@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EXAMPLES = Path(__file__).parent
 
@@ -45,7 +45,7 @@ PICTURES = {
 
 def train(folder: Path, epochs: int, generations: int) -> None:
     """Runs the examples, which write below `folder`."""
-    jobs = [
+    jobs: list[list[Any]] = [
         ["compare_optimizers.py", "--epochs", epochs, "--logdir", folder / "optimizers"],
         [
             "gadam_mnist.py", "--seeds", 1, "--generations", generations,
