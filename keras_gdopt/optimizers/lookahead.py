@@ -27,8 +27,9 @@ class Lookahead(WrappingOptimizer):
     The whole inner optimizer runs in each step: its clipping, weight decay, moving
     average, accumulation (k counts updates, not batches) and constraints are its own
     arguments. `learning_rate`, `iterations` and `exclude_from_weight_decay` are the
-    inner optimizer's; so are the step metrics, see `inner_optimizer`. Around `NAG`, the
-    fast weights are its look-ahead points.
+    inner optimizer's; so are the step metrics, besides `slow_fast_distance`, the norm of
+    θ − φ before a synchronization, and `syncs`, their number since φ began. Around `NAG`,
+    the fast weights are its look-ahead points.
 
     While `fit` runs, the model holds the fast weights: validation and `ModelCheckpoint`
     see them. `train_on_batch`, and a `fit` that an exception ends (Ctrl-C), do not
@@ -149,19 +150,6 @@ class Lookahead(WrappingOptimizer):
                 weight.assign(ops.cast(slow, weight.dtype))
         self._fast_updates.assign(0)
 
-    @property
-    def step_metrics(self) -> dict[str, float]:
-        """The inner optimizer's, and two of its own; see `GradientOptimizer.step_metrics`.
-
-        - `slow_fast_distance`: of the fast weights to the slow ones, before a
-          synchronization,
-        - `syncs`: how many there were since the slow weights began.
-        """
-        metrics = super().step_metrics
-        if metrics and self._tensorflow_sync is not None:
-            metrics.update(self._tensorflow_sync.recorded())
-        return metrics
-
     # --- the parts -----------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -173,6 +161,9 @@ class Lookahead(WrappingOptimizer):
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         pairs = zip(self._trainable_variables, self._slots.get("slow", ()), strict=True)
         return (pair for pair in pairs if pair[1] is not None)
+
+    def _own_metrics(self) -> dict[str, float]:
+        return self._tensorflow_sync.recorded() if self._tensorflow_sync is not None else {}
 
     def _scalar_variables(self) -> Mapping[str, Any]:
         return {"fast_updates": self._fast_updates}

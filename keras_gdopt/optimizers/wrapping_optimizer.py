@@ -153,8 +153,13 @@ class WrappingOptimizer(SavedStateOptimizer):
 
     @property
     def step_metrics(self) -> dict[str, float]:
-        """The inner optimizer's, see `GradientOptimizer.step_metrics`."""
-        return getattr(recording_optimizer(self.inner_optimizer), "step_metrics", {})
+        """The inner optimizer's and the wrapper's own, see `GradientOptimizer.step_metrics`."""
+        metrics = getattr(recording_optimizer(self.inner_optimizer), "step_metrics", {})
+        return {**metrics, **self._own_metrics()} if metrics else {}
+
+    def _own_metrics(self) -> dict[str, float]:
+        """What the wrapper recorded itself, in the last recorded step."""
+        return {}
 
     @property
     def variable_metrics(self) -> dict[str, dict[str, float]]:
