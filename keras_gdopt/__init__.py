@@ -4,6 +4,9 @@ import importlib
 from importlib.metadata import version
 from types import ModuleType
 
+from keras_gdopt.closures.conjugate_gradient import ConjugateGradient
+from keras_gdopt.closures.lbfgs import LBFGS
+from keras_gdopt.closures.newton import Newton
 from keras_gdopt.gadam import Gadam
 from keras_gdopt.optimizers.adadelta import Adadelta
 from keras_gdopt.optimizers.adagrad import Adagrad
@@ -20,16 +23,19 @@ from keras_gdopt.optimizers.rmsprop import RMSprop
 __version__ = version("keras-gdopt")
 
 __all__ = [
+    "LBFGS",
     "NAG",
     "Adadelta",
     "Adagrad",
     "Adam",
+    "ConjugateGradient",
     "Gadam",
     "GradientDescent",
     "GradientOptimizer",
     "Lookahead",
     "Momentum",
     "Nadam",
+    "Newton",
     "RAdam",
     "RMSprop",
     "__version__",

@@ -30,12 +30,11 @@ class ModelFunction:
         model: A built and compiled `keras.Model`.
 
     Raises:
-        ValueError: If the model is not built, not compiled, or trains in a way of its
-            own.
+        ValueError: If the model is not built.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        check_is_trainable_by_its_loss(model)
+        check_is_built(model)
         self.model = model
         self.trainable_variables: list[keras.Variable] = list(model.trainable_variables)
         self.state_variables: list[keras.Variable] = list(model.non_trainable_variables)
@@ -100,6 +99,10 @@ def check_is_trainable_by_its_loss(model: Any) -> None:
             "`compute_loss` of its own is welcome. Received: a model of class "
             f"{type(model).__name__}"
         )
+
+
+def check_is_built(model: keras.Model) -> None:
+    """Raises if a model has no weights yet."""
     if not model.built:
         raise ValueError(
             f"The model '{model.name}' is not built, so it has no weights yet. Call it on a "

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.functional import Data, check_is_trainable_by_its_loss
+from keras_gdopt.functional import Data, check_is_built, check_is_trainable_by_its_loss
 from keras_gdopt.gadam import genetics, keys, population
 from keras_gdopt.gadam.breeding import Breeding
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
@@ -151,6 +151,7 @@ class Gadam:
         seed: int | None = None,
     ) -> None:
         check_is_trainable_by_its_loss(model)
+        check_is_built(model)
         _check_precision(model)
         self.model = model
         self.population_size = checked_count("population_size", population_size, minimum=2)

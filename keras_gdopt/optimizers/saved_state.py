@@ -62,6 +62,16 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         del slot
         return tuple(variable.shape)
 
+    def _state_shapes(self, variables: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+        """What a built optimizer saves besides its scalars, by name."""
+        return {
+            f"{group}.{index}": self._slot_shape(group, variable)
+            for group in self._expected_groups()
+            for index, variable in enumerate(variables)
+            if not self._overwrite_variable_with_gradient(variable)
+            or group == "gradient_accumulator"
+        }
+
     # --- Keras's hooks -------------------------------------------------------
 
     def add_variable_from_reference(
@@ -127,15 +137,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         """Raises if what was loaded does not fit `variables`; call it before `build`."""
         if self._loaded_state is None:
             return
-        shapes = {
-            f"{group}.{index}": self._slot_shape(group, variable)
-            for group in self._expected_groups()
-            for index, variable in enumerate(variables)
-            if not self._overwrite_variable_with_gradient(variable)
-            or group == "gradient_accumulator"
-        }
         named = {k: v for k, v in self._loaded_state.items() if _group(k) != _UNNAMED}
-        self._check_fits(named, shapes)
+        self._check_fits(named, self._state_shapes(variables))
 
     def _restore_loaded_state(self) -> None:
         """Assigns what was loaded before the optimizer was built; call it after."""

@@ -1,0 +1,1 @@
+"""Optimizers that evaluate the loss themselves."""

@@ -1,0 +1,702 @@
+"""What the optimizers that evaluate the loss themselves share."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.closures import line_search as searches
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.line_search import Found, Trial
+from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
+from keras_gdopt.optimizers.argument_checks import (
+    BASE_ARGUMENTS,
+    checked_choice,
+    checked_count,
+    checked_flag,
+    checked_learning_rate,
+    checked_number,
+)
+from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
+from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
+from keras_gdopt.optimizers.tensorflow_step import xla_is_available
+
+Tensor = Any
+
+Memory = dict[str, Tensor]
+"""What an algorithm keeps from one iteration to the next, by name."""
+
+LINE_SEARCHES = ("wolfe", "armijo", "exact")
+
+_NOT_STARTED = "no step was made yet"
+_LOSS_NOT_FINITE = len(searches.STATUSES)
+_STATUSES = (*searches.STATUSES, "the loss or its gradient is not finite at the weights")
+
+_WHY_REFUSED = {
+    "weight_decay": "add a regularizer to the layers, so that it is part of the loss",
+    "clipnorm": "a clipped gradient is none of the loss that the line search evaluates",
+    "clipvalue": "a clipped gradient is none of the loss that the line search evaluates",
+    "global_clipnorm": "a clipped gradient is none of the loss that the line search evaluates",
+    "use_ema": "every step ends at the lowest loss seen, which an average would leave",
+    "ema_momentum": "every step ends at the lowest loss seen, which an average would leave",
+    "ema_overwrite_frequency": "every step ends at the lowest loss seen, which an average "
+    "would leave",
+    "loss_scale_factor": "the loss is evaluated in the precision of the weights",
+    "gradient_accumulation_steps": "use `closure_chunks` for batches larger than memory",
+}
+
+_METRICS = (
+    "learning_rate",
+    "grad_norm",
+    "update_norm",
+    "weight_norm",
+    "step_length",
+    "evaluations",
+    "steps_made",
+)
+_METRICS_OF_VARIABLES = ("grad_norm", "update_norm", "weight_norm")
+
+
+class Point(NamedTuple):
+    """Weights, and what the loss is there."""
+
+    weights: Tensor
+    """All of them, as one vector."""
+    loss: Tensor
+    gradient: Tensor
+
+
+class Proposal(NamedTuple):
+    """Where an algorithm wants to go."""
+
+    direction: Tensor
+    first_step: Tensor
+    """The first that the line search tries."""
+    memory: Memory
+
+
+class ClosureOptimizer(SavedStateOptimizer):
+    r"""An optimizer that evaluates the loss of the current batch as often as it needs.
+
+    `attach(model)`, once after `model.compile`, gives it that loss: from then on a
+    training step of the model is `iterations_per_step` iterations of the algorithm on the
+    step's batch, each with a line search, in one compiled loop,
+
+    $$\theta_{k+1} = \theta_k + \alpha_k d_k$$
+
+    A subclass states what it keeps (`memory_layout`) and two pure functions, `direction` and
+    `remember`; this class does the rest.
+
+    The loss is the compiled one, with sample weights and the layers' own losses. Random
+    layers keep one mask, and batch normalization the batch's statistics, all through a
+    step; the moving statistics move once, at the accepted weights. The loss that `fit`
+    shows is the one there.
+
+    Full-batch training is `batch_size=len(x)`. With smaller batches each step minimizes the
+    loss of its own batch, `iterations_per_step` times: what is remembered of the last
+    batch still decides the first direction, so few iterations and large batches suit it.
+
+    Args:
+        learning_rate: The first trial step, as a multiple of the algorithm's own: a number
+            above 0 or a schedule (of training steps).
+        line_search: `"wolfe"` (strong Wolfe conditions), `"armijo"` (enough decrease, by
+            backtracking) or `"exact"` (the minimum along the direction, to the machine's
+            precision).
+        iterations_per_step: Iterations in a training step, at most.
+        closure_chunks: In how many parts to go through a batch, for batches larger than
+            memory. Defaults to 1. Needs losses that are means over the samples, and cannot be
+            combined with batch normalization.
+        gradient_tolerance: Converged where no entry of the gradient is larger. Defaults to
+            1e-7.
+        change_tolerance: Converged where an iteration changes the loss by less than this
+            part of it. Defaults to 0: never.
+        jit_compile: Whether a step is one XLA cluster. Defaults to `"auto"`: where all layers
+            support it. (A model that is itself compiled with `jit_compile=True` compiles the
+            step in any case.)
+        name: Defaults to the class's name in snake case.
+
+    Raises:
+        ValueError: If an argument is out of range, or one of Keras's base class that makes
+            no sense here; in `attach`, if the model's loss is not all there is to its
+            training step; in a step without `attach`.
+    """
+
+    hyperparameters: ClassVar[Sequence[str]] = ()
+    """Names of the constructor's own arguments, kept as attributes of that name."""
+
+    curvature: ClassVar[float] = 0.9
+    """$c_2$ of the strong Wolfe conditions."""
+
+    own_metrics: ClassVar[Sequence[str]] = ()
+    """Names of the scalars in the memory that are recorded as step metrics."""
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        line_search: str,
+        iterations_per_step: int,
+        closure_chunks: int = 1,
+        gradient_tolerance: float = 1e-7,
+        change_tolerance: float = 0.0,
+        jit_compile: bool | str = "auto",
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_tensorflow(type(self).__name__)
+        self._refuse(kwargs)
+        rate = checked_learning_rate(learning_rate)
+        if isinstance(rate, float) and not rate:
+            raise ValueError(
+                "Argument `learning_rate`, the first trial step, must be above 0. Received: "
+                f"learning_rate={learning_rate!r}"
+            )
+        super().__init__(rate, name=name)
+        self.line_search = checked_choice("line_search", line_search, LINE_SEARCHES)
+        self.iterations_per_step = checked_count(
+            "iterations_per_step", iterations_per_step, minimum=1
+        )
+        self.closure_chunks = checked_count("closure_chunks", closure_chunks, minimum=1)
+        self.gradient_tolerance = checked_number("gradient_tolerance", gradient_tolerance)
+        self.change_tolerance = checked_number("change_tolerance", change_tolerance)
+        if jit_compile != "auto":
+            checked_flag("jit_compile", jit_compile)
+        self.jit_compile = jit_compile
+        self._memory: dict[str, Any] = {}
+        # What is recorded for callbacks is nothing that is saved, so without Keras's tracking.
+        object.__setattr__(self, "_report", None)
+        object.__setattr__(self, "_keeps_gradient", False)
+
+    # --- the algorithm -------------------------------------------------------
+
+    def memory_layout(self, size: int) -> Mapping[str, tuple[tuple[int, ...], float | int]]:
+        """What the algorithm keeps: shapes, and the value that each entry starts from.
+
+        Args:
+            size: The number of weights.
+        """
+        raise NotImplementedError
+
+    def direction(
+        self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
+    ) -> Proposal:
+        """Where to go from a point; a pure function."""
+        raise NotImplementedError
+
+    def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
+        """What to keep of an iteration; a pure function.
+
+        Args:
+            memory: As the proposal left it.
+            before: Where the iteration started.
+            after: Where it ended: the same where the line search found nothing.
+            proposal: The direction that was taken.
+        """
+        raise NotImplementedError
+
+    def forget(self, memory: Memory) -> Memory:
+        """A memory that no longer influences the next direction."""
+        raise NotImplementedError
+
+    # --- the loss ------------------------------------------------------------
+
+    def attach(self, model: keras.Model) -> None:
+        """Makes the model's training steps minimize the loss with this optimizer.
+
+        Call it once, after `model.compile(optimizer=...)` and, for a model that was loaded,
+        after loading. The model stays what it was: its class, what is saved of it, its
+        `evaluate` and `predict`. Another `compile` undoes it.
+
+        Args:
+            model: Compiled with this optimizer.
+
+        Raises:
+            ValueError: If the model is not compiled with this optimizer, has a `train_step`
+                of its own, computes in half precision, or is distributed.
+        """
+        self._check_model(model)
+        model.train_step = _TrainStep(model, self)
+        model.train_function = None
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Raises: a gradient is not enough."""
+        del grads, trainable_variables
+        raise ValueError(
+            f"{type(self).__name__} evaluates the loss itself, and has none. After "
+            "`model.compile(optimizer=optimizer, ...)`, or after loading the model, call "
+            "`model.optimizer.attach(model)`. Received: gradients"
+        )
+
+    # --- what came out -------------------------------------------------------
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last step ended where the gradient, or the change, is small enough."""
+        return self._report is not None and bool(self._report["converged"].numpy())
+
+    @property
+    def line_search_status(self) -> str:
+        """How the last line search ended: `"accepted"`, or why not."""
+        if self._report is None or int(self._report["iterations"].numpy()) == 0:
+            return _NOT_STARTED
+        return _STATUSES[int(self._report["status"].numpy())]
+
+    def record_step_metrics(
+        self, every: int = 1, *, tier: str = "scalars", listener: Any = None
+    ) -> bool:
+        """Asks for `recorded_gradients`; all other metrics are of every step anyway.
+
+        Args:
+            every: 0 ends the recording.
+            tier: `"histograms"` for `recorded_gradients`.
+            listener: As for the first-order optimizers; of no influence here.
+
+        Returns:
+            Whether the step must be traced again to record.
+        """
+        del listener
+        checked_count("every", every, minimum=0)
+        checked_choice("tier", tier, TIERS)
+        asks = every > 0 and tier == "histograms" and not self._keeps_gradient
+        if asks:
+            object.__setattr__(self, "_keeps_gradient", True)
+        return asks
+
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """The metrics of the last step; empty before there is one.
+
+        - `iterations`: the count of training steps,
+        - `learning_rate`: the first trial step,
+        - `grad_norm`: the norm of the gradient where the step ended,
+        - `update_norm`: the norm of the change of all weights,
+        - `weight_norm`: the norm of all weights where it ended,
+        - `step_length`: α of the last iteration,
+        - `evaluations`: of the loss and its gradient, line searches included,
+        - `steps_made`: iterations of the algorithm,
+        - what the algorithm has of its own.
+        """
+        if self._report is None or int(self._report["iterations"].numpy()) == 0:
+            return {}
+        values = self._report["model"].numpy().tolist()
+        metrics = dict(zip((*_METRICS, *self.own_metrics), values, strict=True))
+        return {"iterations": int(self._report["iterations"].numpy()), **metrics}
+
+    @property
+    def variable_metrics(self) -> dict[str, dict[str, float]]:
+        """`grad_norm`, `update_norm` and `weight_norm` of each variable, by its path."""
+        if self._report is None or int(self._report["iterations"].numpy()) == 0:
+            return {}
+        rows = self._report["variables"].numpy().tolist()
+        return {
+            path: dict(zip(_METRICS_OF_VARIABLES, row, strict=True))
+            for path, row in zip(distinct_paths(self._trainable_variables), rows, strict=True)
+        }
+
+    @property
+    def recorded_gradients(self) -> dict[str, np.ndarray]:
+        """The gradients where the last step ended, if asked for, by the variable's path."""
+        if self._report is None or "gradient" not in self._report:
+            return {}
+        flat = self._report["gradient"].numpy()
+        variables = self._trainable_variables
+        ends = np.cumsum([int(np.prod(v.shape)) for v in variables])[:-1]
+        return {
+            path: part.reshape(variable.shape)
+            for path, part, variable in zip(
+                distinct_paths(variables), np.split(flat, ends), variables, strict=True
+            )
+        }
+
+    # --- what Keras calls ----------------------------------------------------
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes the memory and restores what was loaded before.
+
+        Args:
+            variables: The model's trainable variables.
+
+        Raises:
+            ValueError: If a variable is in half precision, or loaded state does not fit.
+        """
+        if self.built:
+            return
+        self._check_loaded_state_fits(variables)
+        for variable in variables:
+            if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
+                raise ValueError(
+                    f"{type(self).__name__} needs weights in float32 or float64, for a line "
+                    "search compares losses that differ in their last digits. Received: the "
+                    f"variable '{variable_path(variable)}' of dtype {variable.dtype}"
+                )
+        super().build(variables)
+        dtype = _dtype(variables)
+        for name, (shape, initial) in self.memory_layout(_size(variables)).items():
+            self._memory[name] = self.add_variable(
+                shape,
+                initializer=keras.initializers.Constant(initial),
+                dtype="int32" if isinstance(initial, int) else dtype,
+                name=name,
+            )
+        self._make_report()
+        self._restore_loaded_state()
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, for `from_config`."""
+        config = super().get_config()
+        config = {
+            name: value
+            for name, value in config.items()
+            if name not in BASE_ARGUMENTS or name == "name"
+        }
+        own = (
+            "line_search",
+            "iterations_per_step",
+            "closure_chunks",
+            "gradient_tolerance",
+            "change_tolerance",
+            "jit_compile",
+            *self.hyperparameters,
+        )
+        return {**config, **{name: getattr(self, name) for name in own}}
+
+    @property
+    def slot_variables(self) -> Mapping[str, Sequence[Any]]:
+        """What is kept, by name; each is for all weights together."""
+        return {name: [variable] for name, variable in self._memory.items()}
+
+    def _slot_initial_values(self) -> Mapping[str, float]:
+        return {name: initial for name, (_, initial) in self.memory_layout(0).items()}
+
+    def _state_shapes(self, variables: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+        layout = self.memory_layout(_size(variables))
+        return {f"{name}.0": shape for name, (shape, _) in layout.items()}
+
+    # --- a step --------------------------------------------------------------
+
+    def minimize_on_batch(
+        self, function: ModelFunction, data: Data, *, is_compiled: bool
+    ) -> Tensor:
+        """Makes one training step on a batch; part of a compiled function.
+
+        Args:
+            function: The model.
+            data: The batch.
+            is_compiled: Whether XLA compiles it.
+
+        Returns:
+            The loss at the weights that the model then has.
+        """
+        loss = BatchLoss(function, Batch(**data), self.closure_chunks, is_compiled=is_compiled)
+        start = loss.joined([v.value for v in function.trainable_variables])
+        point = Point(start, *loss.value_and_gradient(start))
+        learning_rate = tf.cast(tf.convert_to_tensor(self.learning_rate), start.dtype)
+        run = self._iterated(point, learning_rate, loss)
+        arrays = loss.parted(run.point.weights)
+        for variable, value in zip(function.trainable_variables, arrays, strict=True):
+            variable.assign(value)
+        for name, variable in self._memory.items():
+            variable.assign(run.memory[name])
+        self._iterations.assign_add(1)
+        self._report_on(run, start, learning_rate, loss)
+        return run.point.loss
+
+    def _iterated(self, point: Point, learning_rate: Tensor, loss: BatchLoss) -> "_Run":
+        search = self._line_search()
+
+        def iteration(run: _Run) -> _Run:
+            point = run.point
+            proposal = self.direction(point, run.memory, learning_rate, loss)
+            proposal, slope = self._descending(point, proposal, learning_rate)
+
+            def evaluate(step: Tensor) -> Trial:
+                value, gradient = loss.value_and_gradient(
+                    point.weights + step * proposal.direction
+                )
+                return Trial(step, value, _dot(gradient, proposal.direction), gradient)
+
+            start = Trial(tf.zeros_like(slope), point.loss, slope, point.gradient)
+            found: Found = search(evaluate, start, proposal.first_step)
+            trial = found.trial
+            failed = tf.equal(trial.step, 0)
+            after = Point(
+                point.weights + trial.step * proposal.direction, trial.loss, trial.gradient
+            )
+            after = _where(failed, point, after)
+            memory = self.remember(proposal.memory, point, after, proposal)
+            memory = _where(failed, self.forget(proposal.memory), memory)
+            failures = tf.where(failed, run.failures + 1, 0)
+            change = tf.abs(after.loss - point.loss)
+            largest = tf.maximum(tf.abs(after.loss), tf.abs(point.loss))
+            converged = self._is_flat(after) | (
+                ~failed & (change < self.change_tolerance * largest)
+            )
+            return _Run(
+                iterations=run.iterations + 1,
+                evaluations=run.evaluations + found.evaluations,
+                point=after,
+                memory=memory,
+                step=trial.step,
+                status=found.status,
+                failures=failures,
+                converged=converged,
+            )
+
+        finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
+        run = _Run(
+            iterations=tf.constant(0),
+            evaluations=tf.constant(1),
+            point=point,
+            memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
+            step=tf.zeros_like(point.loss),
+            status=tf.where(finite, searches.ACCEPTED, _LOSS_NOT_FINITE),
+            failures=tf.constant(0),
+            converged=self._is_flat(point),
+        )
+        (run,) = tf.while_loop(
+            lambda run: (
+                (run.iterations < self.iterations_per_step)
+                & ~run.converged
+                & (run.failures < 2)
+                & finite
+            ),
+            lambda run: (iteration(run),),
+            (run,),
+        )
+        return run
+
+    def _descending(
+        self, point: Point, proposal: Proposal, learning_rate: Tensor
+    ) -> tuple[Proposal, Tensor]:
+        """The proposal, or the gradient's direction where it does not descend; and its slope."""
+        slope = _dot(point.gradient, proposal.direction)
+        descends = tf.math.is_finite(slope) & (slope < 0)
+        steepest = Proposal(
+            -point.gradient,
+            first_step_downhill(point.gradient, learning_rate),
+            self.forget(proposal.memory),
+        )
+        proposal = _where(descends, proposal, steepest)
+        return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
+
+    def _line_search(self) -> Callable[..., Found]:
+        if self.line_search == "wolfe":
+            return lambda *args: searches.strong_wolfe(*args, curvature=self.curvature)
+        return searches.armijo if self.line_search == "armijo" else searches.exact
+
+    def _is_flat(self, point: Point) -> Tensor:
+        return tf.reduce_max(tf.abs(point.gradient)) <= self.gradient_tolerance
+
+    # --- what is recorded ----------------------------------------------------
+
+    def _make_report(self) -> None:
+        variables = self._trainable_variables
+        count = len(_METRICS) + len(self.own_metrics)
+        rows = (len(variables), len(_METRICS_OF_VARIABLES))
+        dtype = _dtype(variables)
+        with tf.init_scope():
+            values = {
+                "iterations": tf.constant(0, tf.int64),
+                "status": tf.constant(0),
+                "converged": tf.constant(False),
+                "model": tf.zeros((count,), dtype),
+                "variables": tf.zeros(rows, dtype),
+            }
+            report = {name: tf.Variable(v, trainable=False) for name, v in values.items()}
+        object.__setattr__(self, "_report", report)
+
+    def _report_on(
+        self, run: "_Run", start: Tensor, learning_rate: Tensor, loss: BatchLoss
+    ) -> None:
+        report, point = self._report, run.point
+        vectors = (point.gradient, point.weights - start, point.weights)
+        numbers = [
+            learning_rate,
+            *(tf.norm(vector) for vector in vectors),
+            run.step,
+            run.evaluations,
+            run.iterations,
+            *(run.memory[name] for name in self.own_metrics),
+        ]
+        report["model"].assign(tf.stack([tf.cast(n, point.loss.dtype) for n in numbers]))
+        of_variables = [[tf.norm(part) for part in loss.parted(vector)] for vector in vectors]
+        report["variables"].assign(tf.cast(tf.transpose(tf.stack(of_variables)), point.loss.dtype))
+        report["status"].assign(run.status)
+        report["converged"].assign(run.converged)
+        report["iterations"].assign(tf.cast(self._iterations, tf.int64))
+        if self._keeps_gradient:
+            if "gradient" not in report:
+                with tf.init_scope():
+                    report["gradient"] = tf.Variable(
+                        tf.zeros(point.gradient.shape, point.gradient.dtype), trainable=False
+                    )
+            report["gradient"].assign(point.gradient)
+
+    # --- checks --------------------------------------------------------------
+
+    def _refuse(self, arguments: Mapping[str, Any]) -> None:
+        """Raises for arguments of Keras's base class, and for unknown ones."""
+        for name, value in arguments.items():
+            if name not in BASE_ARGUMENTS:
+                raise ValueError(
+                    f"{type(self).__name__} does not take the argument `{name}`. "
+                    f"Received: {name}={value!r}"
+                )
+            if value != BASE_ARGUMENTS[name]:
+                raise ValueError(
+                    f"{type(self).__name__} does not take `{name}`: {_WHY_REFUSED[name]}. "
+                    f"Received: {name}={value!r}"
+                )
+
+    def _check_model(self, model: Any) -> None:
+        if isinstance(getattr(model, "train_step", None), _TrainStep):
+            del model.train_step  # of an earlier `attach`
+        check_is_trainable_by_its_loss(model)
+        optimizer = model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                f"{type(self).__name__} does not train in mixed float16: a line search compares "
+                "losses that differ in digits which float16 does not have. Use float32. "
+                "Received: a model whose optimizer is in a LossScaleOptimizer"
+            )
+        if optimizer is not self:
+            raise ValueError(
+                f"The model '{model.name}' must be compiled with this optimizer. Call "
+                "`model.compile(optimizer=optimizer, ...)` and then "
+                f"`optimizer.attach(model)`. Received: a model compiled with {optimizer!r}"
+            )
+        half = [
+            layer.name
+            for layer in model._flatten_layers()
+            if keras.backend.standardize_dtype(layer.compute_dtype) in ("float16", "bfloat16")
+        ]
+        if half:
+            raise ValueError(
+                f"{type(self).__name__} needs layers that compute in float32 or float64: a line "
+                "search compares losses that differ in digits which half precision does not "
+                f"have. Received: half precision in the layers {half[:5]}"
+            )
+        replicas = model.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                f"{type(self).__name__} trains on one device: its line search needs the loss of "
+                "the whole batch at each trial. Make the model outside of the strategy's scope; "
+                "for batches larger than a device's memory use `closure_chunks`. Received: a "
+                f"model of {type(model.distribute_strategy).__name__} with {replicas} replicas"
+            )
+        if self.closure_chunks > 1:
+            _check_chunks_add_up(model)
+
+
+class _Run(NamedTuple):
+    """How far a training step has come."""
+
+    iterations: Tensor
+    evaluations: Tensor
+    point: Point
+    memory: Memory
+    step: Tensor
+    status: Tensor
+    failures: Tensor
+    """Line searches without a result, one after the other."""
+    converged: Tensor
+
+
+class _TrainStep:
+    """A model's training step by a closure optimizer; belongs to the model.
+
+    Holds neither the model nor the optimizer, which holds the model's variables.
+    """
+
+    def __init__(self, model: keras.Model, optimizer: ClosureOptimizer) -> None:
+        self._model = weakref.ref(model)
+        self._optimizer = weakref.ref(optimizer)
+        self._is_compiled = _is_compiled(model, optimizer.jit_compile)
+        self._minimize = tf.function(
+            self._traced, jit_compile=self._is_compiled, autograph=False
+        )
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        model, optimizer = self._model(), self._optimizer()
+        if model is None or optimizer is None or model.optimizer is not optimizer:
+            # Compiled anew, with another optimizer.
+            return type(model).train_step(model, data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        batch = {"x": x, "y": y, "sample_weight": sample_weight}
+        loss = self._minimize({name: part for name, part in batch.items() if part is not None})
+        arguments = {"training": True} if model._call_has_training_arg else {}
+        y_pred = model(x, **arguments)  # moves the model's state
+        count = tf.shape(tf.nest.flatten(x)[0])[0]
+        model._loss_tracker.update_state(loss, sample_weight=count)
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _traced(self, data: Data) -> Tensor:
+        function = ModelFunction(self._model())
+        optimizer = self._optimizer()
+        return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
+
+
+def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
+    """The first trial along the negative gradient: no weights move by more than 1 together."""
+    return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
+
+
+def _is_compiled(model: keras.Model, asked: bool | str) -> bool:
+    """Whether XLA compiles the step: if asked for, and by default where the layers allow it."""
+    if model.jit_compile or asked != "auto":
+        return bool(model.jit_compile or asked)
+    return xla_is_available() and all(layer.supports_jit for layer in model._flatten_layers())
+
+
+def _check_chunks_add_up(model: keras.Model) -> None:
+    """Raises where a batch's loss is not the mean of its parts' losses."""
+    names = [
+        layer.name
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    if names:
+        raise ValueError(
+            "`closure_chunks` cannot be combined with batch normalization, which would "
+            f"normalize each part by itself. Received: the layers {names}"
+        )
+    for loss in keras.tree.flatten(model.loss):
+        reduction = getattr(loss, "reduction", "sum_over_batch_size")
+        if reduction != "sum_over_batch_size":
+            raise ValueError(
+                "`closure_chunks` needs losses that are means over the samples. Received: the "
+                f"loss {loss!r} with reduction={reduction!r}"
+            )
+
+
+def _check_tensorflow(name: str) -> None:
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            f"{name} needs the TensorFlow backend. Received: keras.backend.backend() == "
+            f"'{keras.backend.backend()}'"
+        )
+
+
+def _size(variables: Sequence[Any]) -> int:
+    return sum(int(np.prod(variable.shape)) for variable in variables)
+
+
+def _dtype(variables: Sequence[Any]) -> str:
+    dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in variables}
+    return "float64" if "float64" in dtypes else "float32"
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return tf.reduce_sum(one * other)
+
+
+def _where(condition: Tensor, one: Any, other: Any) -> Any:
+    """One structure or another; what is the same tensor in both stays as it is."""
+    return tf.nest.map_structure(
+        lambda a, b: a if a is b else tf.where(condition, a, b), one, other
+    )

@@ -1,0 +1,146 @@
+"""The loss of one batch as a function of all weights, laid out as one vector."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_gdopt.functional import Batch, ModelFunction
+
+Tensor = Any
+
+
+class BatchLoss:
+    """A model's loss of one batch, its gradient and its Hessian's products.
+
+    The model's state, the seeds of its random layers included, is what it is when this is
+    made: every evaluation is of the same function. Batch normalization uses the batch's
+    statistics, as in training.
+
+    Args:
+        function: The model.
+        batch: Inputs, targets and sample weights.
+        chunks: In how many parts the batch is gone through, one after the other, so that
+            only one of them has to fit into memory.
+        is_compiled: Whether XLA compiles what this is used in.
+    """
+
+    def __init__(
+        self, function: ModelFunction, batch: Batch, chunks: int = 1, *, is_compiled: bool = False
+    ) -> None:
+        self.is_compiled = is_compiled
+        self._function = function
+        self._batch = batch
+        self._chunks = chunks
+        self._state = [tf.convert_to_tensor(v) for v in function.state_variables]
+        self._shapes = [tuple(v.shape) for v in function.trainable_variables]
+        self._dtypes = [tf.as_dtype(v.dtype) for v in function.trainable_variables]
+        self._sizes = [tf.TensorShape(shape).num_elements() for shape in self._shapes]
+        self._dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
+        # One trace each, wherever they are called from.
+        self._value_and_gradient = tf.function(self._traced_value_and_gradient, autograph=False)
+        self._product = tf.function(self._traced_product, autograph=False)
+
+    # --- the layout ----------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """How many weights there are."""
+        return sum(self._sizes)
+
+    def joined(self, arrays: Sequence[Any]) -> Tensor:
+        """Arrays, one for each trainable variable, as one vector."""
+        flat = [tf.reshape(tf.cast(array, self._dtype), [-1]) for array in arrays]
+        return tf.concat(flat, axis=0)
+
+    def parted(self, vector: Tensor) -> list[Tensor]:
+        """The arrays that `joined` has made a vector of."""
+        parts = tf.split(vector, self._sizes)
+        return [
+            tf.cast(tf.reshape(part, shape), dtype)
+            for part, shape, dtype in zip(parts, self._shapes, self._dtypes, strict=True)
+        ]
+
+    # --- the function --------------------------------------------------------
+
+    def value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient by the weights.
+
+        Args:
+            weights: A vector.
+        """
+        return self._value_and_gradient(weights)
+
+    def hessian_product(self, weights: Tensor, vector: Tensor) -> Tensor:
+        """The Hessian at `weights` times a vector, forward over reverse."""
+        return self._product(weights, vector)
+
+    def hessian(self, weights: Tensor) -> Tensor:
+        """The Hessian at `weights`, one product for each of its columns."""
+        columns = tf.map_fn(
+            lambda place: self._product(weights, tf.one_hot(place, self.size, dtype=self._dtype)),
+            tf.range(self.size),
+            fn_output_signature=tf.TensorSpec((self.size,), self._dtype),
+        )
+        return 0.5 * (columns + tf.transpose(columns))
+
+    # --- the parts -----------------------------------------------------------
+
+    def _traced_value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = self._mean_over_chunks(
+            lambda batch: self._of_part(batch, weights), [(), (self.size,)]
+        )
+        return loss, gradient
+
+    def _traced_product(self, weights: Tensor, vector: Tensor) -> Tensor:
+        def of_part(batch: Batch) -> tuple[Tensor]:
+            with tf.autodiff.ForwardAccumulator(weights, vector) as accumulator:
+                _, gradient = self._of_part(batch, weights)
+            product = accumulator.jvp(gradient, unconnected_gradients="zero")
+            return (tf.convert_to_tensor(product),)
+
+        (product,) = self._mean_over_chunks(of_part, [(self.size,)])
+        return product
+
+    def _of_part(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss, _ = self._function.loss(self.parted(weights), self._state, batch)
+            loss = tf.cast(loss, self._dtype)
+        gradient = tape.gradient(loss, weights, unconnected_gradients="zero")
+        return loss, tf.convert_to_tensor(gradient)
+
+    def _mean_over_chunks(
+        self, of_part: Callable[[Batch], tuple[Tensor, ...]], shapes: Sequence[tuple[int, ...]]
+    ) -> Any:
+        """The mean of what all samples give, from means over parts of them."""
+        if self._chunks == 1:
+            return of_part(self._batch)
+        parts = {name: part for name, part in self._batch._asdict().items() if part is not None}
+        count = tf.shape(tf.nest.flatten(parts)[0])[0]
+        length = tf.maximum(count // self._chunks, 1)
+
+        def share(begin: Tensor, size: Tensor) -> list[Tensor]:
+            def cut(part: Tensor) -> Tensor:
+                others = [0] * (part.shape.rank - 1), [-1] * (part.shape.rank - 1)
+                return tf.slice(part, [begin, *others[0]], [size, *others[1]])
+
+            values = of_part(Batch(**tf.nest.map_structure(cut, parts)))
+            return [value * tf.cast(size / count, self._dtype) for value in values]
+
+        sums = [tf.zeros(shape, self._dtype) for shape in shapes]
+        _, sums = tf.while_loop(
+            lambda chunk, _: chunk < count // length,
+            lambda chunk, sums: (
+                chunk + 1,
+                [a + b for a, b in zip(sums, share(chunk * length, length), strict=True)],
+            ),
+            (tf.constant(0), sums),
+        )
+        rest = count % length
+        return tf.cond(
+            rest > 0,
+            lambda: [a + b for a, b in zip(sums, share(count - rest, rest), strict=True)],
+            lambda: sums,
+        )

@@ -1,0 +1,179 @@
+"""Limited-memory BFGS."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.closures.base import (
+    ClosureOptimizer,
+    Memory,
+    Point,
+    Proposal,
+    Tensor,
+    first_step_downhill,
+)
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.optimizers.argument_checks import checked_count
+
+
+@keras.saving.register_keras_serializable("keras_gdopt")
+class LBFGS(ClosureOptimizer):
+    r"""Limited-memory BFGS with a line search.
+
+    $$\theta_{t+1} = \theta_t - \alpha_t H_t g_t$$
+
+    where $H_t$ is the BFGS approximation of the inverse Hessian from the last m pairs
+
+    $$s_k = \theta_{k+1} - \theta_k, \qquad y_k = g_{k+1} - g_k, \qquad
+    H_t^0 = \gamma_t I, \quad
+    \gamma_t = \frac{s_{t-1}^\top y_{t-1}}{y_{t-1}^\top y_{t-1}}$$
+
+    in the two-loop recursion
+
+    - $q = g_t$; for k from the newest pair to the oldest:
+      $a_k = s_k^\top q / s_k^\top y_k$, $q \leftarrow q - a_k y_k$;
+    - $r = \gamma_t q$; for k from the oldest to the newest:
+      $r \leftarrow r + s_k (a_k - y_k^\top r / s_k^\top y_k)$; then $H_t g_t = r$.
+
+    A pair is left out where $s^\top y \le \varepsilon\, y^\top y$ (ε the rounding of the
+    weights' dtype), for H would no longer be positive definite. The gradients of a pair are of
+    one batch.
+
+    Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
+    after `compile`.
+
+    Args:
+        learning_rate: The first trial step; while there is no pair yet, as a multiple of
+            $\min(1, 1/\|g\|_1)$. Defaults to 1.0.
+        memory: How many pairs m to keep; each takes twice the memory of the weights. Defaults
+            to 10.
+        line_search: `"wolfe"`, `"armijo"` or `"exact"`. Defaults to `"wolfe"`.
+        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+        **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance` and `name`, see
+            `ClosureOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range or makes no sense here.
+
+    Step metrics of its own: `memory_pairs`, how many there are.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> import keras_gdopt as gdopt
+    >>> x = np.linspace(-1, 1, 64, dtype="float32").reshape(64, 1)
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(gdopt.LBFGS(iterations_per_step=10), "mse")
+    >>> model.optimizer.attach(model)
+    >>> history = model.fit(x, 3 * x + 1, batch_size=64, epochs=2, verbose=0)
+    >>> history.history["loss"][-1] < 1e-10
+    True
+
+    Source: Nocedal 1980, *Updating quasi-Newton matrices with limited storage*; Nocedal and
+    Wright 2006, *Numerical Optimization*, Algorithms 7.4 and 7.5, Eq. 7.20.
+    """
+
+    hyperparameters = ("memory",)
+    own_metrics = ("memory_pairs",)
+
+    def __init__(
+        self,
+        learning_rate: Any = 1.0,
+        memory: int = 10,
+        line_search: str = "wolfe",
+        iterations_per_step: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            line_search=line_search,
+            iterations_per_step=iterations_per_step,
+            **kwargs,
+        )
+        self.memory = checked_count("memory", memory, minimum=1)
+
+    def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
+        """The pairs, the product of each, how many there are, and where the next one goes."""
+        return {
+            "steps": ((self.memory, size), 0.0),
+            "changes": ((self.memory, size), 0.0),
+            "products": ((self.memory,), 0.0),
+            "memory_pairs": ((), 0),
+            "next_pair": ((), 0),
+        }
+
+    def direction(
+        self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
+    ) -> Proposal:
+        """The two-loop recursion."""
+        del loss
+        pairs = memory["memory_pairs"]
+        first = tf.where(
+            pairs > 0, learning_rate, first_step_downhill(point.gradient, learning_rate)
+        )
+        return Proposal(-_inverse_hessian_product(memory, point.gradient), first, memory)
+
+    def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
+        """One pair more, if it keeps H positive definite."""
+        del proposal
+        step, change = after.weights - before.weights, after.gradient - before.gradient
+        product, square = tf.reduce_sum(step * change), tf.reduce_sum(change**2)
+        epsilon = np.finfo(product.dtype.as_numpy_dtype).eps
+        kept = tf.math.is_finite(square) & (product > epsilon * square)
+        place, size = memory["next_pair"], memory["products"].shape[0]
+
+        def with_row(name: str, row: Tensor) -> Tensor:
+            old = tf.gather(memory[name], place)
+            row = tf.where(kept, row, old)
+            return tf.tensor_scatter_nd_update(memory[name], [[place]], [row])
+
+        return {
+            "steps": with_row("steps", step),
+            "changes": with_row("changes", change),
+            "products": with_row("products", product),
+            "memory_pairs": tf.where(
+                kept, tf.minimum(memory["memory_pairs"] + 1, size), memory["memory_pairs"]
+            ),
+            "next_pair": tf.where(kept, (place + 1) % size, place),
+        }
+
+    def forget(self, memory: Memory) -> Memory:
+        """The next direction is the negative gradient."""
+        return {**memory, "memory_pairs": tf.zeros_like(memory["memory_pairs"])}
+
+
+def _inverse_hessian_product(memory: Memory, gradient: Tensor) -> Tensor:
+    steps, changes, products = memory["steps"], memory["changes"], memory["products"]
+    pairs, size = memory["memory_pairs"], products.shape[0]
+
+    def pair(age: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        place = (memory["next_pair"] - 1 - age) % size
+        return (
+            place,
+            tf.gather(steps, place),
+            tf.gather(changes, place),
+            tf.gather(products, place),
+        )
+
+    def backward(age: Tensor, vector: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        place, step, change, product = pair(age)
+        factor = tf.reduce_sum(step * vector) / product
+        factors = tf.tensor_scatter_nd_update(factors, [[place]], [factor])
+        return age + 1, vector - factor * change, factors
+
+    def forward(age: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        place, step, change, product = pair(age)
+        factor = tf.gather(factors, place) - tf.reduce_sum(change * vector) / product
+        return age - 1, vector + factor * step
+
+    _, vector, factors = tf.while_loop(
+        lambda age, *_: age < pairs,
+        backward,
+        (tf.constant(0), gradient, tf.zeros_like(products)),
+    )
+    _, _, newest, product = pair(tf.constant(0))
+    scale = tf.where(pairs > 0, product / tf.reduce_sum(newest**2), 1.0)
+    _, vector = tf.while_loop(lambda age, _: age >= 0, forward, (pairs - 1, scale * vector))
+    return vector

@@ -1,0 +1,264 @@
+"""Newton's method."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.closures.base import ClosureOptimizer, Memory, Point, Proposal, Tensor
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
+
+SOLVERS = ("auto", "exact", "cg")
+
+_MOST_EXACT = 8192
+_MOST_EXACT_BY_DEFAULT = 256
+_MOST_INNER = 250
+_MOST_RAISES = 40
+_GOLDEN = (1 + 5**0.5) / 2
+
+
+@keras.saving.register_keras_serializable("keras_gdopt")
+class Newton(ClosureOptimizer):
+    r"""Newton's method, with the exact Hessian or its products with vectors.
+
+    $$\theta_{t+1} = \theta_t - \alpha_t (H_t + \lambda_t I)^{-1} g_t$$
+
+    where H is the Hessian of the batch's loss and α is found by line search.
+
+    - `solver="exact"` builds H and solves by Cholesky decomposition, with λ raised until
+      $H + \lambda I$ is positive definite. In a step that is not compiled
+      (`jit_compile=False`) it takes the eigenvalues of H instead and, where H is singular,
+      its pseudo-inverse.
+    - `solver="cg"` never builds H: conjugate gradient solves for the direction until the
+      residual is below $\eta_t \|g_t\|$ with
+      $\eta_t = 0.9\, (\|g_t\| / \|g_{t-1}\|)^{1.618}$ (and at most 0.5), or the curvature is
+      negative; then it goes on with what it has, at first with $-g$.
+
+    λ adapts: it falls by a factor of 10 after an iteration that lowered the loss about as the
+    quadratic model promised, and rises by 10 where it lowered it by less than a quarter of that
+    or not at all.
+
+    Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
+    after `compile`.
+
+    Args:
+        learning_rate: The first trial step. Defaults to 1.0.
+        solver: `"exact"`, for at most 8,192 weights; `"cg"`; or `"auto"`, exact for at most 256
+            weights. Defaults to `"auto"`.
+        damping: The λ that it begins with, at least 0. Defaults to 0.
+        line_search: `"wolfe"`, `"armijo"` or `"exact"`. Defaults to `"wolfe"`.
+        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+        **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance` and `name`, see
+            `ClosureOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range or makes no sense here; in `build`, if the
+            model has too many weights for `solver="exact"`.
+
+    Step metrics of its own: `damping` (λ for the next iteration) and `inner_iterations` (of
+    conjugate gradient in the last iteration; 0 for `"exact"`).
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> import keras_gdopt as gdopt
+    >>> x = np.linspace(-1, 1, 64, dtype="float32").reshape(64, 1)
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(gdopt.Newton(), "mse")
+    >>> model.optimizer.attach(model)
+    >>> history = model.fit(x, 3 * x + 1, batch_size=64, epochs=2, verbose=0)
+    >>> history.history["loss"][-1] < 1e-10
+    True
+
+    Source: Luo's notes on Goodfellow, Bengio and Courville 2016, *Deep Learning*, Algorithm 8.8
+    (7 in the notes); Nocedal and Wright 2006, *Numerical Optimization*, Algorithms 3.3 and
+    7.1; Eisenstat and Walker 1996, *Choosing the forcing terms in an inexact Newton method*,
+    Eq. 2.6.
+    """
+
+    hyperparameters = ("solver", "damping")
+    own_metrics = ("damping", "inner_iterations")
+
+    def __init__(
+        self,
+        learning_rate: Any = 1.0,
+        solver: str = "auto",
+        damping: float = 0.0,
+        line_search: str = "wolfe",
+        iterations_per_step: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            line_search=line_search,
+            iterations_per_step=iterations_per_step,
+            **kwargs,
+        )
+        self.solver = checked_choice("solver", solver, SOLVERS)
+        self.damping = checked_number("damping", damping)
+
+    def build(self, variables: Any) -> None:
+        """Makes the memory and restores what was loaded before.
+
+        Args:
+            variables: The model's trainable variables.
+
+        Raises:
+            ValueError: If there are too many weights for `solver="exact"`, a variable is in
+                half precision, or loaded state does not fit.
+        """
+        size = sum(int(np.prod(variable.shape)) for variable in variables)
+        if self.solver == "exact" and size > _MOST_EXACT:
+            raise ValueError(
+                f"`solver=\"exact\"` is for at most {_MOST_EXACT:,} weights. Use "
+                "`solver=\"cg\"`, which needs no Hessian. Received: a model of "
+                f"{size:,} weights, whose Hessian and its decomposition would need about "
+                f"{3 * 4 * size**2 / 2**30:,.1f} GiB in float32"
+            )
+        super().build(variables)
+
+    def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
+        """λ, and what it and the tolerance of the next iteration depend on."""
+        del size
+        return {
+            "damping": ((), float(self.damping)),
+            "inner_iterations": ((), 0),
+            "curvature": ((), 0.0),
+            "gradient_norm": ((), 0.0),
+            "tolerance": ((), 0.5),
+        }
+
+    def direction(
+        self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
+    ) -> Proposal:
+        """Newton's direction."""
+        memory = dict(memory)
+        is_small = loss.size <= _MOST_EXACT_BY_DEFAULT
+        if self.solver == "exact" or (self.solver == "auto" and is_small):
+            hessian = loss.hessian(point.weights)
+            solve = _by_cholesky if loss.is_compiled else _by_eigenvalues
+            direction, memory["damping"] = solve(hessian, point.gradient, memory["damping"])
+            product = tf.linalg.matvec(hessian, direction)
+        else:
+            tolerance = _forcing_term(point.gradient, memory)
+            direction, product, memory["inner_iterations"] = _by_conjugate_gradient(
+                lambda vector: loss.hessian_product(point.weights, vector),
+                point.gradient,
+                memory["damping"],
+                tolerance,
+            )
+            memory["tolerance"] = tolerance
+        memory["curvature"] = tf.reduce_sum(direction * product) / tf.reduce_sum(direction**2)
+        memory["gradient_norm"] = tf.norm(point.gradient)
+        return Proposal(direction, learning_rate, memory)
+
+    def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
+        """λ by how well the quadratic model has foretold the loss."""
+        del proposal
+        step = after.weights - before.weights
+        curvature, damping = memory["curvature"], memory["damping"]
+        promised = tf.reduce_sum(step * before.gradient)
+        promised += 0.5 * curvature * tf.reduce_sum(step**2)
+        rounding = 8 * np.finfo(curvature.dtype.as_numpy_dtype).eps * tf.abs(before.loss)
+        kept = (after.loss - before.loss - rounding) / (promised - rounding)
+        lowered = tf.where(damping > 1e-6 * tf.abs(curvature), 0.1 * damping, 0.0)
+        damping = tf.where(kept > 0.75, lowered, damping)
+        return {**memory, "damping": tf.where(kept < 0.25, self._raised(memory), damping)}
+
+    def forget(self, memory: Memory) -> Memory:
+        """The next direction is nearer to the negative gradient."""
+        return {**memory, "damping": self._raised(memory)}
+
+    @staticmethod
+    def _raised(memory: Memory) -> Tensor:
+        return tf.maximum(10.0 * memory["damping"], 1e-3 * tf.abs(memory["curvature"]))
+
+
+# --- solvers ------------------------------------------------------------------------------
+
+
+def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The direction, and the λ with which the Hessian is positive definite."""
+    identity = tf.eye(hessian.shape[0], dtype=hessian.dtype)
+    largest = tf.reduce_max(tf.abs(tf.linalg.diag_part(hessian)))
+    least = 10 * np.finfo(hessian.dtype.as_numpy_dtype).eps * hessian.shape[0] * largest
+
+    def solved(damping: Tensor) -> Tensor:
+        # Compiled, a decomposition that fails gives numbers that are none.
+        factor = tf.linalg.cholesky(hessian + damping * identity)
+        return -tf.linalg.cholesky_solve(factor, gradient[:, None])[:, 0]
+
+    def raised(raises: Tensor, damping: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        damping = tf.maximum(10.0 * damping, least)
+        return raises + 1, damping, solved(damping)
+
+    _, damping, direction = tf.while_loop(
+        lambda raises, _, direction: (
+            (raises < _MOST_RAISES) & ~tf.reduce_all(tf.math.is_finite(direction))
+        ),
+        raised,
+        (tf.constant(0), damping, solved(damping)),
+    )
+    return direction, damping
+
+
+def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_by_cholesky`; by the pseudo-inverse where the Hessian is singular."""
+    values, vectors = tf.linalg.eigh(hessian)
+    largest = tf.reduce_max(tf.abs(values))
+    zero = np.finfo(hessian.dtype.as_numpy_dtype).eps * hessian.shape[0] * largest
+    negative = values[0] < -zero
+    damping = tf.where(negative, tf.maximum(damping, 1e-3 * largest - values[0]), damping)
+    shifted = values + damping
+    inverse = tf.where(shifted > zero, 1.0 / shifted, 0.0)
+    parts = tf.linalg.matvec(vectors, gradient, transpose_a=True)
+    return -tf.linalg.matvec(vectors, inverse * parts), damping
+
+
+def _forcing_term(gradient: Tensor, memory: Memory) -> Tensor:
+    """η of Eisenstat and Walker, choice 2, with their safeguard."""
+    before = memory["gradient_norm"]
+    term = 0.9 * tf.math.divide_no_nan(tf.norm(gradient), before) ** _GOLDEN
+    safeguard = 0.9 * memory["tolerance"] ** _GOLDEN
+    term = tf.where(safeguard > 0.1, tf.maximum(term, safeguard), term)
+    return tf.where(before > 0, tf.minimum(term, 0.5), 0.5)
+
+
+def _by_conjugate_gradient(
+    product: Any, gradient: Tensor, damping: Tensor, tolerance: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The direction, the Hessian's product with it, and the iterations that it took."""
+    goal = tolerance * tf.norm(gradient)
+    epsilon = np.finfo(gradient.dtype.as_numpy_dtype).eps
+
+    def body(
+        count: Tensor, ended: Tensor, solution: Tensor, its_product: Tensor,
+        residual: Tensor, search: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        of_search = product(search)
+        square, norm = tf.reduce_sum(residual**2), tf.reduce_sum(search**2)
+        curvature = tf.reduce_sum(search * of_search) + damping * norm
+        # Also no number, where a product is not finite.
+        negative = ~(curvature > epsilon * norm)
+        # Along a first direction of negative curvature: the negative gradient as it is.
+        at_first = tf.cast(tf.equal(count, 0), square.dtype)
+        length = tf.where(negative, at_first, square / curvature)
+        solution += length * search
+        its_product += length * of_search
+        residual -= length * (of_search + damping * search)
+        new_square = tf.reduce_sum(residual**2)
+        ended = negative | (tf.sqrt(new_square) <= goal)
+        return (
+            count + 1, ended, solution, its_product, residual,
+            residual + new_square / square * search,
+        )  # fmt: skip
+
+    zeros = tf.zeros_like(gradient)
+    count, _, solution, its_product, *_ = tf.while_loop(
+        lambda count, ended, *_: ~ended & (count < min(2 * gradient.shape[0], _MOST_INNER)),
+        body,
+        (tf.constant(0), tf.constant(False), zeros, zeros, -gradient, -gradient),
+    )
+    return solution, its_product, count
