@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from keras_gdopt.closures import ClosureOptimizer
 
 BATCH_SIZE = 32
 
@@ -100,16 +101,19 @@ def load(name: str, seed: int) -> Data:
 
 
 def available_optimizers() -> dict[str, Callable[[], keras.optimizers.Optimizer]]:
-    """Every optimizer of the package with its default arguments, by name.
+    """Every first-order optimizer of the package with its default arguments, by name.
 
-    One that wraps another optimizer is put around Adam.
+    One that wraps another optimizer is put around Adam. Those that evaluate the loss
+    themselves are not for mini-batches: `regression_to_precision.py` compares them.
     """
     found: dict[str, Callable[[], keras.optimizers.Optimizer]] = {}
     for name in gdopt.__all__:
         candidate = getattr(gdopt, name)
         if not inspect.isclass(candidate) or candidate is gdopt.GradientOptimizer:
             continue
-        if not issubclass(candidate, keras.optimizers.Optimizer):
+        if not issubclass(candidate, keras.optimizers.Optimizer) or issubclass(
+            candidate, ClosureOptimizer
+        ):
             continue
         parameters = inspect.signature(candidate).parameters.values()
         required = [

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import keras_gdopt as gdopt
+from keras_gdopt.closures import ClosureOptimizer
 
 BRISK = {"Adadelta": 100}
 
@@ -97,8 +98,15 @@ def optimizer_classes() -> list[type]:
         for candidate in public
         if inspect.isclass(candidate)
         and issubclass(candidate, keras.optimizers.Optimizer)
+        and not issubclass(candidate, ClosureOptimizer)
         and candidate is not gdopt.GradientOptimizer
     ]
+
+
+def closure_classes() -> list[type]:
+    """The public optimizers that evaluate the loss themselves."""
+    public = [getattr(gdopt, name) for name in gdopt.__all__ if name != "callbacks"]
+    return [c for c in public if inspect.isclass(c) and issubclass(c, ClosureOptimizer)]
 
 
 def rule_classes() -> list[type]:

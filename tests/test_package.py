@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import optimizer_classes
+from tests.optimizer_cases import closure_classes, optimizer_classes
 
 PACKAGE = Path(gdopt.__file__).parent
 RULES = [Path(inspect.getfile(cls)) for cls in optimizer_classes()]
 
-# Floors of the house: a room may import from its own floor and from those below.
-FLOORS = ["keras_gdopt.optimizers", "keras_gdopt.callbacks"]
+# Floors of the house: a room may import from the floors below.
+FLOORS = [
+    ["keras_gdopt.optimizers", "keras_gdopt.functional"],
+    ["keras_gdopt.closures", "keras_gdopt.gadam"],
+    ["keras_gdopt.callbacks"],
+]
 
 
 def _modules():
@@ -44,13 +48,16 @@ def test_public_names():
         "Adadelta",
         "Adagrad",
         "Adam",
+        "ConjugateGradient",
         "Gadam",
         "GradientDescent",
         "GradientOptimizer",
+        "LBFGS",
         "Lookahead",
         "Momentum",
         "NAG",
         "Nadam",
+        "Newton",
         "RAdam",
         "RMSprop",
         "__version__",
@@ -78,10 +85,15 @@ def test_the_package_does_not_import_its_callbacks():
 
 @pytest.mark.parametrize("name", _modules())
 def test_imports_run_downwards(name):
-    floor = max((i for i, room in enumerate(FLOORS) if name.startswith(room)), default=len(FLOORS))
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    of = {room: floor for room, floor in floors.items() if name.startswith(room)}
+    if not of:
+        return  # the package itself, above all rooms
+    ((own, floor),) = of.items()
     for imported in _imports(Path(importlib.import_module(name).__file__)):
-        for above in FLOORS[floor + 1 :]:
-            assert not imported.startswith(above), f"{name} imports {imported}"
+        for room in floors:
+            if imported.startswith(room) and room != own:
+                assert floors[room] < floor, f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
@@ -104,7 +116,14 @@ def test_examples_in_docstrings(name):
 
 @pytest.mark.parametrize(
     "public",
-    [*optimizer_classes(), gdopt.GradientOptimizer, gdopt.callbacks.OptimizerTensorBoard],
+    [
+        *optimizer_classes(),
+        *closure_classes(),
+        gdopt.GradientOptimizer,
+        gdopt.callbacks.OptimizerTensorBoard,
+        gdopt.callbacks.PopulationTensorBoard,
+        gdopt.Gadam,
+    ],
     ids=lambda public: public.__name__,
 )
 def test_public_docstrings_are_complete(public):
@@ -113,5 +132,5 @@ def test_public_docstrings_are_complete(public):
     documented = text[text.index("Args:") : text.index("Raises:")]
     for name in inspect.signature(public).parameters:
         assert f"{name}:" in documented, name
-    if public in optimizer_classes():
+    if public in [*optimizer_classes(), *closure_classes()]:
         assert "$$" in text and "Source: " in text and "keras" in text.lower()

@@ -92,15 +92,22 @@ def strong_wolfe(
     """
     rounding = _rounding(start.loss)
 
-    def judge(trial: Trial, low: _Bound) -> tuple[Tensor, Tensor]:
+    def judge(trial: Trial, low: _Bound, best: Trial) -> _Verdict:
         sufficient = trial.loss <= start.loss + sufficient_decrease * trial.step * start.slope
         no_rise = trial.loss <= start.loss + rounding
         flat = tf.abs(trial.slope) <= -curvature * start.slope
         nearly = no_rise & (trial.slope <= (2 * sufficient_decrease - 1) * start.slope)
         too_far = ~(sufficient | nearly) | (trial.loss > low.loss + rounding)
-        return flat & (sufficient | nearly), too_far
+        return _Verdict(
+            accepted=flat & (sufficient | nearly),
+            too_far=too_far,
+            better=trial.loss < best.loss,
+            closed=tf.constant(False),
+        )
 
-    return _closed_in(evaluate, start, first_step, judge, _interpolated, 4.0, _MOST_WOLFE)
+    return _found(
+        _closed_in(evaluate, start, first_step, judge, _interpolated, 4.0, _MOST_WOLFE)
+    )
 
 
 def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
@@ -120,11 +127,22 @@ def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
     rounding = _rounding(start.loss)
     flat = 4 * _epsilon(start.loss) * tf.abs(start.slope)
 
-    def judge(trial: Trial, low: _Bound) -> tuple[Tensor, Tensor]:
+    def judge(trial: Trial, low: _Bound, best: Trial) -> _Verdict:
         rises = trial.loss > low.loss + rounding
-        return (tf.abs(trial.slope) <= flat) & ~rises, rises | (trial.slope > 0)
+        slope = tf.abs(trial.slope)
+        # Two steps nearly the same, and the slope no longer falls: it is rounding.
+        near = tf.abs(trial.step - best.step) <= _epsilon(slope) ** 0.5 * trial.step
+        return _Verdict(
+            accepted=(slope <= flat) & ~rises,
+            too_far=rises | (trial.slope > 0),
+            better=(slope < tf.abs(best.slope)) & ~rises,
+            closed=near & (slope > 0.5 * tf.abs(best.slope)),
+        )
 
-    return _closed_in(evaluate, start, first_step, judge, _secant, 100.0, _MOST_EXACT)
+    search = _closed_in(evaluate, start, first_step, judge, _secant, 100.0, _MOST_EXACT)
+    # A bracket as narrow as steps can be told apart is a minimum too.
+    is_minimum = search.closed & (search.best.step > 0)
+    return _found(search._replace(accepted=search.accepted | is_minimum))
 
 
 def armijo(
@@ -167,7 +185,7 @@ def armijo(
             best=_select(accepted, trial, search.best),
             accepted=accepted,
             any_finite=search.any_finite | finite,
-            ended=accepted | (trial.step * tf.abs(start.slope) <= rounding),
+            closed=trial.step * tf.abs(start.slope) <= rounding,
             evaluations=search.evaluations + 1,
         )
 
@@ -192,8 +210,20 @@ class _Search(NamedTuple):
     best: Trial
     accepted: Tensor
     any_finite: Tensor
-    ended: Tensor
+    closed: Tensor
+    """Whether all steps that are left are the same, but for rounding."""
     evaluations: Tensor
+
+
+class _Verdict(NamedTuple):
+    """What a search thinks of a finite trial."""
+
+    accepted: Tensor
+    too_far: Tensor
+    better: Tensor
+    """Than the best one so far."""
+    closed: Tensor
+    """Whether there is nothing more to find."""
 
 
 def _searched(
@@ -211,11 +241,11 @@ def _searched(
         best=start,
         accepted=no,
         any_finite=no,
-        ended=no,
+        closed=no,
         evaluations=tf.constant(0),
     )
     (search,) = tf.while_loop(
-        lambda search: ~search.ended & (search.evaluations < most),
+        lambda search: ~(search.accepted | search.closed) & (search.evaluations < most),
         lambda search: (body(search),),
         (search,),
     )
@@ -239,18 +269,18 @@ def _closed_in(
     evaluate: Evaluate,
     start: Trial,
     first_step: Tensor,
-    judge: Callable[[Trial, _Bound], tuple[Tensor, Tensor]],
+    judge: Callable[[Trial, _Bound, Trial], _Verdict],
     between: Callable[[_Bound, _Bound, Tensor], Tensor],
     growth: float,
     most: int,
-) -> Found:
+) -> _Search:
     """Brackets a step and closes it in.
 
     Args:
         evaluate: φ.
         start: At step 0.
         first_step: The first one tried.
-        judge: Whether a trial is accepted, and whether it went too far.
+        judge: A verdict on a trial, from the low end of the interval and the best trial.
         between: The next step from both ends of an interval and the loss's rounding.
         growth: By how much a step may grow, in distances from the one before.
         most: Evaluations.
@@ -261,8 +291,8 @@ def _closed_in(
         low, high = search.low, search.high
         trial = evaluate(search.step)
         finite = _is_finite(trial)
-        accepted, too_far = judge(trial, low)
-        accepted, too_far = accepted & finite, too_far | ~finite
+        verdict = judge(trial, low, search.best)
+        accepted, too_far = verdict.accepted & finite, verdict.too_far | ~finite
         infinity = tf.constant(float("inf"), trial.loss.dtype)
         here = _Bound(
             trial.step,
@@ -288,22 +318,21 @@ def _closed_in(
             inside,
             new_low.step + _SHRINK * (new_high.step - new_low.step),
         )
-        better = finite & (trial.loss < search.best.loss)
-        closed = bracketed & (width <= 4 * _epsilon(width) * ends[1])
+        closed = verdict.closed | (bracketed & (width <= 4 * _epsilon(width) * ends[1]))
         return _Search(
             step=tf.where(bracketed, inside, grown),
             low=new_low,
             high=new_high,
             width=search.last_width,
             last_width=width,
-            best=_select(accepted | better, trial, search.best),
+            best=_select(accepted | (finite & verdict.better), trial, search.best),
             accepted=accepted,
             any_finite=search.any_finite | finite,
-            ended=accepted | closed,
+            closed=closed,
             evaluations=search.evaluations + 1,
         )
 
-    return _found(_searched(body, start, first_step, most))
+    return _searched(body, start, first_step, most)
 
 
 def _extrapolated(before: _Bound, here: _Bound, growth: float) -> Tensor:

@@ -183,23 +183,25 @@ def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Te
     """The direction, and the λ with which the Hessian is positive definite."""
     identity = tf.eye(hessian.shape[0], dtype=hessian.dtype)
     largest = tf.reduce_max(tf.abs(tf.linalg.diag_part(hessian)))
-    least = 10 * np.finfo(hessian.dtype.as_numpy_dtype).eps * hessian.shape[0] * largest
+    epsilon = np.finfo(hessian.dtype.as_numpy_dtype).eps
+    # Pivots below the first are rounding; the other is half way between 1 and rounding.
+    zero, least = hessian.shape[0] * epsilon * largest, epsilon**0.5 * largest
 
-    def solved(damping: Tensor) -> Tensor:
+    def solved(damping: Tensor) -> tuple[Tensor, Tensor]:
         # Compiled, a decomposition that fails gives numbers that are none.
         factor = tf.linalg.cholesky(hessian + damping * identity)
-        return -tf.linalg.cholesky_solve(factor, gradient[:, None])[:, 0]
+        direction = -tf.linalg.cholesky_solve(factor, gradient[:, None])[:, 0]
+        positive = tf.reduce_min(tf.linalg.diag_part(factor) ** 2) > zero
+        return direction, positive & tf.reduce_all(tf.math.is_finite(direction))
 
-    def raised(raises: Tensor, damping: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def raised(raises: Tensor, damping: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         damping = tf.maximum(10.0 * damping, least)
-        return raises + 1, damping, solved(damping)
+        return raises + 1, damping, *solved(damping)
 
-    _, damping, direction = tf.while_loop(
-        lambda raises, _, direction: (
-            (raises < _MOST_RAISES) & ~tf.reduce_all(tf.math.is_finite(direction))
-        ),
+    _, damping, direction, _ = tf.while_loop(
+        lambda raises, _damping, _direction, positive: ~positive & (raises < _MOST_RAISES),
         raised,
-        (tf.constant(0), damping, solved(damping)),
+        (tf.constant(0), damping, *solved(damping)),
     )
     return direction, damping
 

@@ -150,6 +150,7 @@ class Gadam:
         engine: str = "auto",
         seed: int | None = None,
     ) -> None:
+        _check_optimizer(model)
         check_is_trainable_by_its_loss(model)
         check_is_built(model)
         _check_precision(model)
@@ -695,6 +696,18 @@ def _without_rate_and_name(config: Any) -> Any:
             if key not in ("learning_rate", "name")
         }
     return config
+
+
+def _check_optimizer(model: Any) -> None:
+    optimizer = getattr(model, "optimizer", None)
+    if hasattr(optimizer, "attach"):
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"Gadam does not train with {name}, which evaluates the loss itself: members train on "
+            "mini-batches, by their gradients. Compile with a first-order optimizer, such as "
+            f"keras_gdopt.Adam(); the best member can go on with {name} afterwards. "
+            f"Received: {optimizer!r}"
+        )
 
 
 def _check_precision(model: keras.Model) -> None:

@@ -1,0 +1,304 @@
+"""The algorithms against their equations, analytic optima and SciPy."""
+
+import keras
+import numpy as np
+import pytest
+import scipy.optimize
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from tests.closures.problems import PROBLEMS, gradient, model_of, point_of, step
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+# Plain operations: what is compiled is tested elsewhere.
+EXACT = {"line_search": "exact", "gradient_tolerance": 0.0, "jit_compile": False}
+
+
+def _quadratic(size, rng, condition=5.0):
+    """A strictly convex quadratic, its Hessian and where its minimum is.
+
+    With a condition of 50 and 20 weights, rounding keeps the textbook's linear conjugate
+    gradient itself from 1e-10.
+    """
+    basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    hessian = basis @ np.diag(np.geomspace(1.0, condition, size)) @ basis.T
+    hessian = 0.5 * (hessian + hessian.T)
+    minimum = rng.normal(size=size)
+
+    def function(x):
+        moved = x - minimum
+        return 0.5 * tf.reduce_sum(moved * tf.linalg.matvec(hessian, moved)) + 3.0
+
+    return function, hessian, minimum
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 20])
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (lambda n: gdopt.ConjugateGradient(beta="polak_ribiere", **EXACT), 0),
+        (lambda n: gdopt.ConjugateGradient(beta="fletcher_reeves", **EXACT), 0),
+        (lambda n: gdopt.LBFGS(memory=n, **EXACT), 1),
+    ],
+    ids=["polak_ribiere", "fletcher_reeves", "lbfgs"],
+)
+def test_a_quadratic_of_n_weights_takes_n_iterations(make, more, size, rng):
+    function, _, minimum = _quadratic(size, rng)
+    start = rng.normal(size=size)
+    optimizer = make(size)
+    optimizer.iterations_per_step = size + more
+    model = model_of(function, start, optimizer)
+    step(model)
+    at_start, at_end = (np.linalg.norm(gradient(function, x)[1]) for x in (start, point_of(model)))
+    assert at_end <= 1e-10 * at_start
+    np.testing.assert_allclose(point_of(model), minimum, atol=1e-9)
+
+
+def test_both_betas_go_the_same_way_on_a_quadratic(rng):
+    function, *_ = _quadratic(10, rng)
+    start = rng.normal(size=10)
+    ways = []
+    for beta in ("polak_ribiere", "fletcher_reeves"):
+        model = model_of(function, start, gdopt.ConjugateGradient(beta=beta, **EXACT))
+        ways.append([(step(model), point_of(model))[1] for _ in range(6)])
+    np.testing.assert_allclose(ways[0], ways[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("line_search", ["wolfe", "armijo", "exact"])
+def test_newton_takes_one_iteration_on_a_quadratic(line_search, jit_compile, rng):
+    function, _, minimum = _quadratic(12, rng)
+    start = rng.normal(size=12)
+    optimizer = gdopt.Newton(solver="exact", line_search=line_search, jit_compile=jit_compile)
+    model = model_of(function, start, optimizer)
+    step(model)
+    at_start, at_end = (np.linalg.norm(gradient(function, x)[1]) for x in (start, point_of(model)))
+    assert at_end <= 1e-10 * at_start
+    np.testing.assert_allclose(point_of(model), minimum, atol=1e-10)
+
+
+# --- the equations ------------------------------------------------------------------------
+
+
+def _followed(function, start, optimizer, count):
+    """Points and gradients of each iteration, and the metrics."""
+    model = model_of(function, start, optimizer)
+    points, metrics = [np.array(start)], []
+    for _ in range(count):
+        metrics.append(step(model))
+        points.append(point_of(model))
+    return points, [gradient(function, x)[1] for x in points], metrics
+
+
+@pytest.mark.parametrize("beta", ["polak_ribiere", "fletcher_reeves"])
+def test_conjugate_gradient_follows_its_equations(beta, rng):
+    function = PROBLEMS[0].function
+    points, gradients, metrics = _followed(
+        function, [-1.2, 1.0], gdopt.ConjugateGradient(beta=beta, jit_compile=False), 8
+    )
+    direction = -gradients[0]
+    for k in range(8):
+        expected = points[k] + metrics[k]["step_length"] * direction
+        np.testing.assert_allclose(points[k + 1], expected, rtol=1e-10)
+        new, old = gradients[k + 1], gradients[k]
+        change = new - old if beta == "polak_ribiere" else new
+        expected = max(change @ new / (old @ old), 0.0)
+        assert metrics[k]["beta"] == pytest.approx(expected, rel=1e-9)
+        direction = -new + expected * direction
+        if direction @ new >= 0:
+            direction = -new
+
+
+def test_lbfgs_with_a_long_memory_is_bfgs(rng):
+    """Against the inverse Hessian as a matrix, updated as Nocedal and Wright's Eq. 6.17."""
+    function = PROBLEMS[3].function
+    points, gradients, metrics = _followed(
+        function, [3.0, -1.0, 0.0, 1.0], gdopt.LBFGS(memory=20, jit_compile=False), 12
+    )
+    pairs = []
+    for k in range(12):
+        inverse = np.eye(4)
+        if pairs:
+            s, y = pairs[-1]
+            inverse *= s @ y / (y @ y)
+        for s, y in pairs:
+            rho = 1 / (s @ y)
+            left = np.eye(4) - rho * np.outer(s, y)
+            inverse = left @ inverse @ left.T + rho * np.outer(s, s)
+        moved = points[k + 1] - points[k]
+        expected = -metrics[k]["step_length"] * inverse @ gradients[k]
+        np.testing.assert_allclose(moved, expected, rtol=1e-7, atol=1e-12)
+        pairs.append((moved, gradients[k + 1] - gradients[k]))
+        assert metrics[k]["memory_pairs"] == len(pairs)
+
+
+def test_lbfgs_forgets_the_oldest_pairs(rng):
+    function = PROBLEMS[4].function
+    points, gradients, metrics = _followed(
+        function, [1.0] * 10, gdopt.LBFGS(memory=3, jit_compile=False), 8
+    )
+    for k in (5, 6, 7):
+        s = [points[i + 1] - points[i] for i in range(k - 3, k)]
+        y = [gradients[i + 1] - gradients[i] for i in range(k - 3, k)]
+        inverse = np.eye(10) * (s[-1] @ y[-1]) / (y[-1] @ y[-1])
+        for a, b in zip(s, y, strict=True):
+            left = np.eye(10) - np.outer(a, b) / (a @ b)
+            inverse = left @ inverse @ left.T + np.outer(a, a) / (a @ b)
+        expected = -metrics[k]["step_length"] * inverse @ gradients[k]
+        np.testing.assert_allclose(points[k + 1] - points[k], expected, rtol=1e-6, atol=1e-12)
+    assert [m["memory_pairs"] for m in metrics] == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_lbfgs_leaves_out_a_pair_without_curvature():
+    """On a line the gradient never changes: no pair may be kept, and the loss must fall."""
+    points, _, metrics = _followed(
+        lambda x: tf.reduce_sum(2.0 * x), [1.0, 1.0], gdopt.LBFGS(jit_compile=False), 3
+    )
+    assert [m["memory_pairs"] for m in metrics] == [0, 0, 0]
+    assert points[3].sum() < points[2].sum() < points[0].sum()
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_newton_descends_where_the_hessian_is_not_positive(jit_compile):
+    # A saddle at 0, minima at x = (+-1, 0).
+    def function(x):
+        return x[0] ** 4 / 4 - x[0] ** 2 / 2 + x[1] ** 2
+
+    for solver in ("exact", "cg"):
+        optimizer = gdopt.Newton(
+            solver=solver, iterations_per_step=30, gradient_tolerance=1e-10, jit_compile=jit_compile
+        )
+        model = model_of(function, [0.1, 0.5], optimizer)
+        step(model)
+        np.testing.assert_allclose(point_of(model), [1.0, 0.0], atol=1e-9)
+        assert optimizer.converged
+
+
+def test_newton_takes_the_pseudo_inverse_of_a_singular_hessian():
+    """f = (x + y - 3)^2 + z^2: the nearest of the minima to the start."""
+
+    def function(x):
+        return (x[0] + x[1] - 3.0) ** 2 + x[2] ** 2
+
+    optimizer = gdopt.Newton(solver="exact", jit_compile=False)
+    model = model_of(function, [1.0, 0.0, 5.0], optimizer)
+    metrics = step(model)
+    np.testing.assert_allclose(point_of(model), [2.0, 1.0, 0.0], atol=1e-12)
+    assert metrics["damping"] == 0.0
+    # Compiled it is damped instead, by as little as the decomposition needs.
+    optimizer = gdopt.Newton(solver="exact", jit_compile=True, iterations_per_step=5)
+    model = model_of(function, [1.0, 0.0, 5.0], optimizer)
+    step(model)
+    np.testing.assert_allclose(point_of(model), [2.0, 1.0, 0.0], atol=1e-7)
+
+
+def test_damping_rises_where_the_model_is_wrong_and_falls_where_it_is_right(rng):
+    function, hessian, _ = _quadratic(5, rng)
+    start = rng.normal(size=5)
+    points, gradients, metrics = _followed(
+        function, start, gdopt.Newton(damping=2.0, solver="exact", jit_compile=False), 3
+    )
+    for k, damping in enumerate([2.0, 0.2, 0.02]):
+        shifted = hessian + damping * np.eye(5)
+        expected = -metrics[k]["step_length"] * np.linalg.solve(shifted, gradients[k])
+        np.testing.assert_allclose(points[k + 1] - points[k], expected, rtol=1e-9, atol=1e-13)
+        assert metrics[k]["damping"] == pytest.approx(damping / 10)
+    # Where the loss falls by less than a quarter of what the quadratic model promises.
+    points, gradients, metrics = _followed(
+        lambda x: tf.reduce_sum(tf.sqrt(1.0 + x**2)), [1.5],
+        gdopt.Newton(solver="exact", line_search="armijo", jit_compile=False), 1,
+    )  # fmt: skip
+    hessian = (1 + 1.5**2) ** -1.5
+    moved, fell = (points[1] - points[0])[0], np.sqrt(1 + points[1][0] ** 2) - np.sqrt(1 + 1.5**2)
+    assert fell / (gradients[0][0] * moved + hessian * moved**2 / 2) < 0.25
+    assert metrics[0]["damping"] == pytest.approx(1e-3 * hessian)
+
+
+def test_truncated_newton_solves_as_exactly_as_it_must(rng):
+    """The residual of its direction is below the forcing term times the gradient."""
+    function, hessian, _ = _quadratic(30, rng, condition=1e4)
+    points, gradients, metrics = _followed(
+        function, rng.normal(size=30), gdopt.Newton(solver="cg", jit_compile=False), 4
+    )
+    terms = [0.5]
+    for k in range(4):
+        direction = (points[k + 1] - points[k]) / metrics[k]["step_length"]
+        residual = np.linalg.norm(hessian @ direction + gradients[k])
+        assert residual <= terms[k] * np.linalg.norm(gradients[k]) * (1 + 1e-9)
+        golden = (1 + 5**0.5) / 2
+        term = 0.9 * (np.linalg.norm(gradients[k + 1]) / np.linalg.norm(gradients[k])) ** golden
+        safeguard = 0.9 * terms[k] ** golden
+        terms.append(min(max(term, safeguard) if safeguard > 0.1 else term, 0.5))
+    assert all(m["inner_iterations"] >= 1 for m in metrics)
+
+
+# --- beside SciPy -------------------------------------------------------------------------
+
+_TOLERANCE = 1e-6
+
+
+def _evaluations(problem, optimizer):
+    """Of loss and gradient, up to the first iterate whose gradient is small."""
+    model = model_of(problem.function, problem.start, optimizer)
+    count = 1
+    for _ in range(300):
+        count += step(model)["evaluations"] - 1  # the first is the last one's of the step before
+        if np.max(np.abs(gradient(problem.function, point_of(model))[1])) <= _TOLERANCE:
+            return count
+    raise AssertionError(f"{problem} is not solved: {optimizer.line_search_status}")
+
+
+def _evaluations_of_scipy(problem, method, options):
+    count, at_end = 0, None
+
+    def value_and_gradient(x):
+        nonlocal count
+        count += 1
+        return gradient(problem.function, x)
+
+    def hessian_product(x, vector):
+        x, vector = tf.constant(x), tf.constant(vector)
+        with tf.autodiff.ForwardAccumulator(x, vector) as accumulator:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = problem.function(x)
+            of_value = tape.gradient(value, x)
+        return accumulator.jvp(of_value).numpy()
+
+    def look(x):
+        nonlocal at_end
+        if np.max(np.abs(gradient(problem.function, x)[1])) <= _TOLERANCE:
+            at_end = count
+            raise StopIteration
+
+    more = {"hessp": hessian_product} if method == "Newton-CG" else {}
+    scipy.optimize.minimize(
+        value_and_gradient, np.array(problem.start), jac=True, method=method,
+        callback=look, options={"maxiter": 1000, **options}, **more,
+    )  # fmt: skip
+    return at_end
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "options"),
+    [
+        (gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}),
+        (lambda **kw: gdopt.Newton(solver="exact", **kw), "Newton-CG", {"xtol": 1e-14}),
+        (lambda **kw: gdopt.Newton(solver="cg", **kw), "Newton-CG", {"xtol": 1e-14}),
+        (gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}),
+    ],
+    ids=["cg", "newton", "newton_cg", "lbfgs"],
+)
+def test_as_few_evaluations_as_scipy(make, method, options):
+    ratios = {}
+    for problem in PROBLEMS:
+        ours = _evaluations(problem, make(gradient_tolerance=0.0, jit_compile=False))
+        ratios[str(problem)] = ours / _evaluations_of_scipy(problem, method, options)
+    assert np.median(list(ratios.values())) <= 1.3, ratios
+    assert max(ratios.values()) <= 2.0, ratios
+
+
+def test_keras_holds_the_first_point_in_floatx():
+    assert keras.config.floatx() == "float64"
+    assert point_of(model_of(PROBLEMS[0].function, (1.5, 2.5), gdopt.LBFGS())).dtype == "float64"
