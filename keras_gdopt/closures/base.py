@@ -413,9 +413,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             proposal, slope = self._descending(point, proposal, learning_rate)
 
             def evaluate(step: Tensor) -> Trial:
-                value, gradient = loss.value_and_gradient(
-                    point.weights + step * proposal.direction
-                )
+                value, gradient = loss.value_and_gradient(point.weights + step * proposal.direction)
                 return Trial(step, value, _dot(gradient, proposal.direction), gradient)
 
             start = Trial(tf.zeros_like(slope), point.loss, slope, point.gradient)
@@ -615,14 +613,11 @@ class _TrainStep:
         self._model = weakref.ref(model)
         self._optimizer = weakref.ref(optimizer)
         self._is_compiled = _is_compiled(model, optimizer.jit_compile)
-        self._minimize = tf.function(
-            self._traced, jit_compile=self._is_compiled, autograph=False
-        )
+        self._minimize = tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
 
     def __call__(self, data: Any) -> dict[str, Any]:
-        model, optimizer = self._model(), self._optimizer()
-        if model is None or optimizer is None or model.optimizer is not optimizer:
-            # Compiled anew, with another optimizer.
+        model, optimizer = self._both()
+        if model.optimizer is not optimizer:  # compiled anew, with another one
             return type(model).train_step(model, data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not optimizer.built:
@@ -636,9 +631,13 @@ class _TrainStep:
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _traced(self, data: Data) -> Tensor:
-        function = ModelFunction(self._model())
-        optimizer = self._optimizer()
+        model, optimizer = self._both()
+        function = ModelFunction(model)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
+
+    def _both(self) -> tuple[Any, Any]:
+        """The model, which is alive as it makes a step, and the optimizer, if it still is."""
+        return self._model(), self._optimizer()
 
 
 def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:

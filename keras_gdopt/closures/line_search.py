@@ -105,9 +105,7 @@ def strong_wolfe(
             closed=tf.constant(False),
         )
 
-    return _found(
-        _closed_in(evaluate, start, first_step, judge, _interpolated, 4.0, _MOST_WOLFE)
-    )
+    return _found(_closed_in(evaluate, start, first_step, judge, _interpolated, 4.0, _MOST_WOLFE))
 
 
 def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:

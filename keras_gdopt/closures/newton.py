@@ -112,8 +112,8 @@ class Newton(ClosureOptimizer):
         size = sum(int(np.prod(variable.shape)) for variable in variables)
         if self.solver == "exact" and size > _MOST_EXACT:
             raise ValueError(
-                f"`solver=\"exact\"` is for at most {_MOST_EXACT:,} weights. Use "
-                "`solver=\"cg\"`, which needs no Hessian. Received: a model of "
+                f'`solver="exact"` is for at most {_MOST_EXACT:,} weights. Use '
+                '`solver="cg"`, which needs no Hessian. Received: a model of '
                 f"{size:,} weights, whose Hessian and its decomposition would need about "
                 f"{3 * 4 * size**2 / 2**30:,.1f} GiB in float32"
             )

@@ -1,24 +1,21 @@
-"""Functions to minimize, as Keras models whose weights are their arguments, and in NumPy."""
+"""Functions to minimize, as Keras models whose weights are their arguments."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-import keras_gdopt as gdopt
-
 
 @dataclass(frozen=True)
 class Problem:
-    """A function of a few numbers, written once for NumPy and TensorFlow."""
+    """A function of a few numbers, and its standard start."""
 
     name: str
     function: Callable
-    """Of a module's `sum`, and a vector."""
     start: tuple[float, ...]
-    minimum: float = 0.0
 
     def __str__(self):
         return self.name
@@ -101,16 +98,33 @@ def step(model):
 
 
 def gradient(function, point):
-    """By TensorFlow, outside of any model."""
-    point = tf.constant(point, tf.float64)
-    with tf.GradientTape() as tape:
-        tape.watch(point)
-        value = function(point)
-    return float(value), tape.gradient(value, point).numpy()
+    """Value and gradient, by TensorFlow, outside of any model."""
+    value, of_value = _traced_gradient(function)(tf.constant(point, tf.float64))
+    return float(value), of_value.numpy()
 
 
-OPTIMIZERS = {
-    "cg": (gdopt.ConjugateGradient, "CG"),
-    "newton": (gdopt.Newton, "Newton-CG"),
-    "lbfgs": (gdopt.LBFGS, "L-BFGS-B"),
-}
+def hessian_times(function, point, vector):
+    """The Hessian's product with a vector, likewise."""
+    arrays = tf.constant(point, tf.float64), tf.constant(vector, tf.float64)
+    return _traced_product(function)(*arrays).numpy()
+
+
+@functools.cache
+def _traced_gradient(function):
+    def value_and_gradient(point):
+        with tf.GradientTape() as tape:
+            tape.watch(point)
+            value = function(point)
+        return value, tape.gradient(value, point)
+
+    return tf.function(value_and_gradient, autograph=False)
+
+
+@functools.cache
+def _traced_product(function):
+    def product(point, vector):
+        with tf.autodiff.ForwardAccumulator(point, vector) as accumulator:
+            _, of_value = _traced_gradient(function)(point)
+        return accumulator.jvp(of_value)
+
+    return tf.function(product, autograph=False)
