@@ -363,9 +363,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         )
         return {**config, **{name: getattr(self, name) for name in own}}
 
-    @property
-    def slot_variables(self) -> Mapping[str, Sequence[Any]]:
-        """What is kept, by name; each is for all weights together."""
+    def _saved_slots(self) -> Mapping[str, Sequence[Any]]:
+        # Each is for all weights together.
         return {name: [variable] for name, variable in self._memory.items()}
 
     def _slot_initial_values(self) -> Mapping[str, float]:
@@ -619,6 +618,8 @@ class _TrainStep:
         model, optimizer = self._both()
         if model.optimizer is not optimizer:  # compiled anew, with another one
             return type(model).train_step(model, data)
+        if not model.built:
+            model._symbolic_build(data_batch=data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)

@@ -53,6 +53,10 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         """Slot variables by slot name, aligned with the model's; `None` where none is."""
         return {}
 
+    def _saved_slots(self) -> Mapping[str, Sequence[Any]]:
+        """What is saved under the names of slots, each a list."""
+        return self.slot_variables
+
     def _slot_initial_values(self) -> Mapping[str, float]:
         """The slots that a built optimizer has, and the values they start from."""
         return {}
@@ -157,7 +161,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         groups = {
             "average": getattr(self, "_model_variables_moving_average", []),
             "gradient_accumulator": getattr(self, "_accumulated_gradients", []),
-            **self.slot_variables,
+            **self._saved_slots(),
         }
         for group, variables in groups.items():
             for index, variable in enumerate(variables):
