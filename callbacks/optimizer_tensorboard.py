@@ -49,7 +49,10 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     and one for each metric of the algorithm's own: `velocity_norm` (Momentum, NAG),
     `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 4,096
     entries; Adagrad, RMSprop, Adadelta, Adam, Nadam, RAdam), `rho_t` and `rectification`
-    (RAdam), `slow_fast_distance` and `syncs` (Lookahead). `update_ratio_log10` is left
+    (RAdam), `slow_fast_distance` and `syncs` (Lookahead); `step_length`, `evaluations` and
+    `steps_made` (all that search along lines), `beta` (ConjugateGradient), `damping` and
+    `inner_iterations` (Newton), `memory_pairs` (LBFGS). Those take one training step for a
+    batch, often for an epoch: `update_freq=1` shows each. `update_ratio_log10` is left
     out where a norm is 0. The logs of each epoch are there too (`epoch_loss`,
     `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that the HParams tab
     compares the runs. The Custom Scalars tab shows learning rate, gradient norm, the
