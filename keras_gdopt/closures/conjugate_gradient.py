@@ -70,7 +70,7 @@ class ConjugateGradient(ClosureOptimizer):
 
     hyperparameters = ("beta",)
     own_metrics = ("beta",)
-    curvature = 0.1
+    curvature = 0.2
 
     def __init__(
         self,
