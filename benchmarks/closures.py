@@ -21,7 +21,7 @@ from benchmarks.side_by_side import Contender, Work, run
 
 ITERATIONS = 100
 SECONDS = 8.0
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
