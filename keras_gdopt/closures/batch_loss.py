@@ -1,6 +1,8 @@
 """The loss of one batch as a function of all weights, laid out as one vector."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -72,7 +74,7 @@ class BatchLoss:
         return self._value_and_gradient(weights)
 
     def hessian_product(self, weights: Tensor, vector: Tensor) -> Tensor:
-        """The Hessian at `weights` times a vector, forward over reverse."""
+        """The Hessian at `weights` times a vector: the derivative of the gradient's product."""
         return self._product(weights, vector)
 
     def hessian(self, weights: Tensor) -> Tensor:
@@ -93,10 +95,15 @@ class BatchLoss:
         return loss, gradient
 
     def _traced_product(self, weights: Tensor, vector: Tensor) -> Tensor:
+        # Reverse over reverse: forward over reverse, TensorFlow cannot differentiate loops
+        # that collect what they compute, such as an LSTM's.
         def of_part(batch: Batch) -> tuple[Tensor]:
-            with tf.autodiff.ForwardAccumulator(weights, vector) as accumulator:
+            with tf.GradientTape() as tape, _moments_for_second_derivatives():
+                tape.watch(weights)
                 _, gradient = self._of_part(batch, weights)
-            product = accumulator.jvp(gradient, unconnected_gradients="zero")
+            product = tape.gradient(
+                gradient, weights, output_gradients=vector, unconnected_gradients="zero"
+            )
             return (tf.convert_to_tensor(product),)
 
         (product,) = self._mean_over_chunks(of_part, [(self.size,)])
@@ -118,7 +125,7 @@ class BatchLoss:
             return of_part(self._batch)
         parts = {name: part for name, part in self._batch._asdict().items() if part is not None}
         count = tf.shape(tf.nest.flatten(parts)[0])[0]
-        length = tf.maximum(count // self._chunks, 1)
+        length = -(-count // self._chunks)
 
         def share(begin: Tensor, size: Tensor) -> list[Tensor]:
             def cut(part: Tensor) -> Tensor:
@@ -143,3 +150,30 @@ class BatchLoss:
             lambda: [a + b for a, b in zip(sums, share(count - rest, rest), strict=True)],
             lambda: sums,
         )
+
+
+_MOMENTS, _MOMENTS_LOCK = tf.nn.moments, threading.RLock()
+
+
+@contextlib.contextmanager
+def _moments_for_second_derivatives() -> Iterator[None]:
+    """Within, `tf.nn.moments`, which Keras's normalization layers call, is right twice.
+
+    TensorFlow's own holds the mean in the variance fixed. That leaves the first derivative as
+    it is, for the deviations from a mean add up to 0, but not the second.
+    """
+    with _MOMENTS_LOCK:
+        tf.nn.moments = _moments
+        try:
+            yield
+        finally:
+            tf.nn.moments = _MOMENTS
+
+
+def _moments(
+    x: Any, axes: Any, shift: Any = None, keepdims: bool = False, name: str | None = None
+) -> tuple[Tensor, Tensor]:
+    del shift, name
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=keepdims)
+    return (mean if keepdims else tf.reduce_mean(x, axes)), variance

@@ -6,8 +6,11 @@ with static shapes and one loop each, in which the loss is evaluated at one plac
 they compile. A trial whose loss or slope is not finite is a step that went too far.
 
 Near a minimum the decrease that a condition asks for is less than the rounding of the loss.
-There a step is judged by its slope alone (the approximate Wolfe conditions of Hager and
-Zhang 2005, Eq. 4.1), as long as the loss rises by no more than its rounding.
+There, and only there, a step is judged by its slope alone (the approximate Wolfe conditions of
+Hager and Zhang 2005, Eq. 4.1), as long as the loss rises by no more than its rounding.
+
+Losses, slopes and steps are compared and divided, but not multiplied with their own kind, so
+that nothing over- or underflows before they do themselves.
 """
 
 from collections.abc import Callable
@@ -46,7 +49,8 @@ class Found(NamedTuple):
     """What a line search has found."""
 
     trial: Trial
-    """Of step 0 where no step lowers the loss."""
+    """The one that was accepted, or the best one seen: of the lowest loss, and the flattest of
+    those whose loss is that one to rounding. Of step 0 where no step lowers the loss."""
     evaluations: Tensor
     """Of loss and gradient, without the one at step 0; int32."""
     status: Tensor
@@ -90,22 +94,13 @@ def strong_wolfe(
     Source: Nocedal and Wright 2006, *Numerical Optimization*, Algorithms 3.5 and 3.6,
     Eq. 3.59.
     """
-    rounding = _rounding(start.loss)
 
-    def judge(trial: Trial, low: _Bound, best: Trial) -> _Verdict:
-        sufficient = trial.loss <= start.loss + sufficient_decrease * trial.step * start.slope
-        no_rise = trial.loss <= start.loss + rounding
+    def judge(trial: Trial, low: _Bound) -> tuple[Tensor, Tensor]:
+        enough = _is_enough(trial, start, sufficient_decrease)
         flat = tf.abs(trial.slope) <= -curvature * start.slope
-        nearly = no_rise & (trial.slope <= (2 * sufficient_decrease - 1) * start.slope)
-        too_far = ~(sufficient | nearly) | (trial.loss > low.loss + rounding)
-        return _Verdict(
-            accepted=flat & (sufficient | nearly),
-            too_far=too_far,
-            better=trial.loss < best.loss,
-            closed=tf.constant(False),
-        )
+        return flat & enough, ~enough | _rises(trial, low, start)
 
-    return _found(_closed_in(evaluate, start, first_step, judge, _interpolated, 4.0, _MOST_WOLFE))
+    return _closed_in(evaluate, start, first_step, judge, _WOLFE, _MOST_WOLFE)
 
 
 def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
@@ -115,32 +110,23 @@ def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
 
     The steps grow until the slope is positive; the zero of the slope in between is then
     closed in by secants, with bisection where they do not shrink the bracket. (By the
-    slope, for around a minimum the loss tells steps apart to half of its digits only.)
+    slope, for around a minimum the loss tells steps apart to half of its digits only.) It
+    ends where the slope is 0 to rounding, or where its sign changes from one step to the next.
 
     Args:
         evaluate: φ as a function of a scalar step.
         start: At step 0; its slope must be negative.
         first_step: The first one tried.
     """
-    rounding = _rounding(start.loss)
     flat = 4 * _epsilon(start.loss) * tf.abs(start.slope)
 
-    def judge(trial: Trial, low: _Bound, best: Trial) -> _Verdict:
-        rises = trial.loss > low.loss + rounding
-        slope = tf.abs(trial.slope)
-        # Two steps nearly the same, and the slope no longer falls: it is rounding.
-        near = tf.abs(trial.step - best.step) <= _epsilon(slope) ** 0.5 * trial.step
-        return _Verdict(
-            accepted=(slope <= flat) & ~rises,
-            too_far=rises | (trial.slope > 0),
-            better=(slope < tf.abs(best.slope)) & ~rises,
-            closed=near & (slope > 0.5 * tf.abs(best.slope)),
-        )
+    def judge(trial: Trial, low: _Bound) -> tuple[Tensor, Tensor]:
+        rises = _rises(trial, low, start) | _rises(trial, start, start)
+        return (tf.abs(trial.slope) <= flat) & ~rises, rises | (trial.slope > 0)
 
-    search = _closed_in(evaluate, start, first_step, judge, _secant, 100.0, _MOST_EXACT)
-    # A bracket as narrow as steps can be told apart is a minimum too.
-    is_minimum = search.closed & (search.best.step > 0)
-    return _found(search._replace(accepted=search.accepted | is_minimum))
+    return _closed_in(
+        evaluate, start, first_step, judge, _exact_steps(start), _MOST_EXACT, to_the_last_digit=True
+    )
 
 
 def armijo(
@@ -165,29 +151,41 @@ def armijo(
 
     Source: Armijo 1966; Nocedal and Wright 2006, Algorithm 3.1 and Eq. 3.58.
     """
-    rounding = _rounding(start.loss)
 
     def body(search: _Search) -> _Search:
         trial = evaluate(search.step)
-        finite = _is_finite(trial)
-        sufficient = trial.loss <= start.loss + sufficient_decrease * trial.step * start.slope
-        nearly = (trial.loss <= start.loss + rounding) & (
-            tf.abs(trial.slope) <= (1 - 2 * sufficient_decrease) * tf.abs(start.slope)
-        )
-        accepted = finite & (sufficient | nearly)
-        rise = trial.loss - start.loss - start.slope * trial.step
-        parabola = -start.slope * trial.step**2 / (2 * rise)
+        accepted = _is_finite(trial) & _is_enough(trial, start, sufficient_decrease)
+        promised = start.slope * trial.step
+        parabola = -0.5 * promised / (trial.loss - start.loss - promised) * trial.step
         closer = _clipped(parabola, 0.1 * trial.step, 0.5 * trial.step)
-        return search._replace(
-            step=tf.where(finite, closer, _SHRINK * trial.step),
-            best=_select(accepted, trial, search.best),
-            accepted=accepted,
-            any_finite=search.any_finite | finite,
-            closed=trial.step * tf.abs(start.slope) <= rounding,
-            evaluations=search.evaluations + 1,
+        return _noted(search, trial, accepted)._replace(
+            step=tf.where(_is_finite(trial), closer, _SHRINK * trial.step),
+            ended=accepted,
         )
 
-    return _found(_searched(body, start, first_step, _MOST_ARMIJO))
+    return _found(_searched(body, start, first_step, _MOST_ARMIJO), start)
+
+
+# --- what a trial is judged by -----------------------------------------------------------
+
+
+def _is_enough(trial: Trial, start: Trial, sufficient_decrease: float) -> Tensor:
+    """Whether the loss has decreased enough or, where it does not tell, the slope is right."""
+    wanted = -sufficient_decrease * trial.step * start.slope
+    rounding = _rounding(start.loss)
+    tells = (wanted > rounding) | (tf.abs(trial.loss - start.loss) > rounding)
+    by_slope = trial.slope <= (2 * sufficient_decrease - 1) * start.slope
+    return tf.where(tells, trial.loss <= start.loss - wanted, by_slope)
+
+
+def _rises(trial: Trial, other: Any, start: Trial) -> Tensor:
+    """Whether the loss of a trial is above another one by more than rounding.
+
+    The loss may be a difference of numbers that are larger, so the rounding is not below that
+    of the loss at the start.
+    """
+    rounding = tf.maximum(_rounding(start.loss), _rounding(other.loss))
+    return trial.loss > other.loss + rounding
 
 
 # --- the loop ----------------------------------------------------------------------------
@@ -206,22 +204,12 @@ class _Search(NamedTuple):
     """Of the interval two trials ago."""
     last_width: Tensor
     best: Trial
+    lowest: Tensor
+    """The lowest loss seen; the best trial's, to rounding."""
     accepted: Tensor
     any_finite: Tensor
-    closed: Tensor
-    """Whether all steps that are left are the same, but for rounding."""
+    ended: Tensor
     evaluations: Tensor
-
-
-class _Verdict(NamedTuple):
-    """What a search thinks of a finite trial."""
-
-    accepted: Tensor
-    too_far: Tensor
-    better: Tensor
-    """Than the best one so far."""
-    closed: Tensor
-    """Whether there is nothing more to find."""
 
 
 def _searched(
@@ -231,66 +219,82 @@ def _searched(
     at_start = _Bound(start.step, start.loss, start.slope)
     no = tf.constant(False)
     search = _Search(
-        step=tf.cast(first_step, start.loss.dtype),
+        step=tf.minimum(tf.cast(first_step, start.loss.dtype), start.loss.dtype.max),
         low=at_start,
         high=_Bound(infinity, infinity, infinity),
         width=infinity,
         last_width=infinity,
         best=start,
+        lowest=start.loss,
         accepted=no,
         any_finite=no,
-        closed=no,
+        ended=no,
         evaluations=tf.constant(0),
     )
     (search,) = tf.while_loop(
-        lambda search: ~(search.accepted | search.closed) & (search.evaluations < most),
+        lambda search: ~search.ended & (search.evaluations < most),
         lambda search: (body(search),),
         (search,),
     )
     return search
 
 
-def _found(search: _Search) -> Found:
+def _noted(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
+    """What is known after a trial, but for where to go next."""
+    finite = _is_finite(trial)
+    lowest = tf.where(finite, tf.minimum(trial.loss, search.lowest), search.lowest)
+    most = lowest + _rounding(lowest)
+    flatter = (search.best.loss > most) | (tf.abs(trial.slope) < tf.abs(search.best.slope))
+    better = finite & (trial.loss <= most) & flatter
+    return search._replace(
+        best=_select(accepted | better, trial, search.best),
+        lowest=lowest,
+        accepted=accepted,
+        any_finite=search.any_finite | finite,
+        evaluations=search.evaluations + 1,
+    )
+
+
+def _found(search: _Search, start: Trial) -> Found:
+    decreased = search.best.loss < start.loss - _rounding(start.loss)
     status = tf.where(
         search.accepted,
         ACCEPTED,
-        tf.where(
-            search.best.step > 0,
-            DECREASED,
-            tf.where(search.any_finite, NO_DECREASE, NOT_FINITE),
-        ),
+        tf.where(decreased, DECREASED, tf.where(search.any_finite, NO_DECREASE, NOT_FINITE)),
     )
-    return Found(search.best, search.evaluations, status)
+    trial = _select(search.accepted | decreased, search.best, start)
+    return Found(trial, search.evaluations, status)
 
 
 def _closed_in(
     evaluate: Evaluate,
     start: Trial,
     first_step: Tensor,
-    judge: Callable[[Trial, _Bound, Trial], _Verdict],
-    between: Callable[[_Bound, _Bound, Tensor], Tensor],
-    growth: float,
+    judge: Callable[[Trial, _Bound], tuple[Tensor, Tensor]],
+    steps: "_Steps",
     most: int,
-) -> _Search:
+    *,
+    to_the_last_digit: bool = False,
+) -> Found:
     """Brackets a step and closes it in.
 
     Args:
         evaluate: φ.
         start: At step 0.
         first_step: The first one tried.
-        judge: A verdict on a trial, from the low end of the interval and the best trial.
-        between: The next step from both ends of an interval and the loss's rounding.
-        growth: By how much a step may grow, in distances from the one before.
+        judge: Whether a trial is accepted, and whether it went too far.
+        steps: Where to go next.
         most: Evaluations.
+        to_the_last_digit: Whether to accept the best step where the slope's sign changes from
+            one step to the next.
     """
-    rounding = _rounding(start.loss)
 
     def body(search: _Search) -> _Search:
         low, high = search.low, search.high
         trial = evaluate(search.step)
         finite = _is_finite(trial)
-        verdict = judge(trial, low, search.best)
-        accepted, too_far = verdict.accepted & finite, verdict.too_far | ~finite
+        accepted, too_far = judge(trial, low)
+        accepted, too_far = accepted & finite, too_far | ~finite
         infinity = tf.constant(float("inf"), trial.loss.dtype)
         here = _Bound(
             trial.step,
@@ -298,73 +302,107 @@ def _closed_in(
             tf.where(finite, trial.slope, infinity),
         )
         # Downhill from here lies the other end of the interval, or the low one.
-        turned = trial.slope * (high.step - low.step) >= 0
+        turned = tf.sign(trial.slope) * tf.sign(high.step - low.step) >= 0
         new_high = _select(too_far, here, _select(turned, low, high))
         new_low = _select(too_far, low, here)
 
         bracketed = tf.math.is_finite(new_high.step)
-        grown = _extrapolated(low, here, growth)
-        width = tf.abs(new_high.step - new_low.step)
-        inside = between(new_low, new_high, rounding)
-        ends = (tf.minimum(new_low.step, new_high.step), tf.maximum(new_low.step, new_high.step))
-        inside = _clipped(inside, ends[0] + 0.01 * width, ends[1] - 0.01 * width)
-        halfway = new_low.step + 0.5 * (new_high.step - new_low.step)
+        distance = new_high.step - new_low.step
+        width = tf.abs(distance)
         slow = tf.math.is_finite(search.width) & (width > 0.66 * search.width)
-        inside = tf.where(slow, halfway, inside)
-        inside = tf.where(
-            tf.math.is_finite(new_high.loss),
-            inside,
-            new_low.step + _SHRINK * (new_high.step - new_low.step),
-        )
-        closed = verdict.closed | (bracketed & (width <= 4 * _epsilon(width) * ends[1]))
-        return _Search(
-            step=tf.where(bracketed, inside, grown),
+        part = tf.where(~slow, steps.inside(new_low, new_high), 0.5)
+        # The size of a first step may be wrong by far, but not that of one between two others.
+        shrunk = tf.cast(tf.where(new_low.step > 0, 0.5, _SHRINK), part.dtype)
+        part = tf.where(tf.math.is_finite(new_high.loss), part, shrunk)
+        few_digits = 4 * _epsilon(width)
+        closed = bracketed & (width <= few_digits * tf.maximum(new_low.step, new_high.step))
+        grown = trial.step + (trial.step - low.step) * steps.beyond(low, here)
+        grown = tf.maximum(grown, trial.step * (1 + few_digits))
+        grown = tf.minimum(grown, grown.dtype.max)
+        noted = _noted(search, trial, accepted)
+        if to_the_last_digit:
+            is_zero = closed & (new_low.slope < 0) & (new_high.slope > 0)
+            accepted |= is_zero & tf.math.is_finite(new_high.loss) & (noted.best.step > 0)
+        return noted._replace(
+            step=tf.where(bracketed, new_low.step + distance * part, grown),
             low=new_low,
             high=new_high,
             width=search.last_width,
             last_width=width,
-            best=_select(accepted | (finite & verdict.better), trial, search.best),
             accepted=accepted,
-            any_finite=search.any_finite | finite,
-            closed=closed,
-            evaluations=search.evaluations + 1,
+            ended=accepted | closed,
         )
 
-    return _searched(body, start, first_step, most)
+    return _found(_searched(body, start, first_step, most), start)
 
 
-def _extrapolated(before: _Bound, here: _Bound, growth: float) -> Tensor:
-    """A step beyond `here`, where the slope is still negative."""
-    distance = here.step - before.step
-    flatter = here.slope > before.slope
-    to_zero = here.step + distance * here.slope / (before.slope - here.slope)
-    step = tf.where(flatter, to_zero, here.step + growth * distance)
-    return _clipped(step, here.step + 1.1 * distance, here.step + growth * distance)
+class _Steps(NamedTuple):
+    """Where to go next, in parts of the distance that there is."""
+
+    beyond: Callable[[_Bound, _Bound], Tensor]
+    """Of the step before and one that did not go far enough; from the latter."""
+    inside: Callable[[_Bound, _Bound], Tensor]
+    """Of the low and the high end of an interval; from the low one."""
 
 
-def _interpolated(low: _Bound, high: _Bound, rounding: Tensor) -> Tensor:
-    """The minimum of the cubic through two ends."""
-    distance = high.step - low.step
+def _wolfe_beyond(before: _Bound, here: _Bound) -> Tensor:
+    return _clipped(_zero_beyond(before, here), 1.1, 4.0)
+
+
+def _wolfe_inside(low: _Bound, high: _Bound) -> Tensor:
+    """At the minimum of the cubic through both ends."""
     rise = high.loss - low.loss
-    one = low.slope + high.slope - 3 * rise / distance
-    root = one**2 - low.slope * high.slope
-    two = tf.sign(distance) * tf.sqrt(tf.maximum(root, 0.0))
-    cubic = high.step - distance * (high.slope + two - one) / (high.slope - low.slope + 2 * two)
+    one = low.slope + high.slope - 3 * rise / (high.step - low.step)
+    scale = tf.maximum(tf.abs(one), tf.maximum(tf.abs(low.slope), tf.abs(high.slope)))
+    root = (one / scale) ** 2 - (low.slope / scale) * (high.slope / scale)
+    two = tf.sign(high.step - low.step) * scale * tf.sqrt(tf.maximum(root, 0.0))
+    cubic = 1.0 - (high.slope + two - one) / (high.slope - low.slope + 2 * two)
     # Where the losses say nothing, by the slopes.
-    return tf.where(tf.abs(rise) <= rounding, _secant(low, high, rounding), cubic)
+    rounding = tf.maximum(_rounding(low.loss), _rounding(high.loss))
+    part = tf.where(tf.abs(rise) <= rounding, _zero_inside(low, high), cubic)
+    return _clipped(part, 0.01, 0.99)
 
 
-def _secant(low: _Bound, high: _Bound, rounding: Tensor) -> Tensor:
-    """Where the slope is zero, if it is a line between two ends; their middle if it is none."""
-    del rounding
-    distance = high.step - low.step
-    opposite = low.slope * high.slope < 0
-    line = low.step - distance * low.slope / (high.slope - low.slope)
-    return tf.where(opposite, line, low.step + 0.5 * distance)
+_WOLFE = _Steps(_wolfe_beyond, _wolfe_inside)
 
 
-def _clipped(value: Tensor, least: Tensor, most: Tensor) -> Tensor:
+def _exact_steps(start: Trial) -> _Steps:
+    # An end this flat is near the zero; another one may only seem so beside a steep one.
+    flat = 0.01 * tf.abs(start.slope)
+
+    def beyond(before: _Bound, here: _Bound) -> Tensor:
+        part = _zero_beyond(before, here)
+        # Near the zero a little beyond it, to have it in between.
+        near = (part < 0.01) & (tf.abs(here.slope) < flat)
+        return tf.where(near, 2.0 * part, _clipped(part, 1.1, 100.0))
+
+    def inside(low: _Bound, high: _Bound) -> Tensor:
+        part = _zero_inside(low, high)
+        near_low = (part < 0.01) & (tf.abs(low.slope) < flat)
+        near_high = (part > 0.99) & (tf.abs(high.slope) < flat)
+        beyond_zero = tf.where(near_low, 2.0 * part, 2.0 * part - 1.0)
+        part = tf.where(near_low | near_high, beyond_zero, _clipped(part, 0.01, 0.99))
+        least = _epsilon(part) * tf.maximum(high.step / (high.step - low.step), 1.0)
+        return _clipped(part, least, 1.0 - least)
+
+    return _Steps(beyond, inside)
+
+
+def _zero_beyond(before: _Bound, here: _Bound) -> Tensor:
+    """Where the slope is zero if it is a line; infinity if it does not become flatter."""
+    part = here.slope / (before.slope - here.slope)
+    return tf.where(here.slope > before.slope, part, tf.constant(float("inf"), part.dtype))
+
+
+def _zero_inside(low: _Bound, high: _Bound) -> Tensor:
+    """Where the slope is zero if it is a line between two ends; their middle if it is not."""
+    opposite = tf.sign(low.slope) * tf.sign(high.slope) < 0
+    return tf.where(opposite, low.slope / (low.slope - high.slope), 0.5)
+
+
+def _clipped(value: Tensor, least: Any, most: Any) -> Tensor:
     """The value within its bounds; their middle for one that is no number."""
+    least, most = tf.cast(least, value.dtype), tf.cast(most, value.dtype)
     middle = least + 0.5 * (most - least)
     value = tf.where(tf.math.is_nan(value), middle, value)
     return tf.minimum(tf.maximum(value, least), most)
