@@ -1,0 +1,61 @@
+"""The example of optimizers that evaluate the loss themselves, run as its users run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "regression_to_precision.py"
+
+
+def _run(*arguments, cwd):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_ends_with_a_table_and_a_picture(tmp_path):
+    pytest.importorskip("sklearn")
+    # So strong a regularizer leaves one minimum; two units, little to compile.
+    run = _run("--units", 2, "--l2", 0.1, "--evaluations", 600, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout[run.stdout.index("final loss") :].splitlines()[1:5]
+    table = {
+        name: [float(n.replace(",", "")) for n in rest] for name, *rest in map(str.split, lines)
+    }
+    adam, *others = table
+    assert adam.startswith("Adam(")
+    assert others == ["ConjugateGradient", "Newton(solver='cg')", "LBFGS"]
+    for name in others:
+        _, above, gradient_norm, evaluations, seconds, _ = table[name]
+        assert above < 1e-14
+        assert gradient_norm < 1e-9
+        assert evaluations <= 600
+        assert seconds > 0
+    products = int(run.stdout.split("Newton(solver='cg'): ")[-1].split()[0])
+    assert 0 < products < table["Newton(solver='cg')"][3]
+    assert (tmp_path / "runs" / "regression_to_precision.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--evaluations", 0), "--evaluations must be at least 1; received 0"),
+        (("--l2", -1), "--l2 must not be negative; received -1.0"),
+        (("--logdir", "file/runs"), "cannot write to --logdir file/runs: Not a directory"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, message, tmp_path):
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").write_text("in the way")
+    run = _run(*arguments, cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == f"regression_to_precision: error: {message}"
