@@ -92,8 +92,7 @@ CLIPPING = {
 }
 
 
-@pytest.mark.parametrize("kind", CLIPPING)
-@every_optimizer
+@every_optimizer_with("kind", CLIPPING)
 def test_clipping_equals_numpy(case, kind, start, gradients, float64):
     optimizer = case(learning_rate=0.1, **{kind: 0.7})
     received = _applied(optimizer, start, gradients)
