@@ -22,7 +22,6 @@ from keras_gdopt.optimizers.argument_checks import (
 )
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
-from keras_gdopt.optimizers.tensorflow_step import xla_is_available
 
 Tensor = Any
 
@@ -650,6 +649,9 @@ def _is_compiled(model: keras.Model, asked: bool | str) -> bool:
     """Whether XLA compiles the step: if asked for, and by default where the layers allow it."""
     if model.jit_compile or asked != "auto":
         return bool(model.jit_compile or asked)
+    # With another backend this room is imported too, but none of TensorFlow's steps.
+    from keras_gdopt.optimizers.tensorflow_step import xla_is_available
+
     return xla_is_available() and all(layer.supports_jit for layer in model._flatten_layers())
 
 
