@@ -145,6 +145,11 @@ A_FEW = [
 ]
 
 
+def _has_options(case) -> bool:
+    """Whether it is not its algorithm as it is by default."""
+    return bool(case.arguments) and not isinstance(case, WrapperCase)
+
+
 def every_optimizer_with(name: str, values) -> pytest.MarkDecorator:
     """Each optimizer with the first of the values, and a few with all of them.
 
@@ -153,11 +158,24 @@ def every_optimizer_with(name: str, values) -> pytest.MarkDecorator:
     values = list(values)
     pairs = [(case, value) for case in CASES for value in values[:1]]
     pairs += [(case, value) for case in A_FEW for value in values[1:]]
+    slow = [[pytest.mark.slow] if _has_options(case) else [] for case, _ in pairs]
     return pytest.mark.parametrize(
-        ("case", name), pairs, ids=[f"{case}-{value}" for case, value in pairs]
+        ("case", name),
+        [
+            pytest.param(case, value, marks=marks, id=f"{case}-{value}")
+            for (case, value), marks in zip(pairs, slow, strict=True)
+        ],
+    )
+
+
+def _each(cases) -> pytest.MarkDecorator:
+    """One parameter for each; with options that are not the defaults, a slow one."""
+    slow = {case: [pytest.mark.slow] if _has_options(case) else [] for case in cases}
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=slow[case], id=str(case)) for case in cases]
     )
 
 
 every_variant = pytest.mark.parametrize("case", VARIANTS, ids=str)
-every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_optimizer = _each(CASES)
+every_rule = _each(RULES)

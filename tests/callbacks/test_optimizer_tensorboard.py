@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.step_metrics import TIERS
-from tests.optimizer_cases import CASES, RULES, every_optimizer
+from tests.optimizer_cases import CASES, RULES, every_optimizer_with
 
 TAGS = ["learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
 
@@ -79,8 +79,7 @@ def _expected(after, x, y, batch_size):
     return expected
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
-@every_optimizer
+@every_optimizer_with("jit_compile", [True, False])
 def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
     x, y = _data(rng)
     model = _model(case(learning_rate=0.01), jit_compile=jit_compile)

@@ -88,11 +88,8 @@ def test_same_weights_and_batches_for_everyone(tmp_path):
         (["--logdir", "file/runs"], "cannot write to --logdir file/runs: Not a directory"),
     ],
 )
-def test_bad_arguments_get_one_line(arguments, message, tmp_path):
+def test_bad_arguments_get_one_line(arguments, message, tmp_path, error_of, capsys):
     pytest.importorskip("sklearn")
     (tmp_path / "file").write_text("in the way")
-    done = _run(*arguments, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"compare_optimizers: error: {message}")
-    assert not done.stdout
+    assert error_of(SCRIPT, *arguments).startswith(f"compare_optimizers: error: {message}")
+    assert not capsys.readouterr().out

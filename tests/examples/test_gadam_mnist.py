@@ -46,7 +46,5 @@ def test_ends_with_a_table_and_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["seeds", "generations"])
-def test_bad_arguments_get_one_line(name, tmp_path):
-    run = _run(f"--{name}", 0, cwd=tmp_path)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == f"--{name} must be at least 1; received 0"
+def test_bad_arguments_get_one_line(name, error_of):
+    assert error_of(SCRIPT, f"--{name}", 0) == f"--{name} must be at least 1; received 0"

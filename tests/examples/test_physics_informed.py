@@ -99,8 +99,6 @@ def test_ends_with_a_table_and_a_picture(tmp_path):
         (("--logdir", "file/runs"), "cannot write to --logdir file/runs: Not a directory"),
     ],
 )
-def test_bad_arguments_get_one_line(arguments, message, tmp_path):
+def test_bad_arguments_get_one_line(arguments, message, tmp_path, error_of):
     (tmp_path / "file").write_text("in the way")
-    run = _run(*arguments, cwd=tmp_path)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == f"physics_informed: error: {message}"
+    assert error_of(SCRIPT, *arguments) == f"physics_informed: error: {message}"

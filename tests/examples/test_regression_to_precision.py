@@ -53,9 +53,7 @@ def test_ends_with_a_table_and_a_picture(tmp_path):
         (("--logdir", "file/runs"), "cannot write to --logdir file/runs: Not a directory"),
     ],
 )
-def test_bad_arguments_get_one_line(arguments, message, tmp_path):
+def test_bad_arguments_get_one_line(arguments, message, tmp_path, error_of):
     pytest.importorskip("sklearn")
     (tmp_path / "file").write_text("in the way")
-    run = _run(*arguments, cwd=tmp_path)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == f"regression_to_precision: error: {message}"
+    assert error_of(SCRIPT, *arguments) == f"regression_to_precision: error: {message}"

@@ -10,7 +10,7 @@ from keras_gdopt.gadam.data import ArrayData
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.progress import Progress
 from tests.gadam import models
-from tests.optimizer_cases import every_optimizer
+from tests.optimizer_cases import every_optimizer_with
 
 STACKED = ["dense", "convolution", "normalization", "unrolled_recurrent", "embedding", "dropout"]
 UNROLLED = [*STACKED, "recurrent"]
@@ -109,8 +109,7 @@ def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64)
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
-@every_optimizer
+@every_optimizer_with("engine", ["stacked", "unrolled"])
 def test_every_optimizer_trains_members(case, engine, rng, float64):
     """With a schedule, clipping and decay, over a second training of old members, too."""
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8)
