@@ -43,13 +43,14 @@ def generations(members: int, *, watched: bool) -> Contender:
         rng = np.random.default_rng(0)
         x, y = rng.random((SAMPLES, 64), "float32"), rng.integers(0, 10, SAMPLES)
         gadam = gdopt.Gadam(digits_mlp(), members, mutation="normal", seed=0)
-        gadam._start_members()
-        members_at_first = gadam._members
+        gadam._start_population()
+        members_at_first = gadam._population.members
         directory, number = Path(tempfile.mkdtemp()), itertools.count()
 
         def step() -> object:
             # A run from the start each time, with nothing to compile.
-            gadam._members, gadam._generation, gadam.lineage = members_at_first, 0, Lineage()
+            gadam._population.members = members_at_first
+            gadam._generation, gadam.lineage = 0, Lineage()
             gadam._identities = [gadam.lineage.born(0) for _ in range(members)]
             callbacks = []
             if watched:

@@ -15,6 +15,7 @@ import numpy as np
 
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
+from keras_gdopt.gadam.data import DataArguments
 from keras_gdopt.gadam.keys import Phase
 
 BATCH, STEPS = 64, 78
@@ -110,14 +111,14 @@ def training(build: Callable[[], keras.Model], members: int, engine: str) -> Con
     def make() -> Callable[[], object]:
         x, y = data()
         gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0, engine=engine)
-        samples = gadam._training_data(x, y, BATCH, None, None, None)
-        gadam._start_members()
-        (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, members)
-        population = gadam._members
+        samples = DataArguments(x, y, batch_size=BATCH, members=members).made()
+        gadam._start_population()
+        (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, range(members))
+        population = gadam._population.members
 
         def step() -> object:
             nonlocal population
-            population, losses = gadam._runner.train(
+            population, losses = gadam._population._training.engine.train(
                 population, portion.data, portion.order, 0, STEPS
             )
             return losses

@@ -37,6 +37,8 @@ _OF_THE_POPULATION = {
     "diversity",
     "children_survived",
 }
+# What they have of a cluster.
+_OF_THE_CLUSTER = ("bytes_moved", "bytes_rebalanced", "bytes_kept")
 
 
 class PopulationTensorBoard(PopulationCallback):
@@ -57,6 +59,10 @@ class PopulationTensorBoard(PopulationCallback):
     | `population/members_not_finite` | parents and children whose fitness loss is not |
     | `population/seconds_per_generation` | validation included |
     | `population/member_steps_per_second` | steps of all members, parents and children |
+    | `population/bytes_moved` | of weights between workers, to breed (with a `RayEngine`) |
+    | `population/bytes_rebalanced` | of members that went to another worker |
+    | `population/bytes_kept` | of the copy of the survivors in the process of `fit` |
+    | `population/events` | what befell workers, in words |
     | `population/family_tree` | a picture of the last generations |
     | `population/family_table` | the fittest members and their parents |
     | `best/loss`, `best/…`, `best/val_…` | the best member's loss and metrics |
@@ -148,8 +154,11 @@ class PopulationTensorBoard(PopulationCallback):
         values += [
             scalar(f"best/{name}", value)
             for name, value in logs.items()
-            if name not in _OF_THE_POPULATION and np.ndim(value) == 0
+            if name not in {*_OF_THE_POPULATION, *_OF_THE_CLUSTER} and np.ndim(value) == 0
         ]
+        if logs.get("events"):
+            lines = [f"- generation {generation}: {event}" for event in logs["events"]]
+            values += text_pb("population/events", "\n".join(lines)).value
         if not self._files.closed:
             self._note_lineage()
         self._generations.append(family_tree.ranked(generation, identities, fitness.tolist()))
@@ -198,6 +207,7 @@ class PopulationTensorBoard(PopulationCallback):
             "seconds_per_generation": seconds,
             "member_steps_per_second": steps / seconds,
         }
+        figures.update({name: logs[name] for name in _OF_THE_CLUSTER if name in logs})
         values = [scalar(f"population/{name}", value) for name, value in figures.items()]
         return [*values, *histogram_pb("population/fitness_losses", finite).value]
 

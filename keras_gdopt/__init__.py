@@ -7,7 +7,7 @@ from types import ModuleType
 from keras_gdopt.closures.conjugate_gradient import ConjugateGradient
 from keras_gdopt.closures.lbfgs import LBFGS
 from keras_gdopt.closures.newton import Newton
-from keras_gdopt.gadam import Gadam
+from keras_gdopt.gadam import Gadam, RayEngine
 from keras_gdopt.optimizers.adadelta import Adadelta
 from keras_gdopt.optimizers.adagrad import Adagrad
 from keras_gdopt.optimizers.adam import Adam
@@ -38,6 +38,7 @@ __all__ = [
     "Newton",
     "RAdam",
     "RMSprop",
+    "RayEngine",
     "__version__",
     "callbacks",
 ]

@@ -60,6 +60,7 @@ def test_public_names():
         "Newton",
         "RAdam",
         "RMSprop",
+        "RayEngine",
         "__version__",
         "callbacks",
     ]

@@ -1,6 +1,7 @@
 """Gadam: trains and evolves a population of clones of a Keras model."""
 
+from keras_gdopt.gadam.cluster.engine import RayEngine
 from keras_gdopt.gadam.driver import Gadam, PopulationCallback
 from keras_gdopt.gadam.lineage import Lineage
 
-__all__ = ["Gadam", "Lineage", "PopulationCallback"]
+__all__ = ["Gadam", "Lineage", "PopulationCallback", "RayEngine"]

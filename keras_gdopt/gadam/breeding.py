@@ -1,5 +1,6 @@
 """A generation's children: selection, crossover and mutation of whole members."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,23 +8,22 @@ import tensorflow as tf
 
 from keras_gdopt.gadam import genetics, keys
 from keras_gdopt.gadam.keys import Phase
-from keras_gdopt.gadam.population import Members
 
 Tensor = Any
 
 
-class Brood(NamedTuple):
-    """Children, and how they came about."""
+class Plan(NamedTuple):
+    """Who begets whom in a generation, and with which probabilities. All are arrays."""
 
-    weights: list[Tensor]
-    state: list[Tensor]
-    probabilities: Tensor
+    generation: int
+    probabilities: np.ndarray
     """Each member's of being chosen as a parent."""
-    parents: Tensor
+    parents: np.ndarray
     """Two places in the population for each child."""
-    crossover_probabilities: Tensor
-    mutation_probabilities: Tensor
-    mutated_entries: Tensor
+    crossover_probabilities: np.ndarray
+    mutation_probabilities: np.ndarray
+    fitter: np.ndarray
+    """For each child the parent that its state comes from."""
 
 
 class Breeding:
@@ -48,55 +48,92 @@ class Breeding:
         self._mutation = mutation
         self._stddev = mutation_stddev
         self._seed = seed
-        self._breed = tf.function(self._brood, autograph=False)
+        self._choose = tf.function(self._chosen, autograph=False)
+        self._breed = tf.function(self._bred, autograph=False)
 
-    def __call__(self, members: Members, losses: Tensor, generation: int) -> Brood:
-        """The children of a generation.
+    def plan(self, losses: Any, generation: int) -> Plan:
+        """Who begets whom.
 
         Args:
-            members: The trained parents.
-            losses: Their fitness losses; at least one must be finite.
+            losses: The trained parents' fitness losses; at least one must be finite.
             generation: Its number, a part of each key.
         """
-        count = losses.shape[0]
+        key = tf.constant(keys.key(self._seed, generation, Phase.SELECT))
+        chosen = self._choose(tf.convert_to_tensor(losses), key)
+        return Plan(generation, *(array.numpy() for array in chosen))
+
+    def children(
+        self,
+        plan: Plan,
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        children: Sequence[int] | None = None,
+    ) -> tuple[list[Tensor], np.ndarray]:
+        """The weights of children.
+
+        Args:
+            plan: Of the generation.
+            first: The first parents' weights, or of shape `(g, ...)` those of all members.
+            second: The second parents' weights, likewise.
+            children: Whose parents these are, in their order. `None` for all children, of
+                all members' weights.
+
+        Returns:
+            Weights of shape `(children, ...)`, and how many entries of each mutated.
+        """
+        if children is None:
+            children, rows = range(len(plan.parents)), plan.parents
+        else:
+            rows = np.repeat(np.arange(len(children), dtype="int32")[:, None], 2, axis=1)
 
         def of_each(phase: Phase) -> Tensor:
-            drawn = [keys.key(self._seed, generation, phase, child) for child in range(count)]
+            drawn = [keys.key(self._seed, plan.generation, phase, child) for child in children]
             return tf.constant(np.stack(drawn))
 
-        return self._breed(
-            members.weights,
-            members.state,
-            losses,
-            tf.constant(keys.key(self._seed, generation, Phase.SELECT)),
+        chosen = list(children)
+        weights, mutated = self._breed(
+            list(first),
+            list(second),
+            tf.constant(rows),
+            tf.constant(plan.crossover_probabilities[chosen]),
+            tf.constant(plan.mutation_probabilities[chosen]),
             of_each(Phase.CROSS_OVER),
             of_each(Phase.MUTATE),
         )
+        return list(weights), mutated.numpy()
 
-    def _brood(
-        self,
-        weights: list[Tensor],
-        state: list[Tensor],
-        losses: Tensor,
-        selection_key: Tensor,
-        crossover_keys: Tensor,
-        mutation_keys: Tensor,
-    ) -> Brood:
+    # --- what is traced ------------------------------------------------------
+
+    def _chosen(self, losses: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         probabilities = genetics.selection_probabilities(losses)
-        parents = genetics.chosen_parents(probabilities, selection_key)
+        parents = genetics.chosen_parents(probabilities, key)
         crossovers = genetics.crossover_probabilities(losses, parents)
         mutations = genetics.mutation_probabilities(self._rate, probabilities, parents)
+        # State comes whole, from the fitter parent; from the first where they are as fit.
+        fitness = tf.gather(genetics.normalized_losses(losses), parents)
+        fitter = tf.where(fitness[:, 1] < fitness[:, 0], parents[:, 1], parents[:, 0])
+        return probabilities, parents, crossovers, mutations, fitter
 
+    def _bred(
+        self,
+        firsts: list[Tensor],
+        seconds: list[Tensor],
+        rows: Tensor,
+        crossovers: Tensor,
+        mutations: Tensor,
+        crossover_keys: Tensor,
+        mutation_keys: Tensor,
+    ) -> tuple[list[Tensor], Tensor]:
         def child(inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
             (first, second), crossover, mutation, crossover_key, mutation_key = (
                 tf.unstack(inputs[0]), *inputs[1:],
             )  # fmt: skip
             arrays, mutated = [], tf.zeros((), tf.int64)
-            for index, weight in enumerate(weights):
+            for index, (a, b) in enumerate(zip(firsts, seconds, strict=True)):
                 number = (index + 1) << 4  # below it are the numbers of a mutation's draws
                 array = genetics.crossover(
-                    tf.gather(weight, first),
-                    tf.gather(weight, second),
+                    tf.gather(a, first),
+                    tf.gather(b, second),
                     crossover,
                     genetics.another_key(crossover_key, number),
                 )
@@ -111,16 +148,11 @@ class Breeding:
                 mutated += entries
             return arrays, mutated
 
-        arrays, mutated = tf.map_fn(
+        return tf.map_fn(
             child,
-            (parents, crossovers, mutations, crossover_keys, mutation_keys),
+            (rows, crossovers, mutations, crossover_keys, mutation_keys),
             fn_output_signature=(
-                [tf.TensorSpec(weight.shape[1:], weight.dtype) for weight in weights],
+                [tf.TensorSpec(weight.shape[1:], weight.dtype) for weight in firsts],
                 tf.TensorSpec((), tf.int64),
             ),
         )
-        # State comes whole, from the fitter parent; from the first where they are as fit.
-        fitness = tf.gather(genetics.normalized_losses(losses), parents)
-        fitter = tf.where(fitness[:, 1] < fitness[:, 0], parents[:, 1], parents[:, 0])
-        inherited = [tf.gather(value, fitter) for value in state]
-        return Brood(arrays, inherited, probabilities, parents, crossovers, mutations, mutated)

@@ -1,7 +1,7 @@
 """Training data, and which of it each member sees in each step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -70,16 +70,18 @@ class ArrayData:
         self.steps_per_epoch = self._full_steps + bool(self._rest)
         self._seed = seed
 
-    def epoch(self, generation: int, phase: Phase, epoch: int, members: int) -> Iterator[Portion]:
-        """The steps of one epoch of all members."""
+    def epoch(
+        self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
+    ) -> Iterator[Portion]:
+        """The steps of one epoch of the members in some places of the population."""
         needed = self._full_steps * self._batch_size
         passes = max(1, math.ceil(needed / self._count))
         orders = []
-        for member in range(members):
+        for member in places:
             draw = keys.generator(self._seed, generation, phase, member, epoch)
             orders.append(np.concatenate([draw.permutation(self._count) for _ in range(passes)]))
         order = np.stack(orders).astype("int32")
-        full = order[:, :needed].reshape(members, self._full_steps, self._batch_size)
+        full = order[:, :needed].reshape(len(places), self._full_steps, self._batch_size)
         yield Portion(self.data, tf.constant(full.swapaxes(0, 1)), self._full_steps)
         if self._rest:
             rest = order[None, :, needed : needed + self._rest]
@@ -140,33 +142,38 @@ class StreamData:
         self._taken = 0
         self._stream: Iterator[Data] | None = None
 
-    def skip(self, epochs: int, fitness_batches: int, fitness_size: int) -> None:
-        """Goes to where a run was that is resumed."""
-        of_fitness = fitness_batches * self._steps_of_fitness(fitness_size)
-        self._taken = epochs * self.steps_per_epoch + of_fitness
-        self._stream = None
+    def go_to(self, step: int) -> None:
+        """Goes to a step of the stream, counted from its beginning."""
+        if step != self._taken:
+            self._taken, self._stream = step, None
 
-    def epoch(self, generation: int, phase: Phase, epoch: int, members: int) -> Iterator[Portion]:
-        """The steps of one epoch of all members."""
-        del generation, phase, epoch, members  # a stream goes on from where it is
+    def epoch(
+        self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
+    ) -> Iterator[Portion]:
+        """The steps of one epoch of the members in some places of the population."""
+        del generation, phase, epoch  # a stream goes on from where it is
+        everyone = list(places) == list(range(self._members))
         for first in range(0, self.steps_per_epoch, self._portion):
             # Of two lengths at most, so that no more functions are compiled.
             length = min(self._portion, self.steps_per_epoch - first)
             steps = [self._next() for _ in range(length)]
             data = tf.nest.map_structure(lambda *parts: tf.stack(parts), *steps)
+            if not everyone:
+                data = tf.nest.map_structure(lambda p: tf.gather(p, list(places), axis=1), data)
             yield Portion(data, None, length)
 
     def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
         """The batches of the next steps together, about as many samples as `size`."""
         del generation, phase
-        steps = [self._next() for _ in range(self._steps_of_fitness(size))]
+        steps = [self._next() for _ in range(self.steps_of_fitness(size))]
 
         def joined(*parts: Tensor) -> Tensor:
             return tf.concat([tf.reshape(part, [-1, *part.shape[2:]]) for part in parts], axis=0)
 
         return tf.nest.map_structure(joined, *steps)
 
-    def _steps_of_fitness(self, size: int) -> int:
+    def steps_of_fitness(self, size: int) -> int:
+        """How many steps of the stream a fitness batch of about `size` samples takes."""
         return max(1, size // (self._members * self._batch_size))
 
     def _next(self) -> Data:
@@ -174,6 +181,176 @@ class StreamData:
             self._stream = iter(self._steps.skip(self._taken).prefetch(2))
         self._taken += 1
         return next(self._stream)
+
+
+class DataArguments(NamedTuple):
+    """What was said of data to `Gadam.fit`, in a form that can be sent to a worker."""
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+    class_weight: dict[int, float] | None = None
+    batch_size: int | None = None
+    steps_per_epoch: int | None = None
+    fitness_data: Any = None
+    fitness_samples: int = 1024
+    epochs: int = 1
+    members: int = 2
+    seed: int = 0
+    data_fn: Callable[[], Any] | None = None
+    """Makes `x` and what belongs to it."""
+
+    def made(self) -> "GenerationData":
+        """The data itself.
+
+        Raises:
+            ValueError: See `Gadam.fit`.
+        """
+        x, y, sample_weight = self.x, self.y, self.sample_weight
+        if self.data_fn is not None:
+            if x is not None or y is not None or sample_weight is not None:
+                raise ValueError(
+                    "`data_fn` makes the training data. Received: `x`, `y` or `sample_weight` "
+                    "in `fit`, too"
+                )
+            made = self.data_fn()
+            parts = made if isinstance(made, tuple) else (made,)
+            x, y, sample_weight = (*parts, None, None)[:3]
+        if x is None:
+            raise ValueError("Expected training data. Received: x=None")
+        return GenerationData(
+            self._training_data(x, y, sample_weight),
+            fitness_data=None if self.fitness_data is None else _all_of(self.fitness_data),
+            fitness_samples=self.fitness_samples,
+            epochs=self.epochs,
+            seed=self.seed,
+        )
+
+    def for_workers(self) -> "DataArguments":
+        """The same with arrays of NumPy.
+
+        Raises:
+            ValueError: If there are datasets.
+        """
+        for name, value in (("x", self.x), ("fitness_data", self.fitness_data)):
+            if isinstance(value, (tf.data.Dataset, keras.utils.PyDataset)):
+                raise ValueError(
+                    "A dataset cannot be sent to workers. Use arrays, or pass "
+                    "`RayEngine(data_fn=...)` a function that makes the data in each worker. "
+                    f"Received: {name}={value!r}"
+                )
+
+        def arrays(part: Any) -> Any:
+            return tf.nest.map_structure(lambda a: None if a is None else np.asarray(a), part)
+
+        return self._replace(
+            x=arrays(self.x),
+            y=arrays(self.y),
+            sample_weight=arrays(self.sample_weight),
+            fitness_data=arrays(self.fitness_data),
+        )
+
+    def _training_data(self, x: Any, y: Any, sample_weight: Any) -> ArrayData | StreamData:
+        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+            if y is not None or sample_weight is not None or self.batch_size is not None:
+                raise ValueError(
+                    "A dataset brings its own targets, sample weights and batches. Received: "
+                    "`y`, `sample_weight` or `batch_size` beside a dataset"
+                )
+            return StreamData(
+                x,
+                class_weight=self.class_weight,
+                steps_per_epoch=self.steps_per_epoch,
+                members=self.members,
+            )
+        if hasattr(x, "__next__") or type(x).__module__.startswith("torch.utils"):
+            raise ValueError(
+                "A generator cannot be gone through again, as each generation and a resumed "
+                "run must. Use arrays, a `tf.data.Dataset` (such as "
+                "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
+                f"Received: x={x!r}"
+            )
+        return ArrayData(
+            x,
+            y,
+            sample_weight=sample_weight,
+            class_weight=self.class_weight,
+            batch_size=self.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            seed=self.seed,
+        )
+
+
+class GenerationData:
+    """What members are trained on and judged by, in each phase of each generation.
+
+    It depends on the generation, the phase and the member alone, not on what was asked
+    for before.
+
+    Args:
+        data: To train on.
+        fitness_data: To draw fitness batches from; `None`: from the training data.
+        fitness_samples: How many samples a fitness batch has, about.
+        epochs: Of a member in a generation.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        data: ArrayData | StreamData,
+        *,
+        fitness_data: Data | None,
+        fitness_samples: int,
+        epochs: int,
+        seed: int,
+    ) -> None:
+        self._data = data
+        self._fitness_data = fitness_data
+        self._fitness_samples = fitness_samples
+        self.epochs = epochs
+        self._seed = seed
+        self._latest_batch: tuple[tuple[int, Phase] | None, Data] = (None, {})
+
+    @property
+    def steps(self) -> int:
+        """Of a member in a phase of training."""
+        return self.epochs * self._data.steps_per_epoch
+
+    def epoch(
+        self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
+    ) -> Iterator[Portion]:
+        """The steps of one epoch of the members in some places of the population."""
+        if isinstance(self._data, StreamData):
+            self._data.go_to(self._start(generation, phase) + epoch * self._data.steps_per_epoch)
+        yield from self._data.epoch(generation, phase, epoch, places)
+
+    def fitness_batch(self, generation: int, phase: Phase) -> Data:
+        """What all members are judged by in a phase."""
+        if self._latest_batch[0] == (generation, phase):
+            return self._latest_batch[1]
+        if self._fitness_data is not None:
+            draw = keys.generator(self._seed, generation, phase)
+            batch = drawn(self._fitness_data, self._fitness_samples, draw)
+        else:
+            if isinstance(self._data, StreamData):
+                self._data.go_to(self._start(generation, phase))
+            batch = self._data.fitness_batch(generation, phase, self._fitness_samples)
+        self._latest_batch = ((generation, phase), batch)
+        return batch
+
+    def _start(self, generation: int, phase: Phase) -> int:
+        """The step of the stream with which a phase begins."""
+        assert isinstance(self._data, StreamData)
+        of_fitness = 0
+        if self._fitness_data is None:
+            of_fitness = self._data.steps_of_fitness(self._fitness_samples)
+        phases = {
+            Phase.TRAIN_PARENTS: 0,
+            Phase.FITNESS: self.steps,
+            Phase.TRAIN_CHILDREN: self.steps + of_fitness,
+            Phase.SURVIVAL: 2 * self.steps + of_fitness,
+        }
+        return generation * 2 * (self.steps + of_fitness) + phases[phase]
 
 
 def _dealt(batches: tf.data.Dataset, count: int, size: int, members: int) -> tf.data.Dataset:
@@ -219,6 +396,21 @@ def in_memory(
     if not counts.pop():
         raise ValueError("The training data is empty. Expected at least one sample.")
     return _with_class_weight(data, class_weight)
+
+
+def _all_of(data: Any) -> Data:
+    """All samples of fitness data, in memory."""
+    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+        batches = list(as_dataset(data))
+        if not batches:
+            raise ValueError("`fitness_data` is empty. Expected at least one batch.")
+        return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
+    if not isinstance(data, (tuple, list)) or not 1 <= len(data) <= 3:
+        raise ValueError(
+            "`fitness_data` must be `(x, y)`, `(x, y, sample_weight)` or a dataset. Received: "
+            f"{type(data).__name__}"
+        )
+    return in_memory(*data)
 
 
 def as_dataset(dataset: Any, class_weight: dict[int, float] | None = None) -> tf.data.Dataset:

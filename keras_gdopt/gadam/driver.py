@@ -11,16 +11,18 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.functional import Data, check_is_built, check_is_trainable_by_its_loss
-from keras_gdopt.gadam import genetics, keys, population
-from keras_gdopt.gadam.breeding import Breeding
+from keras_gdopt.gadam import genetics, population
+from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
-from keras_gdopt.gadam.data import ArrayData, StreamData, as_dataset, drawn, in_memory
-from keras_gdopt.gadam.engines.stacked import StackedEngine, why_not_stacked
-from keras_gdopt.gadam.engines.unrolled import UnrolledEngine
+from keras_gdopt.gadam.cluster.engine import RayEngine
+from keras_gdopt.gadam.data import DataArguments, GenerationData
+from keras_gdopt.gadam.engines.stacked import why_not_stacked
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
+from keras_gdopt.gadam.local_population import LocalPopulation
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
+from keras_gdopt.gadam.training import Training
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count, checked_number
 
 ENGINES = ("auto", "stacked", "unrolled")
@@ -54,7 +56,9 @@ class PopulationCallback(keras.callbacks.Callback):
                 the children (places in the population, of shape `(g, 2)`),
                 `mutation_probabilities`, `mutated_entries`, `survivors` (for each place
                 the parent's, or g plus the child's, that it holds now) and `identities`
-                (in the lineage).
+                (in the lineage). With a `RayEngine` also `bytes_moved` to breed, `bytes_rebalanced`
+                where members moved to another worker, `bytes_kept` of the copy of the
+                survivors, and `events`, what befell workers, in words.
         """
 
 
@@ -106,7 +110,8 @@ class Gadam:
             others'. Frozen weights are the model's.
         engine: `"stacked"` trains all members as one XLA function over stacked weights,
             `"unrolled"` a Keras model for each, in one function. Defaults to `"auto"`:
-            stacked where the layers and the optimizer can be stacked and gain from it.
+            stacked where the layers and the optimizer can be stacked and gain from it. A
+            `RayEngine` trains in many processes or on many machines, in the better of both.
         seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
 
     Raises:
@@ -147,7 +152,7 @@ class Gadam:
         tolerance: float | None = None,
         fitness_batch_size: int | None = None,
         initializer: Any = None,
-        engine: str = "auto",
+        engine: "str | RayEngine" = "auto",
         seed: int | None = None,
     ) -> None:
         _check_optimizer(model)
@@ -164,15 +169,23 @@ class Gadam:
             checked_count("fitness_batch_size", fitness_batch_size, minimum=1)
         self.fitness_batch_size = fitness_batch_size
         self.initializer = None if initializer is None else keras.initializers.get(initializer)
+        self._cluster = engine if isinstance(engine, RayEngine) else None
+        if self._cluster is not None:
+            engine = "auto"
         self._engine_asked_for = checked_choice("engine", engine, ENGINES)
         if seed is None:
             seed = random.SystemRandom().randrange(2**31)
         self.seed = checked_count("seed", seed, minimum=0)
         self.lineage = Lineage()
         self._generation = 0
-        self._runner: Any = None  # the engine, with the first `fit`
+        self._breeding_settings: dict[str, Any] = {
+            "mutation_rate": self.mutation_rate,
+            "mutation": self.mutation,
+            "mutation_stddev": self.mutation_stddev,
+        }
+        self._breeding = Breeding(**self._breeding_settings, seed=self.seed)
+        self._population: Any = None  # with the first `fit`
         self._made_with: list[Any] = []  # what it was made for
-        self._members = Members([], [], [], None)
         self._identities: list[int] = []
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
@@ -207,7 +220,7 @@ class Gadam:
 
     def fit(
         self,
-        x: Any,
+        x: Any = None,
         y: Any = None,
         *,
         generations: int = 10,
@@ -234,6 +247,7 @@ class Gadam:
             x: Inputs: an array or tensor, or a structure of them, or a `tf.data.Dataset`
                 or `keras.utils.PyDataset` of batches. Each member goes through arrays in
                 an order of its own; batches of a dataset are dealt out to the members.
+                `None` only where a `RayEngine` has a `data_fn`.
             y: Targets, for arrays.
             generations: How many to train; with a `checkpoint_dir` in all, those that are
                 in it included. Defaults to 10.
@@ -280,29 +294,40 @@ class Gadam:
             if validation_data is not None:
                 raise ValueError("Expected `validation_split` or `validation_data`. Received: both")
             (x, y, sample_weight), validation_data = _split((x, y, sample_weight), validation_split)
-        data = self._training_data(x, y, batch_size, steps_per_epoch, sample_weight, class_weight)
-        fitness_data = None if fitness_data is None else _all_of(fitness_data)
+        arguments = DataArguments(
+            x,
+            y,
+            sample_weight,
+            class_weight=class_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            fitness_data=fitness_data,
+            fitness_samples=self.fitness_batch_size or _FITNESS_SAMPLES,
+            epochs=epochs,
+            members=self.population_size,
+            seed=self.seed,
+            data_fn=self._cluster.data_fn if self._cluster else None,
+        )
+        data = arguments.made()
         verbose = 1 if verbose == "auto" else int(verbose)
-        self._start_members()
+        self._start_population()
+        self._population.use(data, arguments)
 
         checkpoint = record = None
         if checkpoint_dir is not None:
             checkpoint = PopulationCheckpoint(checkpoint_dir, self._identity())
-            saved = checkpoint.restore(self._members)
+            saved = checkpoint.restore(self._population.members)
             if saved is not None:
                 record = self._resume(saved.members, saved.record)
         done = self._generation
         last = generations if checkpoint_dir is not None else done + generations
-        if isinstance(data, StreamData):
-            fitness_batches = 2 * done if fitness_data is None else 0
-            data.skip(2 * epochs * done, fitness_batches, self._fitness_samples)
 
         callback_list = keras.callbacks.CallbackList(
             callbacks,
             add_history=True,
             model=self.model,
             epochs=last,
-            steps=2 * epochs * data.steps_per_epoch,
+            steps=2 * data.steps,
             verbose=verbose,
         )
         history = self.model.history
@@ -310,9 +335,10 @@ class Gadam:
         for listener in listeners:
             listener.set_gadam(self)
         if verbose:
+            where = f" in {self._cluster.num_workers} workers of Ray" if self._cluster else ""
             print(
                 f"Gadam: {self.population_size} members of '{self.model.name}', engine "
-                f"'{self.engine}' ({self._engine_reason}), generations {done + 1} to {last}"
+                f"'{self.engine}'{where} ({self._engine_reason}), generations {done + 1} to {last}"
             )
         self.model.stop_training = False
         callback_list.on_train_begin()
@@ -325,21 +351,18 @@ class Gadam:
                 callback_list.on_epoch_begin(generation)
                 for listener in listeners:
                     listener.on_generation_begin(generation)
-                progress = Progress(
-                    verbose, generation, last, 2 * epochs * data.steps_per_epoch, callback_list
-                )
-                logs, details, ends = self._one_generation(
-                    generation, data, fitness_data, epochs, progress
-                )
+                progress = Progress(verbose, generation, last, 2 * data.steps, callback_list)
+                logs, details, ends = self._one_generation(generation, data, progress)
                 if validation_data is not None and (generation + 1) % validation_freq == 0:
                     logs.update(self._validated(validation_data, batch_size, callback_list))
+                details.update(self._population.report())
                 for listener in listeners:
                     listener.on_generation_end(generation, {**logs, **details})
                 progress.end(logs)
                 callback_list.on_epoch_end(generation, logs)
                 stops = ends or self.model.stop_training or generation + 1 == last
                 if checkpoint is not None and (stops or (generation + 1) % checkpoint_freq == 0):
-                    checkpoint.save(self._members, self._record(history))
+                    checkpoint.save(self._population.members, self._record(history))
                 if stops:
                     break
         except BaseException:
@@ -354,42 +377,28 @@ class Gadam:
     def _one_generation(
         self,
         generation: int,
-        data: ArrayData | StreamData,
-        fitness_data: Data | None,
-        epochs: int,
-        progress: "Progress",
+        data: GenerationData,
+        progress: Progress,
     ) -> tuple[dict[str, Any], dict[str, Any], bool]:
         """From parents to survivors.
 
         Returns:
             Logs, what only a `PopulationCallback` sees, and whether to stop.
         """
-        parents, parent_losses = self._trained(
-            self._members, generation, Phase.TRAIN_PARENTS, data, epochs, progress
-        )
-        batch = self._fitness_batch(generation, Phase.FITNESS, data, fitness_data)
-        fitness = self._runner.losses(parents, batch)
-        self._check_any_finite(fitness.numpy(), generation, "parents")
-        brood = self._breeding(parents, fitness, generation)
-        children = Members(
-            list(brood.weights),
-            list(brood.state),
-            self._runner.fresh_optimizer_state(self.population_size),
-            tf.zeros_like(parents.updates),
-        )
-        children, child_losses = self._trained(
-            children, generation, Phase.TRAIN_CHILDREN, data, epochs, progress
-        )
-        batch = self._fitness_batch(generation, Phase.SURVIVAL, data, fitness_data)
-        parent_fitness = self._runner.losses(parents, batch)
-        child_fitness = self._runner.losses(children, batch)
+        everyone = self._population
+        parent_losses = everyone.train_parents(generation, progress)
+        fitness = everyone.parents_fitness(generation)
+        self._check_any_finite(fitness, generation, "parents")
+        plan = self._breeding.plan(fitness, generation)
+        child_losses, mutated = everyone.train_children(plan, progress)
+        parent_fitness, child_fitness = everyone.survival_fitness(generation)
         places = genetics.surviving(parent_fitness, child_fitness).numpy()
-        both = np.concatenate([parent_fitness.numpy(), child_fitness.numpy()])
+        both = np.concatenate([parent_fitness, child_fitness])
         self._check_any_finite(both, generation, "parents and children")
 
-        self._members = population.selected(places, parents, children)
+        everyone.select(places)
         self._fitness = both[places].astype("float64")
-        self._note_lineage(generation, brood, fitness.numpy(), both, places)
+        self._note_lineage(plan, mutated, fitness, both, places)
         self._generation = generation + 1
         best = self._best()
         self._load(best, self.model)
@@ -398,59 +407,28 @@ class Gadam:
         finite = self._fitness[np.isfinite(self._fitness)]
         logs = {
             "loss": float(losses[best]),
-            **self._metrics(batch),
+            **self._metrics(data.fitness_batch(generation, Phase.SURVIVAL)),
             "fitness": float(self._fitness[best]),
             "fitness_mean": float(np.mean(finite)),
             "fitness_worst": float(np.max(finite)),
             "members_not_finite": int(np.sum(~np.isfinite(both))),
-            "diversity": float(self._diversity(self._members.weights)),
+            "diversity": everyone.diversity(),
             "children_survived": survived,
         }
         details = {
             "parent_losses": parent_losses,
             "child_losses": child_losses,
-            "parent_fitness": parent_fitness.numpy(),
-            "child_fitness": child_fitness.numpy(),
-            "selection_probabilities": brood.probabilities.numpy(),
-            "parents": brood.parents.numpy(),
-            "mutation_probabilities": brood.mutation_probabilities.numpy(),
-            "mutated_entries": brood.mutated_entries.numpy(),
+            "parent_fitness": parent_fitness,
+            "child_fitness": child_fitness,
+            "selection_probabilities": plan.probabilities,
+            "parents": plan.parents,
+            "mutation_probabilities": plan.mutation_probabilities,
+            "mutated_entries": mutated,
             "survivors": places,
             "identities": np.array(self._identities),
         }
-        change = abs(float(np.sum(parent_fitness.numpy())) - float(np.sum(self._fitness)))
+        change = abs(float(np.sum(parent_fitness)) - float(np.sum(self._fitness)))
         return logs, details, self.tolerance is not None and change <= self.tolerance
-
-    def _trained(
-        self,
-        members: Members,
-        generation: int,
-        phase: Phase,
-        data: ArrayData | StreamData,
-        epochs: int,
-        progress: "Progress",
-    ) -> tuple[Members, np.ndarray]:
-        """Members after `epochs` of training, and their mean losses in the last one."""
-        state = list(members.state)
-        for index in self._seed_generators:
-            drawn_keys = [
-                keys.key(self.seed, generation, phase, member, index).view(np.uint32)
-                for member in range(self.population_size)
-            ]
-            state[index] = tf.cast(tf.constant(np.stack(drawn_keys)), state[index].dtype)
-        members = members._replace(state=state)
-        losses: list[np.ndarray] = []
-        for epoch in range(epochs):
-            losses = []
-            for portion in data.epoch(generation, phase, epoch, self.population_size):
-                for first in range(0, portion.steps, progress.stride):
-                    last = min(first + progress.stride, portion.steps)
-                    members, of_steps = self._runner.train(
-                        members, portion.data, portion.order, first, last
-                    )
-                    losses.append(of_steps)
-                    progress.add(last - first, of_steps[-1])
-        return self._runner.finalized(members), np.mean(np.concatenate(losses), axis=0)
 
     # --- the parts -----------------------------------------------------------
 
@@ -469,10 +447,10 @@ class Gadam:
         self._engine_reason = reason or "all layers can be stacked"
         return "unrolled" if reason else "stacked"
 
-    def _start_members(self) -> None:
+    def _start_population(self) -> None:
         """Makes the first population and what trains it, once."""
         made_with = [self.model._compile_config, *self.model.trainable_variables]
-        if self._runner is not None:
+        if self._population is not None:
             if [id(part) for part in made_with] != [id(part) for part in self._made_with]:
                 raise ValueError(
                     f"The model '{self.model.name}' was compiled anew, or layers were frozen, "
@@ -482,86 +460,30 @@ class Gadam:
             return
         self._made_with = made_with
         size = self.population_size
-        if self.engine == "stacked":
-            self._runner = StackedEngine(self.model, size)
-        else:
-            clones = [
-                population.compiled_as(
-                    self.model, population.clone(self.model, seed=member), metrics=False
-                )
-                for member in range(size)
-            ]
-            self._runner = UnrolledEngine(self.model, clones)
-        self._breeding = Breeding(
-            mutation_rate=self.mutation_rate,
-            mutation=self.mutation,
-            mutation_stddev=self.mutation_stddev,
-            seed=self.seed,
-        )
-        self._seed_generators = population.seed_generators(self.model)
-        self._diversity = tf.function(population.diversity)
         starts = list(population.initial_members(self.model, size, self.seed, self.initializer))
         weights, state = (
-            [tf.constant(np.stack(arrays)) for arrays in zip(*group, strict=True)]
+            [np.stack(arrays) for arrays in zip(*group, strict=True)]
             for group in zip(*starts, strict=True)
         )
-        self._members = Members(
-            weights,
-            state,
-            self._runner.fresh_optimizer_state(size),
-            tf.zeros((size,), tf.int64),
-        )
+        if self._cluster is None:
+            training = Training(
+                self.model, self.engine, size, breeding=self._breeding, seed=self.seed
+            )
+            self._population = LocalPopulation(self.model, training, weights, state)
+        else:
+            # Here, as only it needs Ray.
+            from keras_gdopt.gadam.cluster.population import RayPopulation
+
+            self._population = RayPopulation(
+                self._cluster,
+                self.model,
+                self.engine,
+                weights,
+                state,
+                breeding=self._breeding_settings,
+                seed=self.seed,
+            )
         self._identities = [self.lineage.born(0) for _ in range(size)]
-
-    def _training_data(
-        self,
-        x: Any,
-        y: Any,
-        batch_size: int | None,
-        steps_per_epoch: int | None,
-        sample_weight: Any,
-        class_weight: dict[int, float] | None,
-    ) -> ArrayData | StreamData:
-        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
-            if y is not None or sample_weight is not None or batch_size is not None:
-                raise ValueError(
-                    "A dataset brings its own targets, sample weights and batches. Received: "
-                    "`y`, `sample_weight` or `batch_size` beside a dataset"
-                )
-            return StreamData(
-                x,
-                class_weight=class_weight,
-                steps_per_epoch=steps_per_epoch,
-                members=self.population_size,
-            )
-        if hasattr(x, "__next__") or type(x).__module__.startswith("torch.utils"):
-            raise ValueError(
-                "A generator cannot be gone through again, as each generation and a resumed "
-                "run must. Use arrays, a `tf.data.Dataset` (such as "
-                "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
-                f"Received: x={x!r}"
-            )
-        return ArrayData(
-            x,
-            y,
-            sample_weight=sample_weight,
-            class_weight=class_weight,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            seed=self.seed,
-        )
-
-    def _fitness_batch(
-        self, generation: int, phase: Phase, data: ArrayData | StreamData, own: Data | None
-    ) -> Data:
-        size = self._fitness_samples
-        if own is not None:
-            return drawn(own, size, keys.generator(self.seed, generation, phase))
-        return data.fitness_batch(generation, phase, size)
-
-    @property
-    def _fitness_samples(self) -> int:
-        return self.fitness_batch_size or _FITNESS_SAMPLES
 
     def _ranks(self) -> np.ndarray:
         finite = np.where(np.isfinite(self._fitness), self._fitness, np.inf)
@@ -571,13 +493,7 @@ class Gadam:
         return int(self._ranks()[0])
 
     def _load(self, place: int, model: keras.Model) -> None:
-        """Puts a member into a model, its optimizer's state included."""
-        for variable, value in zip(model.trainable_variables, self._members.weights, strict=True):
-            variable.assign(value[place])
-        for variable, value in zip(model.non_trainable_variables, self._members.state, strict=True):
-            variable.assign(value[place])
-        model.optimizer.build(model.trainable_variables)
-        self._runner.load_optimizer(self._members, place, model.optimizer)
+        self._population.load(place, model)
 
     def _metrics(self, batch: Data) -> dict[str, float]:
         """The compiled metrics of the model, which holds the best member."""
@@ -609,28 +525,25 @@ class Gadam:
 
     def _note_lineage(
         self,
-        generation: int,
-        brood: Any,
+        plan: Plan,
+        mutated: np.ndarray,
         fitness: np.ndarray,
         survival: np.ndarray,
         places: np.ndarray,
     ) -> None:
-        size, parents = self.population_size, brood.parents.numpy()
+        generation = plan.generation
         for identity, loss in zip(self._identities, fitness, strict=True):
             self.lineage.evaluated(identity, float(loss))
-        probabilities = brood.probabilities.numpy()
-        crossovers = brood.crossover_probabilities.numpy()
-        mutations, mutated = brood.mutation_probabilities.numpy(), brood.mutated_entries.numpy()
         children = [
             self.lineage.born(
                 generation + 1,
-                parents=[self._identities[parent] for parent in parents[child]],
-                selection_probabilities=[float(probabilities[p]) for p in parents[child]],
-                crossover_probability=float(crossovers[child]),
-                mutation_rate=float(mutations[child]),
+                parents=[self._identities[parent] for parent in plan.parents[child]],
+                selection_probabilities=[float(plan.probabilities[p]) for p in plan.parents[child]],
+                crossover_probability=float(plan.crossover_probabilities[child]),
+                mutation_rate=float(plan.mutation_probabilities[child]),
                 mutated_entries=int(mutated[child]),
             )
-            for child in range(size)
+            for child in range(self.population_size)
         ]
         everyone = self._identities + children
         surviving = set(places.tolist())
@@ -671,7 +584,7 @@ class Gadam:
         }
 
     def _resume(self, members: Members, record: dict[str, Any]) -> dict[str, Any]:
-        self._members = members
+        self._population.members = members
         self._generation = record["generation"]
         self._identities = record["identities"]
         self._fitness = np.array(record["fitness"])
@@ -754,18 +667,3 @@ def _split(arrays: tuple[Any, ...], part: float) -> tuple[tuple[Any, ...], tuple
         )
 
     return cut(slice(0, at)), cut(slice(at, count))
-
-
-def _all_of(data: Any) -> Data:
-    """All samples of fitness data, in memory."""
-    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
-        batches = list(as_dataset(data))
-        if not batches:
-            raise ValueError("`fitness_data` is empty. Expected at least one batch.")
-        return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
-    if not isinstance(data, (tuple, list)) or not 1 <= len(data) <= 3:
-        raise ValueError(
-            "`fitness_data` must be `(x, y)`, `(x, y, sample_weight)` or a dataset. Received: "
-            f"{type(data).__name__}"
-        )
-    return in_memory(*data)

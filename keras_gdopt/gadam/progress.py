@@ -16,7 +16,7 @@ class Progress:
     ) -> None:
         self._verbose = verbose
         self._heading = f"Generation {generation + 1}/{generations}"
-        self._steps, self._made = steps, 0
+        self.steps, self._made = steps, 0
         self._callbacks = callbacks
         self._started = time.perf_counter()
         self._bar = None
@@ -41,7 +41,7 @@ class Progress:
         shown = {name: value for name, value in logs.items() if np.ndim(value) == 0}
         if self._bar is not None:
             self._bar.stateful_metrics = set(shown)
-            self._bar.update(self._steps, list(shown.items()), finalize=True)
+            self._bar.update(self.steps, list(shown.items()), finalize=True)
         elif self._verbose == 2:
             seconds = time.perf_counter() - self._started
             figures = " - ".join(f"{name}: {value:.4g}" for name, value in shown.items())

@@ -66,10 +66,10 @@ class _Weights(PopulationCallback):
         self.after = {}
 
     def on_train_begin(self, logs=None):
-        self.after.setdefault(-1, [w.numpy() for w in self.gadam._members.weights])
+        self.after.setdefault(-1, [w.numpy() for w in self.gadam._population.members.weights])
 
     def on_generation_end(self, generation, logs=None):
-        self.after[generation] = [w.numpy() for w in self.gadam._members.weights]
+        self.after[generation] = [w.numpy() for w in self.gadam._population.members.weights]
 
 
 class _Dies(PopulationCallback):
@@ -408,9 +408,10 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
         """Of parents and of children, all but the first."""
 
         def on_generation_begin(self, generation, logs=None):
-            losses = self.gadam._runner.losses
+            engine = self.gadam._population._training.engine
+            losses = engine.losses
             spoil = [0.0, *[np.nan] * (SIZE - 1)]
-            self.gadam._runner.losses = lambda *arguments: losses(*arguments) + spoil
+            engine.losses = lambda *arguments: losses(*arguments) + spoil
 
     gadam = _gadam()
     _fit(gadam, [Spoils(), PopulationTensorBoard(tmp_path)], generations=1)
@@ -499,3 +500,23 @@ def test_a_directory_that_cannot_be_written(in_the_way, tmp_path):
     with pytest.raises(ValueError, match="`log_dir` of PopulationTensorBoard must be a directory"):
         _fit(gadam, [PopulationTensorBoard(tmp_path / "run")])
     assert not gadam.fitness.size
+
+
+def test_a_cluster_s_figures_and_events(tmp_path):
+    class Reports(PopulationCallback):
+        """In the place of a population in a Ray cluster."""
+
+        def set_gadam(self, gadam):
+            super().set_gadam(gadam)
+            gadam._start_population()
+            bytes_of = {"bytes_moved": 7, "bytes_rebalanced": 8, "bytes_kept": 9}
+            gadam._population.report = lambda: {**bytes_of, "events": ["one was lost", "another"]}
+
+    _fit(_gadam(), [Reports(), PopulationTensorBoard(tmp_path)], generations=1)
+    written = read(tmp_path / "population")
+    for name, value in (("bytes_moved", 7), ("bytes_rebalanced", 8), ("bytes_kept", 9)):
+        assert dict(written[f"population/{name}"])[0] == value
+        assert f"best/{name}" not in written
+    text = str(dict(written["population/events"])[0])
+    assert "one was lost" in text
+    assert "another" in text

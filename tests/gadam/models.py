@@ -11,6 +11,13 @@ def dense():
     )
 
 
+def wide():
+    """Its weights take 320 KB."""
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(8192, activation="tanh"), layers.Dense(3)]
+    )
+
+
 def convolution():
     return keras.Sequential(
         [

@@ -1,15 +1,23 @@
 """Children of whole members: what comes from whom."""
 
+from typing import NamedTuple
+
 import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.gadam import genetics, keys
-from keras_gdopt.gadam.breeding import Breeding
+from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 
 LOSSES = [3.0, 1.0, 2.0, np.nan, 5.0]
 SIZE = len(LOSSES)
+
+
+class Brood(NamedTuple):
+    weights: list
+    mutated_entries: np.ndarray
+    plan: Plan
 
 
 def _members():
@@ -26,22 +34,25 @@ def _brood(mutation_rate=0.2, generation=3, seed=7, mutation="uniform"):
     breeding = Breeding(
         mutation_rate=mutation_rate, mutation=mutation, mutation_stddev=0.01, seed=seed
     )
-    return breeding(_members(), tf.constant(LOSSES), generation)
+    members = _members()
+    plan = breeding.plan(LOSSES, generation)
+    weights, mutated = breeding.children(plan, members.weights, members.weights)
+    return Brood(weights, mutated, plan)
 
 
 def test_entries_come_from_the_parents_or_are_mutated():
     brood = _brood()
     for child in range(SIZE):
-        first, second = brood.parents.numpy()[child] + 10.0
+        first, second = brood.plan.parents[child] + 10.0
         entries = np.concatenate([weight[child].numpy().flatten() for weight in brood.weights])
         assert np.all(np.isin(entries[entries >= 10.0], [first, second]))
         mutated = np.sum(entries < 10.0)
         assert mutated == brood.mutated_entries[child]
-        rate = float(brood.mutation_probabilities[child])
+        rate = float(brood.plan.mutation_probabilities[child])
         assert abs(mutated - 4000 * rate) <= 5 * np.sqrt(4000 * rate * (1 - rate))
         if first != second:
             kept = entries[entries >= 10.0]
-            share = float(brood.crossover_probabilities[child])
+            share = float(brood.plan.crossover_probabilities[child])
             deviation = np.sqrt(share * (1 - share) / len(kept))
             assert abs(np.mean(kept == first) - share) <= 5 * deviation
 
@@ -50,10 +61,9 @@ def test_state_comes_whole_from_the_fitter_parent():
     found = set()
     for generation in range(6):
         brood = _brood(generation=generation)
-        for child, (first, second) in enumerate(brood.parents.numpy()):
+        for child, (first, second) in enumerate(brood.plan.parents):
             fitter = first if LOSSES[first] <= LOSSES[second] else second
-            assert float(brood.state[0][child]) == fitter + 10.0
-            assert float(brood.state[1][child]) == -(fitter + 10.0)
+            assert brood.plan.fitter[child] == fitter
             found.add((first > second, LOSSES[first] < LOSSES[second]))
     assert len(found) >= 4  # either parent was the fitter one, in either order
 
@@ -63,7 +73,7 @@ def test_the_masks_of_variables_and_of_children_differ():
     masks = [np.stack([w[child].numpy().flatten() < 10.0 for w in brood.weights])
              for child in range(SIZE)]  # fmt: skip
     for child, mask in enumerate(masks):
-        rate = float(brood.mutation_probabilities[child])
+        rate = float(brood.plan.mutation_probabilities[child])
         if 0.01 < rate < 0.99:
             assert np.any(mask[0] != mask[1])
             assert all(np.any(mask != other) for other in masks[:child])
@@ -79,16 +89,29 @@ def test_parents_and_masks_depend_on_seed_and_generation():
 
 
 def test_a_child_can_be_made_from_its_own_key_alone():
-    """As a worker does that has only the child's two parents."""
+    """As a worker does that has only the parents of some children."""
+    brood, children = _brood(), [3, 1]
+    breeding = Breeding(mutation_rate=0.2, mutation="uniform", mutation_stddev=0.01, seed=7)
+    first, second = (
+        [tf.gather(weight, brood.plan.parents[children, of]) for weight in _members().weights]
+        for of in (0, 1)
+    )
+    alone, mutated = breeding.children(brood.plan, first, second, children)
+    np.testing.assert_array_equal(mutated, brood.mutated_entries[children])
+    for weight, received in zip(brood.weights, alone, strict=True):
+        np.testing.assert_array_equal(tf.gather(weight, children), received)
+
+
+def test_the_masks_are_those_of_the_children_s_keys():
     brood, child = _brood(mutation_rate=0.0), 2
-    first, second = (float(parent) + 10.0 for parent in brood.parents[child])
+    first, second = (float(parent) + 10.0 for parent in brood.plan.parents[child])
     key = tf.constant(keys.key(7, 3, Phase.CROSS_OVER, child))
     for index, weight in enumerate(brood.weights):
         shape = weight.shape[1:]
         alone = genetics.crossover(
             tf.fill(shape, first),
             tf.fill(shape, second),
-            brood.crossover_probabilities[child],
+            brood.plan.crossover_probabilities[child],
             genetics.another_key(key, (index + 1) << 4),
         )
         np.testing.assert_array_equal(weight[child], alone)

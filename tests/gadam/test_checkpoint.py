@@ -34,7 +34,11 @@ def _data(rng, kind):
 
 
 def _assert_same_run(one, other):
-    for a, b in zip(tf.nest.flatten(one._members), tf.nest.flatten(other._members), strict=True):
+    for a, b in zip(
+        tf.nest.flatten(one._population.members),
+        tf.nest.flatten(other._population.members),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
     assert list(one.lineage) == list(other.lineage)
     np.testing.assert_array_equal(one.fitness, other.fitness)
@@ -163,7 +167,8 @@ SCRIPT = """
     print("ready", flush=True)
     history = gadam.fit(x, y, generations=40, batch_size=16, verbose=0, checkpoint_dir=sys.argv[1])
     gadam.lineage.to_json_lines(sys.argv[1] + "/lineage.jsonl")
-    arrays = [np.asarray(v) for v in tf.nest.flatten(gadam._members)] + model.get_weights()
+    members = tf.nest.flatten(gadam._population.members)
+    arrays = [np.asarray(v) for v in members] + model.get_weights()
     np.savez(sys.argv[1] + "/arrays.npz", *arrays)
     with open(sys.argv[1] + "/history.json", "w") as file:
         json.dump([history.history, gadam.fitness.tolist()], file)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import PopulationCallback, population
-from keras_gdopt.gadam.data import ArrayData, StreamData
+from keras_gdopt.gadam.data import ArrayData, GenerationData, StreamData
 from keras_gdopt.gadam.keys import Phase
 from tests.gadam import models
 
@@ -40,8 +40,10 @@ def _fit(gadam, data, **kwargs):
 
 
 def _trace_counts(gadam):
-    runner = gadam._runner
-    functions = [gadam._breeding._breed, gadam._diversity, runner._train, runner._losses]
+    members, breeding = gadam._population, gadam._breeding
+    runner = members._training.engine
+    functions = [breeding._choose, breeding._breed, members._diversity]
+    functions += [runner._train, runner._losses]
     functions += [runner._finalize] if gadam.engine == "stacked" else []
     return [function.experimental_get_tracing_count() for function in functions]
 
@@ -76,7 +78,7 @@ def test_each_member_is_a_model_with_its_optimizer(engine, data):
         loss = member.evaluate(*data, verbose=0)
         np.testing.assert_allclose(loss, gadam.fitness[rank], rtol=1e-5)
         place = gadam._ranks()[rank]
-        assert int(member.optimizer.iterations) == int(gadam._members.updates[place])
+        assert int(member.optimizer.iterations) == int(gadam._population.members.updates[place])
         assert any(np.any(v.numpy()) for v in member.optimizer._slots["momentum"])
     before = gadam.member(0).get_weights()
     member.fit(*data, verbose=0)
@@ -132,7 +134,9 @@ def test_a_second_fit_goes_on_with_the_population(data):
     history = _fit(gadam, data, generations=2)
     _fit(once, data, generations=3)
     assert history.epoch == [1, 2]
-    for a, b in zip(gadam._members.weights, once._members.weights, strict=True):
+    for a, b in zip(
+        gadam._population.members.weights, once._population.members.weights, strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -170,8 +174,8 @@ def test_the_first_member_has_the_models_weights_and_the_others_their_own(data):
     model = _model()
     start = model.get_weights()
     gadam = _gadam(model)
-    gadam._start_members()
-    kernels = gadam._members.weights[0].numpy()
+    gadam._start_population()
+    kernels = gadam._population.members.weights[0].numpy()
     np.testing.assert_array_equal(kernels[0], start[0])
     assert len({kernel.tobytes() for kernel in kernels}) == SIZE
     for a, b in zip(model.get_weights(), start, strict=True):
@@ -187,16 +191,18 @@ def test_initializers_with_a_seed_do_not_make_members_alike():
     )
     model.compile(gdopt.Adam(), "mse")
     gadam = _gadam(model)
-    gadam._start_members()
-    assert len({kernel.tobytes() for kernel in gadam._members.weights[0].numpy()}) == SIZE
+    gadam._start_population()
+    assert (
+        len({kernel.tobytes() for kernel in gadam._population.members.weights[0].numpy()}) == SIZE
+    )
 
 
 def test_an_initializer_draws_all_members():
     model = _model()
     initializer = keras.initializers.RandomNormal(stddev=2.0, seed=1)
     gadam = _gadam(model, population_size=200, initializer=initializer)
-    gadam._start_members()
-    kernels, biases = (gadam._members.weights[i].numpy() for i in (0, 1))
+    gadam._start_population()
+    kernels, biases = (gadam._population.members.weights[i].numpy() for i in (0, 1))
     assert len({kernel.tobytes() for kernel in kernels}) == 200
     assert abs(kernels.std() - 2.0) < 0.1
     assert abs(biases.std() - 2.0) < 0.2
@@ -224,7 +230,7 @@ def test_the_state_of_pythons_random_numbers_is_left_alone():
     expected = [random.random() for _ in range(3)]
     gadam = _gadam()
     random.seed(1)
-    gadam._start_members()
+    gadam._start_population()
     assert [random.random() for _ in range(3)] == expected
 
 
@@ -245,7 +251,7 @@ def test_each_member_goes_through_all_samples_in_an_order_of_its_own():
     assert data.steps_per_epoch == 3
     epochs = []
     for epoch in (0, 1):
-        portions = list(data.epoch(0, Phase.TRAIN_PARENTS, epoch, 3))
+        portions = list(data.epoch(0, Phase.TRAIN_PARENTS, epoch, range(3)))
         assert [portion.steps for portion in portions] == [2, 1]
         orders = [np.swapaxes(p.order.numpy(), 0, 1).reshape(3, -1) for p in portions]
         epochs.append(np.concatenate(orders, axis=1))
@@ -253,7 +259,7 @@ def test_each_member_goes_through_all_samples_in_an_order_of_its_own():
     assert all(sorted(row) == list(range(22)) for row in rows)
     assert len(set(rows)) == 6
     some = list(ArrayData(np.arange(22.0), batch_size=8, steps_per_epoch=5, seed=1).epoch(
-        0, Phase.TRAIN_PARENTS, 0, 3))  # fmt: skip
+        0, Phase.TRAIN_PARENTS, 0, range(3)))  # fmt: skip
     assert [portion.order.shape.as_list() for portion in some] == [[5, 3, 8]]
 
 
@@ -264,7 +270,7 @@ def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches, members
     stream = StreamData(dataset, members=members)
     seen = [[] for _ in range(members)]
     for _ in range(members):
-        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, 0, members):
+        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, 0, range(members)):
             for step in portion.data["x"].numpy():
                 for member in range(members):
                     seen[member].append(int(step[member][0]) // 2)
@@ -273,26 +279,41 @@ def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches, members
     assert all(set(one) == set(range(batches)) for one in seen)
 
 
-def test_a_stream_goes_on_where_a_resumed_run_was():
+PHASES = (Phase.TRAIN_PARENTS, Phase.FITNESS, Phase.TRAIN_CHILDREN, Phase.SURVIVAL)
+
+
+def _of_a_stream(own_fitness_data):
     dataset = tf.data.Dataset.range(22).batch(4)  # the last batch is filled up
-    whole, resumed = (StreamData(dataset, members=2) for _ in range(2))
-    assert whole.steps_per_epoch == 6
+    stream = StreamData(dataset, members=2)
+    assert stream.steps_per_epoch == 6
+    own = {"x": tf.range(100, 108)} if own_fitness_data else None
+    data = GenerationData(stream, fitness_data=own, fitness_samples=8, epochs=2, seed=1)
 
-    def epoch(stream):
-        portions = stream.epoch(0, Phase.TRAIN_PARENTS, 0, 2)
-        return np.concatenate([portion.data["x"].numpy() for portion in portions])
+    def of(generation, phase, places=range(2)):
+        if phase in (Phase.FITNESS, Phase.SURVIVAL):
+            return [data.fitness_batch(generation, phase)["x"].numpy()]
+        epochs = [data.epoch(generation, phase, epoch, places) for epoch in (0, 1)]
+        return [portion.data["x"].numpy() for epoch in epochs for portion in epoch]
 
-    def fitness(stream):
-        return stream.fitness_batch(0, Phase.FITNESS, 8)["x"].numpy()
+    return of
 
-    epochs = [(epoch(whole), fitness(whole)) for _ in range(4)]
-    assert epochs[0][0].shape == (6, 2, 4)
-    assert epochs[0][1].shape == (8,)
-    everything = np.concatenate([part.flatten() for both in epochs for part in both])
-    assert np.ptp(np.bincount(everything)) <= 1  # each sample as often
-    resumed.skip(2, 2, 8)
-    np.testing.assert_array_equal(epoch(resumed), epochs[2][0])
-    np.testing.assert_array_equal(fitness(resumed), epochs[2][1])
+
+@pytest.mark.parametrize("own_fitness_data", [False, True])
+def test_a_stream_depends_on_the_phase_alone(own_fitness_data):
+    """As a resumed run needs it, and a worker that trains some of the members."""
+    of = _of_a_stream(own_fitness_data)
+    whole = {(g, phase): of(g, phase) for g in range(3) for phase in PHASES}
+    assert [part.shape for part in whole[0, Phase.TRAIN_PARENTS]] == [(6, 2, 4)] * 2
+    assert [part.shape for part in whole[0, Phase.FITNESS]] == [(8,)]
+    drawn = [p.flatten() for parts in whole.values() for p in parts if p.max() < 100]
+    assert np.ptp(np.bincount(np.concatenate(drawn))) <= 1  # each sample as often
+    for asked in [(2, Phase.FITNESS), (1, Phase.TRAIN_CHILDREN), (0, Phase.SURVIVAL)]:
+        for one in (of, _of_a_stream(own_fitness_data)):
+            for a, b in zip(one(*asked), whole[asked], strict=True):
+                np.testing.assert_array_equal(a, b)
+    parts = of(1, Phase.TRAIN_PARENTS, places=[1])
+    for a, b in zip(parts, whole[1, Phase.TRAIN_PARENTS], strict=True):
+        np.testing.assert_array_equal(a, b[:, 1:])
 
 
 class _PyDataset(keras.utils.PyDataset):
@@ -410,7 +431,9 @@ def test_reduce_lr_on_plateau_slows_the_members(engine, data):
     )
     weights = []
     keep = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: weights.append(gadam._members.weights[0].numpy())
+        on_epoch_end=lambda epoch, logs: weights.append(
+            gadam._population.members.weights[0].numpy()
+        )
     )
     gadam = _gadam(engine=engine, mutation_rate=0.0, fitness_batch_size=48)
     _fit(gadam, data, generations=5, callbacks=[reduce, keep])
@@ -428,10 +451,10 @@ def test_terminate_on_nan_sees_that_no_member_is_finite(data):
         _fit(gadam, (x, y * np.nan), callbacks=[keras.callbacks.TerminateOnNaN()])
     assert gadam.model.stop_training
     gadam = _gadam()
-    gadam._start_members()
+    gadam._start_population()
     broken = [w * tf.reshape([1.0, np.nan, np.nan, np.nan], [4] + [1] * (w.shape.rank - 1))
-              for w in gadam._members.weights]  # fmt: skip
-    gadam._members = gadam._members._replace(weights=broken)
+              for w in gadam._population.members.weights]  # fmt: skip
+    gadam._population.members = gadam._population.members._replace(weights=broken)
     history = _fit(gadam, (x, y), callbacks=[keras.callbacks.TerminateOnNaN()])
     assert history.epoch == [0, 1]
     assert history.history["members_not_finite"][0] >= 3
@@ -530,10 +553,10 @@ def test_nothing_is_traced_again_over_fifty_generations(engine, data):
 
 def test_members_that_are_not_finite_die_out(data):
     gadam = _gadam()
-    gadam._start_members()
+    gadam._start_population()
     broken = [tf.tensor_scatter_nd_update(w, [[1], [3]], w[:2] * np.nan)
-              for w in gadam._members.weights]  # fmt: skip
-    gadam._members = gadam._members._replace(weights=broken)
+              for w in gadam._population.members.weights]  # fmt: skip
+    gadam._population.members = gadam._population.members._replace(weights=broken)
     _fit(gadam, data, generations=1)
     assert np.all(np.isfinite(gadam.fitness))
     first = [one for one in gadam.lineage if one["generation"] == 0]
@@ -630,7 +653,7 @@ def test_models_that_cannot_be_populations(monkeypatch):
     closed.build((None, 6))
     closed.compile(gdopt.Adam(), "mse")
     with pytest.raises(ValueError, match="cannot be cloned"):
-        _gadam(closed)._start_members()
+        _gadam(closed)._start_population()
     monkeypatch.setattr(population, "_available_memory", lambda: 1_000)
     with pytest.raises(ValueError, match=r"A population of 4 clones .* needs about .*GiB"):
         _gadam()
@@ -647,7 +670,7 @@ def test_mixed_bfloat16_trains(engine, data):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     gadam = _gadam(engine=engine)
     _fit(gadam, data)
-    assert gadam._members.weights[0].dtype == tf.float32
+    assert gadam._population.members.weights[0].dtype == tf.float32
     assert np.all(np.isfinite(gadam.fitness))
 
 
@@ -764,8 +787,8 @@ def test_parents_and_children_are_trained_and_judged_with_keys_of_their_own(data
     _fit(_gadam(fitness_batch_size=8), data, generations=2, epochs=2)
     expected = []
     for generation in (0, 1):
-        expected += [(generation, Phase.TRAIN_PARENTS, epoch, SIZE) for epoch in (0, 1)]
+        expected += [(generation, Phase.TRAIN_PARENTS, epoch, range(SIZE)) for epoch in (0, 1)]
         expected += [(generation, Phase.FITNESS, 8)]
-        expected += [(generation, Phase.TRAIN_CHILDREN, epoch, SIZE) for epoch in (0, 1)]
+        expected += [(generation, Phase.TRAIN_CHILDREN, epoch, range(SIZE)) for epoch in (0, 1)]
         expected += [(generation, Phase.SURVIVAL, 8)]
     assert asked == expected

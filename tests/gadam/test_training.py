@@ -6,9 +6,8 @@ import pytest
 
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import keys
-from keras_gdopt.gadam.data import ArrayData
+from keras_gdopt.gadam.data import ArrayData, GenerationData
 from keras_gdopt.gadam.keys import Phase
-from keras_gdopt.gadam.progress import Progress
 from tests.gadam import models
 from tests.optimizer_cases import every_optimizer_with
 
@@ -26,12 +25,16 @@ def _data(gadam, x, y, **kwargs):
     return ArrayData(x, y, batch_size=8, seed=gadam.seed, **kwargs)
 
 
+def _generation_data(data, epochs):
+    return GenerationData(data, fitness_data=None, fitness_samples=8, epochs=epochs, seed=3)
+
+
 def _train(gadam, data, epochs=2):
     """The members before and after the parents' training of generation 4."""
-    gadam._start_members()
-    progress = Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
-    before = gadam._members
-    return before, *gadam._trained(before, 4, Phase.TRAIN_PARENTS, data, epochs, progress)
+    gadam._start_population()
+    before, training = gadam._population.members, gadam._population._training
+    training.data = _generation_data(data, epochs)
+    return before, *training.trained(before, range(MEMBERS), 4, Phase.TRAIN_PARENTS)
 
 
 def _train_by_hand(model, gadam, before, data, member, epochs=2):
@@ -40,13 +43,13 @@ def _train_by_hand(model, gadam, before, data, member, epochs=2):
         variable.assign(value[member])
     for index, variable in enumerate(model.non_trainable_variables):
         value = before.state[index][member]
-        if index in gadam._seed_generators:
+        if index in gadam._population._training._seed_generators:
             value = keys.key(3, 4, Phase.TRAIN_PARENTS, member, index).view(np.uint32)
         variable.assign(value)
     losses = []
     for epoch in range(epochs):
         losses = []
-        for portion in data.epoch(4, Phase.TRAIN_PARENTS, epoch, MEMBERS):
+        for portion in data.epoch(4, Phase.TRAIN_PARENTS, epoch, range(MEMBERS)):
             for rows in portion.order.numpy()[:, member]:
                 batch = keras.tree.map_structure(lambda part, r=rows: part.numpy()[r], data.data)
                 model.reset_metrics()
@@ -151,10 +154,11 @@ def test_members_drop_different_units(engine, rng):
     model = models.dropout()
     gadam = _gadam(model, engine, gdopt.GradientDescent(0.0), initializer="ones")
     data = ArrayData(x.astype("float32"), y.astype("float32"), batch_size=22, seed=3)
-    gadam._start_members()
-    progress = Progress(0, 0, 1, 1000, keras.callbacks.CallbackList())
+    gadam._start_population()
+    training = gadam._population._training
+    training.data = _generation_data(data, epochs=1)
     losses = [
-        gadam._trained(gadam._members, 0, phase, data, 1, progress)[1]
+        training.trained(gadam._population.members, range(MEMBERS), 0, phase)[1]
         for phase in (Phase.TRAIN_PARENTS, Phase.TRAIN_CHILDREN)
     ]
     assert len({round(float(loss), 5) for of_phase in losses for loss in of_phase}) == 6
@@ -180,7 +184,9 @@ def test_both_engines_agree_over_three_generations(name, rng, float64):
         ]
         assert [s[2] for s in a["selections"]] == [s[2] for s in b["selections"]]
     np.testing.assert_allclose(one.fitness, other.fitness, rtol=1e-8)
-    for a, b in zip(one._members.weights, other._members.weights, strict=True):
+    for a, b in zip(
+        one._population.members.weights, other._population.members.weights, strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
     for a, b in zip(one_model.get_weights(), other_model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
@@ -193,4 +199,4 @@ def test_children_begin_with_a_fresh_optimizer_and_survivors_keep_theirs(rng):
     born = [gadam.lineage[identity]["generation"] for identity in gadam._identities]
     # Born as a child of generation k: three steps as a child, and three in each one after.
     expected = [3 * (4 - generation + (generation > 0)) for generation in born]
-    assert gadam._members.updates.numpy().tolist() == expected
+    assert gadam._population.members.updates.numpy().tolist() == expected

@@ -70,7 +70,7 @@ class UnrolledEngine:
 
     def losses(self, members: Members, batch: Data) -> Tensor:
         """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
-        self._load(members)
+        self._load(members, with_optimizer=False)
         return self._losses(batch)
 
     def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
@@ -81,9 +81,11 @@ class UnrolledEngine:
 
     # --- members in and out of the clones ------------------------------------
 
-    def _load(self, members: Members) -> None:
-        values = (members.weights, members.state, members.optimizer)
-        for group, tensors in zip(self._variables(), values, strict=True):
+    def _load(self, members: Members, *, with_optimizer: bool = True) -> None:
+        values = [members.weights, members.state]
+        if with_optimizer:
+            values.append(members.optimizer)
+        for group, tensors in zip(self._variables(), values, strict=False):
             for variables, tensor in zip(group, tensors, strict=True):
                 for variable, value in zip(variables, tf.unstack(tensor), strict=True):
                     variable.assign(value)

@@ -1,0 +1,1 @@
+"""A population on many machines: where members are trained, and what is lost and found."""

@@ -1,0 +1,117 @@
+"""What runs in a worker's process: it trains shards, and keeps nothing that matters."""
+
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import ray
+import tensorflow as tf
+
+from keras_gdopt.gadam.breeding import Breeding, Plan
+from keras_gdopt.gadam.data import DataArguments
+from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.population import Members
+from keras_gdopt.gadam.training import Training
+
+Arrays = Any  # a list of arrays, or the nested structure of an optimizer's state
+
+
+class Setup(NamedTuple):
+    """What a worker needs once."""
+
+    model: bytes
+    custom_objects: bytes
+    engine: str
+    capacity: int
+    breeding: dict[str, Any]
+    seed: int
+    floatx: str
+
+
+class Shard(NamedTuple):
+    """Members that are trained together in a phase of a generation."""
+
+    generation: int
+    phase: Phase
+    places: list[int]
+    """In the population, or of children in their order."""
+
+
+class Worker:
+    """An actor. Its methods are functions of their arguments alone.
+
+    They return the losses of a shard first, and then three values for each member:
+    weights, state, and its optimizer's state with the number of its updates. Shards
+    smaller than a worker's capacity are filled up, so that nothing is compiled twice.
+    """
+
+    def __init__(self, threads: int) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+    def start(self, setup: Setup) -> int:
+        """Builds the model and what trains it; returns the process's number."""
+        keras.config.set_floatx(setup.floatx)
+        keras.saving.get_custom_objects().update(pickle.loads(setup.custom_objects))
+        self._training = Training(
+            pickle.loads(setup.model),
+            setup.engine,
+            setup.capacity,
+            breeding=Breeding(**setup.breeding, seed=setup.seed),
+            seed=setup.seed,
+        )
+        return os.getpid()
+
+    def node(self) -> str:
+        """The node that it runs on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def use(self, arguments: DataArguments) -> None:
+        """Makes the data of a `fit`."""
+        self._training.data = arguments.made()
+
+    def train_parents(self, shard: Shard, *parts: Arrays) -> tuple[Any, ...]:
+        """Trains members, of each of which come weights, state and optimizer."""
+        weights, state, optimizers = (self._stacked(parts[of::3]) for of in range(3))
+        optimizer, updates = optimizers
+        return self._trained(Members(weights, state, optimizer, updates), shard, ())
+
+    def train_children(self, shard: Shard, plan: Plan, *parts: Arrays) -> tuple[Any, ...]:
+        """Breeds and trains; of each child come the parents' weights and one's state."""
+        first, second, state = (self._stacked(parts[of::3]) for of in range(3))
+        places = self._filled_up(shard.places)
+        children, mutated = self._training.children(plan, first, second, state, places)
+        return self._trained(children, shard, (mutated[: len(shard.places)],))
+
+    def fitness(self, shard: Shard, *parts: Arrays) -> np.ndarray:
+        """Losses of members, of each of which come weights and state."""
+        weights, state = (self._stacked(parts[of::2]) for of in range(2))
+        members = Members(weights, state, None, None)
+        losses = self._training.fitness(members, shard.generation, shard.phase)
+        return losses[: len(shard.places)]
+
+    # --- the parts -----------------------------------------------------------
+
+    def _trained(self, members: Members, shard: Shard, more: tuple[Any, ...]) -> tuple[Any, ...]:
+        count = len(shard.places)
+        members, losses = self._training.trained(
+            members, self._filled_up(shard.places), shard.generation, shard.phase
+        )
+        arrays = tf.nest.map_structure(lambda value: value.numpy(), members)
+        returned: list[Any] = [(losses[:count], *more)]
+        for index in range(count):
+            own = tf.nest.map_structure(lambda array, at=index: array[at], arrays)
+            returned += [own.weights, own.state, (own.optimizer, own.updates)]
+        return tuple(returned)
+
+    def _filled_up(self, parts: Sequence[Any]) -> list[Any]:
+        missing = self._training.count - len(parts)
+        return [*parts, *[parts[0]] * missing]
+
+    def _stacked(self, parts: Sequence[Arrays]) -> Any:
+        parts = self._filled_up(parts)
+        return tf.nest.map_structure(lambda *arrays: tf.constant(np.stack(arrays)), *parts)

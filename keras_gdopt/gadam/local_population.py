@@ -1,0 +1,112 @@
+"""A population in the memory of this machine."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.gadam import population
+from keras_gdopt.gadam.breeding import Plan
+from keras_gdopt.gadam.data import DataArguments, GenerationData
+from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.population import Members
+from keras_gdopt.gadam.progress import Progress
+from keras_gdopt.gadam.training import Training
+
+
+class LocalPopulation:
+    """All members, and the phases of a generation in their order.
+
+    Args:
+        model: Compiled and built.
+        training: Of as many members as the population has.
+        weights: Of all members, of shape `(g, ...)`.
+        state: Likewise.
+
+    Attributes:
+        members: As they survived the last generation.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        training: Training,
+        weights: list[np.ndarray],
+        state: list[np.ndarray],
+    ) -> None:
+        self._training = training
+        size = training.count
+        self.members = Members(
+            [tf.constant(array) for array in weights],
+            [tf.constant(array) for array in state],
+            training.engine.fresh_optimizer_state(size),
+            tf.zeros((size,), tf.int64),
+        )
+        self._everyone = range(size)
+        self._diversity = tf.function(population.diversity)
+
+    def use(self, data: GenerationData, arguments: DataArguments) -> None:
+        """Trains and judges with this data from now on."""
+        del arguments  # they are for other machines
+        self._training.data = data
+
+    def train_parents(self, generation: int, progress: Progress) -> np.ndarray:
+        """Trains the members; returns their losses."""
+        self._parents, losses = self._training.trained(
+            self.members,
+            self._everyone,
+            generation,
+            Phase.TRAIN_PARENTS,
+            stride=progress.stride,
+            heard=progress.add,
+        )
+        return losses
+
+    def parents_fitness(self, generation: int) -> np.ndarray:
+        """The trained parents' losses of the batch that decides who begets."""
+        return self._training.fitness(self._parents, generation, Phase.FITNESS)
+
+    def train_children(self, plan: Plan, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+        """Breeds and trains; returns the children's losses and mutated entries."""
+        parents = self._parents
+        state = [tf.gather(value, plan.fitter) for value in parents.state]
+        children, mutated = self._training.children(plan, parents.weights, parents.weights, state)
+        self._children, losses = self._training.trained(
+            children,
+            self._everyone,
+            plan.generation,
+            Phase.TRAIN_CHILDREN,
+            stride=progress.stride,
+            heard=progress.add,
+        )
+        return losses, mutated
+
+    def survival_fitness(self, generation: int) -> tuple[np.ndarray, np.ndarray]:
+        """Parents' and children's losses of the batch that decides who survives."""
+        return (
+            self._training.fitness(self._parents, generation, Phase.SURVIVAL),
+            self._training.fitness(self._children, generation, Phase.SURVIVAL),
+        )
+
+    def select(self, places: np.ndarray) -> None:
+        """Keeps the survivors, see `genetics.surviving`."""
+        self.members = population.selected(places, self._parents, self._children)
+        del self._parents, self._children
+
+    def diversity(self) -> float:
+        """The mean distance of two members' weights."""
+        return float(self._diversity(self.members.weights))
+
+    def report(self) -> dict[str, Any]:
+        """What else there is to tell of a generation."""
+        return {}
+
+    def load(self, place: int, model: keras.Model) -> None:
+        """Puts a member into a model, its optimizer's state included."""
+        for variable, value in zip(model.trainable_variables, self.members.weights, strict=True):
+            variable.assign(value[place])
+        for variable, value in zip(model.non_trainable_variables, self.members.state, strict=True):
+            variable.assign(value[place])
+        model.optimizer.build(model.trainable_variables)
+        self._training.engine.load_optimizer(self.members, place, model.optimizer)

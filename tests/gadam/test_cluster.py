@@ -1,0 +1,351 @@
+"""A population in the workers of a Ray cluster: the same results, whatever happens."""
+
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_gdopt as gdopt
+from keras_gdopt.gadam import PopulationCallback
+from keras_gdopt.gadam.data import DataArguments
+from tests.gadam import models
+
+ray = pytest.importorskip("ray")
+
+SIZE, SEED, GENERATIONS = 6, 3, 3
+METHODS = ["train_parents", "fitness", "train_children"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from keras_gdopt.gadam.cluster.pool import connect
+
+    connect(None, cpus=4)
+    yield
+    ray.shutdown()
+
+
+class Noted(PopulationCallback):
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_generation_end(self, generation, logs=None):
+        self.logs.append(logs)
+
+
+def _run(engine, name="dense", *, optimizer=None, data=None, size=SIZE, callbacks=(), **kwargs):
+    """A population after `GENERATIONS`; its callback has what it told."""
+    keras.utils.set_random_seed(1)
+    model = getattr(models, name)()
+    model.compile(optimizer or gdopt.Adam(0.02), "mse")
+    gadam = gdopt.Gadam(model, size, mutation_rate=0.1, engine=engine, seed=SEED)
+    if data is None:
+        x, y = models.samples(np.random.default_rng(0), count=40)
+        data = {"x": x, "y": y, "batch_size": 8}
+    noted = Noted()
+    settings = {"generations": GENERATIONS, "epochs": 2, "verbose": 0, **kwargs}
+    gadam.history = gadam.fit(**data, callbacks=[noted, *callbacks], **settings)
+    gadam.noted = noted.logs
+    return gadam
+
+
+def _assert_same_run(one, other, rtol=0.0):
+    assert list(one.history.history) == list(other.history.history)
+    for name, values in one.history.history.items():
+        np.testing.assert_allclose(values, other.history.history[name], rtol=rtol, err_msg=name)
+    for a, b in zip(one.lineage, other.lineage, strict=True):
+        assert (a["parents"], a["mutated_entries"]) == (b["parents"], b["mutated_entries"])
+        assert [s[2] for s in a["selections"]] == [s[2] for s in b["selections"]]
+    members = (one._population.members, other._population.members)
+    for a, b in zip(*map(tf.nest.flatten, members), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * 1e-2)
+    for a, b in zip(one.model.get_weights(), other.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * 1e-2)
+    for a, b in zip(one.model.optimizer.variables, other.model.optimizer.variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=rtol, atol=rtol * 1e-2)
+
+
+# --- the same results --------------------------------------------------------------------
+
+
+def test_a_cluster_gives_what_one_machine_gives(cluster, float64):
+    """Five members in two shards, one of which is filled up; and a second `fit`."""
+    local, distributed = (_run(engine, size=5) for engine in ("auto", gdopt.RayEngine(2)))
+    _assert_same_run(local, distributed, rtol=1e-8)
+    for gadam in (local, distributed):
+        x, y = models.samples(np.random.default_rng(1), count=24)
+        gadam.history = gadam.fit(x, y, generations=1, batch_size=8, verbose=0)
+    _assert_same_run(local, distributed, rtol=1e-8)
+    member = distributed.member(1)
+    assert int(member.optimizer.iterations) > 0
+    size = sum(weight.nbytes for weight in member.get_weights())
+    for logs in distributed.noted:
+        assert 0 < logs["bytes_moved"] <= 5 * size
+        assert logs["bytes_moved"] % size == 0
+        assert logs["bytes_kept"] > 5 * 3 * size  # weights and two moments
+        assert logs["events"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("name", ["dense", "normalization", "convolution", "dropout"])
+def test_any_number_of_workers_gives_the_same(cluster, float64, name, workers):
+    _assert_same_run(_run("auto", name), _run(gdopt.RayEngine(workers), name), rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_optimizers_of_keras_are_trained_in_workers(cluster, float64):
+    local, distributed = (
+        _run(engine, optimizer=keras.optimizers.Adam(0.02))
+        for engine in ("auto", gdopt.RayEngine(2))
+    )
+    _assert_same_run(local, distributed, rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_streams_are_made_in_the_workers(cluster, float64):
+    def dataset():
+        x, y = models.samples(np.random.default_rng(0), count=40)
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+    local = _run("auto", data={"x": dataset()})
+    distributed = _run(gdopt.RayEngine(2, data_fn=dataset), data={})
+    _assert_same_run(local, distributed, rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_repeated_runs_are_equal_to_the_bit_in_whatever_order_workers_finish(cluster, monkeypatch):
+    from keras_gdopt.gadam.cluster.pool import Pool
+
+    first = _run(gdopt.RayEngine(3))
+    submit = Pool._submit
+
+    def late(pool, task, number):
+        references = submit(pool, task, number)
+        if number == 0:  # it begins when the others may have ended
+            time.sleep(0.3)
+        return references
+
+    monkeypatch.setattr(Pool, "_submit", late)
+    _assert_same_run(first, _run(gdopt.RayEngine(3)))
+
+
+# --- faults ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faultless(cluster):
+    return _run(gdopt.RayEngine(2))
+
+
+@pytest.fixture
+def committed(monkeypatch):
+    """Each generation, phase and member whose results were taken, in their order."""
+    from keras_gdopt.gadam.cluster.population import RayPopulation
+
+    taken = []
+    trained = RayPopulation._trained
+
+    def noted(population, members, shards, *rest):
+        values = trained(population, members, shards, *rest)
+        taken.extend((s.generation, s.phase, p) for s in shards.values() for p in s.places)
+        return values
+
+    monkeypatch.setattr(RayPopulation, "_trained", noted)
+    return taken
+
+
+def _strike(monkeypatch, method, workers=(0,), how=signal.SIGKILL, generation=1):
+    """Signals workers as they begin with a generation's task of one kind, each once."""
+    from keras_gdopt.gadam.cluster.pool import Pool
+
+    submit, waiting = Pool._submit, set(workers)
+
+    def struck(pool, task, number):
+        references = submit(pool, task, number)
+        due = task.method == method and number in waiting
+        if due and task.arguments()[0].generation == generation:
+            waiting.discard(number)
+            pool._timeout = 20.0 if how == signal.SIGSTOP else pool._timeout
+            os.kill(pool.processes[number], how)
+        return references
+
+    monkeypatch.setattr(Pool, "_submit", struck)
+    return waiting
+
+
+def _assert_recovered(gadam, faultless, committed, faults=1):
+    _assert_same_run(faultless, gadam)
+    assert len(committed) == len(set(committed)) == 2 * SIZE * GENERATIONS
+    events = [event for logs in gadam.noted for event in logs["events"]]
+    assert len(events) == faults
+    assert all("was lost in" in event and "Replaced in" in event for event in events)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_is_killed(method, faultless, committed, monkeypatch, caplog):
+    waiting = _strike(monkeypatch, method)
+    gadam = _run(gdopt.RayEngine(2))
+    assert not waiting
+    _assert_recovered(gadam, faultless, committed)
+    assert "Worker 0 (process" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_workers_are_killed_at_once(faultless, committed, monkeypatch):
+    waiting = _strike(monkeypatch, "train_children", workers=(0, 1))
+    gadam = _run(gdopt.RayEngine(2))
+    assert not waiting
+    _assert_recovered(gadam, faultless, committed, faults=2)
+
+
+@pytest.mark.slow
+def test_a_worker_hangs(faultless, committed, monkeypatch):
+    waiting = _strike(monkeypatch, "train_parents", workers=(1,), how=signal.SIGSTOP)
+    gadam = _run(gdopt.RayEngine(2))
+    assert not waiting
+    _assert_recovered(gadam, faultless, committed)
+    (event,) = [event for logs in gadam.noted for event in logs["events"]]
+    assert "did not answer within 20 seconds" in event
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_between_return_and_commit(faultless, committed, monkeypatch):
+    from keras_gdopt.gadam.cluster.pool import Pool
+
+    run, killed = Pool.run, []
+
+    def struck(pool, tasks):
+        run(pool, tasks)
+        if not killed and tasks[0].method == "train_children":
+            killed.append(pool.processes[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(Pool, "run", struck)
+    gadam = _run(gdopt.RayEngine(2))
+    assert killed
+    _assert_recovered(gadam, faultless, committed)
+
+
+_NODE_LEAVES = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+other = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+import keras_gdopt as gdopt
+from tests.gadam import test_cluster as here
+
+class Leaves(gdopt.gadam.PopulationCallback):
+    def on_generation_begin(self, generation, logs=None):
+        if generation == 2:
+            cluster.remove_node(other)
+
+engine = gdopt.RayEngine(2, safekeeping_freq=int(sys.argv[2]))
+gadam = here._run(engine, "wide", callbacks=[Leaves()])
+print([event for logs in gadam.noted for event in logs["events"]])
+assert sorted(gadam._population._pool.processes) in ([0], [1])
+import pickle
+with open(sys.argv[1], "wb") as file:
+    pickle.dump((gadam.model.get_weights(), gadam.history.history, list(gadam.lineage)), file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("safekeeping_freq", [1, 5])
+def test_a_node_leaves(safekeeping_freq, cluster, tmp_path):
+    """With weights that are too large to lie in the process of `fit`."""
+    faultless = _run(gdopt.RayEngine(2), "wide")
+    path = tmp_path / "run.pkl"
+    subprocess.run(
+        [sys.executable, "-c", _NODE_LEAVES, str(path), str(safekeeping_freq)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        timeout=400,
+    )
+    weights, history, lineage = pickle.loads(path.read_bytes())
+    for a, b in zip(weights, faultless.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name, values in faultless.history.history.items():
+        if name != "diversity" or safekeeping_freq == 1:
+            np.testing.assert_array_equal(values, history[name])
+    assert lineage == list(faultless.lineage)
+
+
+# --- errors ------------------------------------------------------------------------------
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'keras-gdopt\[ray\]'"):
+        gdopt.RayEngine(2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("num_workers", 0), ("threads_per_worker", 0), ("task_timeout", 0), ("data_fn", 3),
+     ("safekeeping_freq", 0)],
+)  # fmt: skip
+def test_arguments_out_of_range(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        gdopt.RayEngine(**{"num_workers": 2, argument: value})
+
+
+def test_a_dataset_is_not_sent():
+    arguments = DataArguments(tf.data.Dataset.range(4))
+    with pytest.raises(ValueError, match="data_fn"):
+        arguments.for_workers()
+
+
+def test_data_comes_from_one_side_only():
+    with pytest.raises(ValueError, match="`data_fn` makes the training data"):
+        DataArguments(np.ones(4), data_fn=lambda: np.ones(4)).made()
+    with pytest.raises(ValueError, match="Expected training data"):
+        DataArguments(None).made()
+
+
+def test_more_workers_than_the_cluster_has_room_for(cluster):
+    with pytest.raises(ValueError, match="has room for"):
+        _run(gdopt.RayEngine(2, threads_per_worker=1000))
+
+
+def test_the_user_s_error_comes_once_and_names_the_worker(cluster):
+    here = os.getpid()
+
+    def breaks():
+        if os.getpid() != here:
+            raise KeyError("no such file")
+        return models.samples(np.random.default_rng(0), count=40)
+
+    with pytest.raises(KeyError, match="no such file") as caught:
+        _run(gdopt.RayEngine(2, data_fn=breaks), data={})
+    (note,) = caught.value.__notes__
+    assert "worker" in note
+
+
+def test_a_model_that_cannot_be_sent(cluster):
+    class Unsavable(keras.layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+        def get_config(self):
+            raise RuntimeError("has no config")
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(3)(Unsavable()(inputs)))
+    model.compile(gdopt.Adam(), "mse")
+    with pytest.raises(ValueError, match=r"cannot be (sent|cloned)[\s\S]*has no config"):
+        gdopt.Gadam(model, 4, engine=gdopt.RayEngine(2), initializer="ones").fit(
+            np.ones((8, 6)), np.ones((8, 3)), batch_size=4, verbose=0
+        )
