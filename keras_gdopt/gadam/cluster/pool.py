@@ -271,6 +271,7 @@ def connect(address: str | None, cpus: int) -> None:
         ray.init(address=address, log_to_driver=False)
     else:
         ray.init(
+            address="local",  # not another one that happens to run here
             num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
