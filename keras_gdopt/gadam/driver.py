@@ -469,7 +469,7 @@ class Gadam:
             training = Training(
                 self.model, self.engine, size, breeding=self._breeding, seed=self.seed
             )
-            self._population = LocalPopulation(self.model, training, weights, state)
+            self._population = LocalPopulation(training, weights, state)
         else:
             # Here, as only it needs Ray.
             from keras_gdopt.gadam.cluster.population import RayPopulation

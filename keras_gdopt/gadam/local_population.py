@@ -19,7 +19,6 @@ class LocalPopulation:
     """All members, and the phases of a generation in their order.
 
     Args:
-        model: Compiled and built.
         training: Of as many members as the population has.
         weights: Of all members, of shape `(g, ...)`.
         state: Likewise.
@@ -30,7 +29,6 @@ class LocalPopulation:
 
     def __init__(
         self,
-        model: keras.Model,
         training: Training,
         weights: list[np.ndarray],
         state: list[np.ndarray],
