@@ -1,4 +1,4 @@
-"""Times contenders in turn, within one process, and prints one table of them."""
+"""Times contenders in turn, within one process, and prints a table of each work."""
 
 import argparse
 import gc
@@ -81,27 +81,28 @@ def measure(work: Work, repetitions: int) -> None:
             contender.seconds.append(passed / (work.calls * contender.steps))
 
 
-def table(works: Sequence[Work]) -> str:
-    """A Markdown table of what was measured.
+HEADER = """\
+| work | contender | ms a step | ratio | bound | to the first step, s | memory, MB |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def rows(work: Work) -> str:
+    """What was measured, as rows of a Markdown table under `HEADER`.
 
     A ratio is the median over the repetitions of a contender's time to that of the
     first in the same repetition.
     """
-    lines = [
-        "| work | contender | ms a step | ratio | bound | to the first step, s | memory, MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for work in works:
-        first = work.contenders[0]
-        for contender in work.contenders:
-            pairs = zip(contender.seconds, first.seconds, strict=True)
-            ratio = statistics.median(own / its for own, its in pairs)
-            bound = work.bounds.get(contender.name)
-            mark = "" if bound is None else f"{bound:g}" + ("" if ratio <= bound else " missed")
-            lines.append(
-                f"| {work.name} | {contender.name} | {contender.median * 1e3:.3f} | {ratio:.3f} | "
-                f"{mark} | {contender.compile_seconds:.1f} | {contender.memory / 1e6:.0f} |"
-            )
+    lines = []
+    first = work.contenders[0]
+    for contender in work.contenders:
+        pairs = zip(contender.seconds, first.seconds, strict=True)
+        ratio = statistics.median(own / its for own, its in pairs)
+        bound = work.bounds.get(contender.name)
+        mark = "" if bound is None else f"{bound:g}" + ("" if ratio <= bound else " missed")
+        lines.append(
+            f"| {work.name} | {contender.name} | {contender.median * 1e3:.3f} | {ratio:.3f} | "
+            f"{mark} | {contender.compile_seconds:.1f} | {contender.memory / 1e6:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -147,7 +148,7 @@ def environment() -> str:
 
 
 def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> None:
-    """Measures what the command line names, and prints one table.
+    """Measures what the command line names, and prints a table as it grows.
 
     Args:
         description: What `--help` says.
@@ -160,10 +161,8 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
     unknown = set(arguments.work) - set(works)
     if unknown:
         parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")
-    measured = []
+    print(f"{environment()}\n\n{HEADER}", flush=True)
     for name in arguments.work or works:
         for work in works[name]():
             measure(work, arguments.repetitions)
-            measured.append(work)
-            print(f"measured: {work.name}", flush=True)
-    print(f"\n{environment()}\n\n{table(measured)}")
+            print(rows(work), flush=True)  # as soon as it is known: some take an hour
