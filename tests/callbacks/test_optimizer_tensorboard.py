@@ -307,8 +307,8 @@ def test_an_unknown_tier(tmp_path):
 # --- what an algorithm has of its own ------------------------------------------------
 
 _QUANTILES = {f"effective_learning_rate_p{q}" for q in (10, 50, 90)}
+# Of those with more than the quantiles of their entries' learning rates, where those differ.
 OWN = {
-    "GradientDescent": set(),
     "Momentum": {"velocity_norm"},
     "NAG": {"velocity_norm"},
     "RAdam": {"rho_t", "rectification", *_QUANTILES},
@@ -322,7 +322,13 @@ every_class = pytest.mark.parametrize(
 
 
 def _own_tags(case):
-    return {f"optimizer/{name}" for name in OWN.get(case.cls.__name__, _QUANTILES)}
+    name = case.cls.__name__
+    own = OWN[name] if name in OWN else _QUANTILES if _has_rates_of_entries(case.cls) else set()
+    return {f"optimizer/{tag}" for tag in own}
+
+
+def _has_rates_of_entries(cls):
+    return cls.effective_learning_rate is not gdopt.GradientOptimizer.effective_learning_rate
 
 
 def _check_own_metrics(case, model, rng, log_dir):

@@ -1,0 +1,28 @@
+"""Writes the equations of a page as MathML, which browsers show without a script."""
+
+import html
+import re
+from typing import Any
+
+import latex2mathml.converter
+
+# What `pymdownx.arithmatex` makes of $...$ and $$...$$ with `generic: true`.
+_EQUATION = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Called by MkDocs with each page's HTML."""
+    return _EQUATION.sub(_as_mathml, content)
+
+
+def _as_mathml(equation: re.Match[str]) -> str:
+    tex = " ".join(html.unescape(equation["tex"]).split())
+    for ours, known in (("{aligned}", "{align*}"), ("\\ ", r"\;"), (r"\_", "_")):
+        tex = tex.replace(ours, known)
+    display = "block" if equation["tag"] == "div" else "inline"
+    mathml = latex2mathml.converter.convert(tex, display=display)
+    if "\\" in mathml:  # the converter leaves what it does not know as it is
+        raise ValueError(f"Cannot write this equation as MathML: {tex}")
+    return mathml

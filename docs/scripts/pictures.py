@@ -1,0 +1,66 @@
+"""Makes the pictures of the pages when the site is built; none of them is in the repository.
+
+They are kept in `build/docs_pictures` until the package or the drawing changes, for
+`mkdocs serve`.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+SCRIPTS = Path(__file__).parent
+ROOT = SCRIPTS.parents[1]
+KEPT = ROOT / "build" / "docs_pictures"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Called by MkDocs when it has found the pages."""
+    sys.path.insert(0, str(SCRIPTS))
+    KEPT.mkdir(parents=True, exist_ok=True)
+    optimizers = sorted((ROOT / "keras_gdopt").rglob("*.py"))
+    for name, sources, draw in _drawings(optimizers):
+        file = KEPT / f"{name}-{_digest(sources)}.svg"
+        if not file.exists():
+            for outdated in KEPT.glob(f"{name}-*"):
+                outdated.unlink()
+            file.write_bytes(draw())
+        files.append(File.generated(config, f"pictures/{name}.svg", content=file.read_bytes()))
+    for picture in sorted((ROOT / "examples" / "pictures").glob("*.png")):
+        name = f"pictures/{picture.name}"
+        files.append(File.generated(config, name, abs_src_path=str(picture)))
+    return files
+
+
+def _drawings(optimizers: list[Path]) -> Iterator[tuple[str, list[Path], Callable[[], bytes]]]:
+    """Name, what the picture depends on, and what draws it."""
+    for name in ("choosing", "gadam_loop"):
+        yield name, [SCRIPTS / "diagrams.py"], lambda name=name: _diagram(name)
+    for page in sorted((SCRIPTS.parent / "algorithms").glob("*.md")):
+        sources = [SCRIPTS / "paths_on_a_surface.py", *optimizers]
+        yield page.stem, sources, lambda name=page.stem: _path(name)
+
+
+# Imported where a picture must be drawn: TensorFlow takes seconds.
+
+
+def _diagram(name: str) -> bytes:
+    import diagrams
+
+    return getattr(diagrams, name)()
+
+
+def _path(name: str) -> bytes:
+    import paths_on_a_surface
+
+    return paths_on_a_surface.picture(name)
+
+
+def _digest(sources: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
