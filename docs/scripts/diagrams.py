@@ -1,6 +1,7 @@
 """Draws the diagrams: boxes and arrows, as SVG."""
 
 import io
+import itertools
 from typing import Any
 
 import matplotlib.figure
@@ -72,7 +73,10 @@ def choosing() -> bytes:
     """From questions about the task to the optimizer to begin with."""
     d = Diagram(64, 30)
     questions = [
-        ("batch", "Does the whole data set fit in one batch,\nand does every digit of the loss count?"),
+        (
+            "batch",
+            "Does the whole data set fit in one batch,\nand does every digit of the loss count?",
+        ),
         ("rows", "Do most batches miss most rows\nof a large embedding?"),
         ("tuned", "Do you have the time to tune\na learning rate and its schedule?"),
         ("start", "Does training go wrong\nin its first steps?"),
@@ -90,7 +94,7 @@ def choosing() -> bytes:
         d.arrow(name, f"{name}: yes", "yes")
     d.box("else", 16, 27, "Adam", "answer")
     names = [name for name, _ in questions] + ["else"]
-    for one, next_one in zip(names, names[1:], strict=False):
+    for one, next_one in itertools.pairwise(names):
         d.arrow(one, next_one, "no")
     return d.svg()
 
@@ -107,6 +111,6 @@ def gadam_loop() -> bytes:
     d.box("survive", 29, 14, "2g losses on\none new batch", "work")
     d.box("best", 9, 14, "the g fittest are\nthe next generation", "choice")
     ring = ["train", "fitness", "select", "cross", "mutate", "children", "survive", "best", "train"]
-    for one, next_one in zip(ring, ring[1:], strict=False):
+    for one, next_one in itertools.pairwise(ring):
         d.arrow(one, next_one)
     return d.svg()

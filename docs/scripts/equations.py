@@ -19,8 +19,9 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _as_mathml(equation: re.Match[str]) -> str:
     tex = " ".join(html.unescape(equation["tex"]).split())
-    for ours, known in (("{aligned}", "{align*}"), ("\\ ", r"\;"), (r"\_", "_")):
-        tex = tex.replace(ours, known)
+    # The converter's names for what it knows: an alignment, a space, an underscore.
+    tex = tex.replace("{aligned}", "{align*}").replace(r"\_", "_")
+    tex = re.sub(r"(?<!\\)\\ ", r"\\;", tex)
     display = "block" if equation["tag"] == "div" else "inline"
     mathml = latex2mathml.converter.convert(tex, display=display)
     if "\\" in mathml:  # the converter leaves what it does not know as it is

@@ -74,7 +74,9 @@ PATHS: dict[str, Sequence[Path]] = {
         Path("Lookahead(Adam(0.2))", lambda: gdopt.Lookahead(gdopt.Adam(0.2))),
         Path("Adam(0.2)", lambda: gdopt.Adam(0.2)),
     ],
-    "conjugate_gradient": [Path("ConjugateGradient()", lambda: gdopt.ConjugateGradient(jit_compile=False), 15)],
+    "conjugate_gradient": [
+        Path("ConjugateGradient()", lambda: gdopt.ConjugateGradient(jit_compile=False), 15)
+    ],
     "newton": [Path("Newton()", lambda: gdopt.Newton(jit_compile=False), 15)],
     "lbfgs": [Path("LBFGS()", lambda: gdopt.LBFGS(jit_compile=False), 15)],
 }
@@ -132,7 +134,9 @@ def picture(name: str) -> bytes:
     axes.plot(0, 0, marker="*", color="0.4", markersize=11)
     curves = [(DESCENT, _descent(), "0.65")]
     colors = ("tab:blue", "tab:orange")
-    curves += [(path, walked(path), color) for path, color in zip(PATHS[name], colors, strict=False)]
+    curves += [
+        (path, walked(path), color) for path, color in zip(PATHS[name], colors, strict=False)
+    ]
     for path, points, color in curves:
         lowest = float(surface(*points[-1]))
         label = f"{path.label}: {path.steps} steps, f = {lowest:.2g}"
