@@ -87,7 +87,7 @@ def test_every_cross_cutting_test_covers_it(copy):
     assert run.returncode == 0, run.stdout[-2000:]
     collected = run.stdout.splitlines()
     tests = {
-        name: {line.split("[")[0] for line in collected if re.search(rf"\b{name}\(\)", line)}
+        name: {line.split("[")[0] for line in collected if re.search(rf"[\[-]{name}\(\)", line)}
         for name in (TEMPLATE, "QHM")
     }
     assert tests["QHM"] == tests[TEMPLATE]

@@ -21,13 +21,12 @@ def on_files(files: Files, config: Any) -> Files:
     """Called by MkDocs when it has found the pages."""
     sys.path.insert(0, str(SCRIPTS))
     KEPT.mkdir(parents=True, exist_ok=True)
-    optimizers = sorted((ROOT / "keras_gdopt").rglob("*.py"))
-    for name, sources, draw in _drawings(optimizers):
+    for name, sources, draw in _drawings():
         file = KEPT / f"{name}-{_digest(sources)}.svg"
         if not file.exists():
             for outdated in KEPT.glob(f"{name}-*"):
                 outdated.unlink()
-            file.write_bytes(draw())
+            file.write_bytes(draw(name))
         files.append(File.generated(config, f"pictures/{name}.svg", content=file.read_bytes()))
     for picture in sorted((ROOT / "examples" / "pictures").glob("*.png")):
         name = f"pictures/{picture.name}"
@@ -35,13 +34,15 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def _drawings(optimizers: list[Path]) -> Iterator[tuple[str, list[Path], Callable[[], bytes]]]:
+def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
     """Name, what the picture depends on, and what draws it."""
     for name in ("choosing", "gadam_loop"):
-        yield name, [SCRIPTS / "diagrams.py"], lambda name=name: _diagram(name)
+        yield name, [SCRIPTS / "diagrams.py"], _diagram
+    paths = [SCRIPTS / "paths_on_a_surface.py"]
+    for room in ("optimizers", "closures"):
+        paths += sorted((ROOT / "keras_gdopt" / room).glob("*.py"))
     for page in sorted((SCRIPTS.parent / "algorithms").glob("*.md")):
-        sources = [SCRIPTS / "paths_on_a_surface.py", *optimizers]
-        yield page.stem, sources, lambda name=page.stem: _path(name)
+        yield page.stem, paths, _path
 
 
 # Imported where a picture must be drawn: TensorFlow takes seconds.
