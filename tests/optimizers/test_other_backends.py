@@ -1,4 +1,4 @@
-"""Rules, losses and initializers contain no TensorFlow: with JAX and torch they run through Keras's own path."""
+"""What contains no TensorFlow: with JAX and torch it runs through Keras's own path."""
 
 import importlib.util
 import os
