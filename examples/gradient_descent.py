@@ -6,7 +6,7 @@
 On 442 patients with diabetes (from scikit-learn): the progression of the disease after a
 year, by a linear model from body-mass index and blood serum s5. With two weights the loss is a
 surface that can be drawn. The three variants differ in `batch_size` alone (Zhang 2019, section
-2). The fourth run lowers the learning rate of the stochastic one in every step,
+2). One run lowers the learning rate of stochastic descent in every step,
 ε_k = (1 - k/r) ε_0 + (k/r) ε_r (Luo 2020, section 3), with which its noise dies out.
 
 Then the same full-batch descent in batches of 32, for data that does not fit into memory: with
@@ -22,7 +22,6 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -73,7 +72,7 @@ class Recorder(keras.callbacks.Callback):
         self._label = label
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        print(f"{self._label:32} ", end="", flush=True)
+        print(f"{self._label:34} ", end="", flush=True)
         self._bar = keras.utils.Progbar(
             self.params["epochs"], stateful_metrics=["loss"], unit_name="epoch"
         )
@@ -120,57 +119,31 @@ def variants(samples: int, epochs: int) -> list[Variant]:
     return [
         Variant("vanilla (full batch)", samples, VANILLA_RATE),
         Variant(f"mini-batches of {BATCH_SIZE}", BATCH_SIZE, STOCHASTIC_RATE),
-        Variant("stochastic", 1, STOCHASTIC_RATE),
         Variant("stochastic, rate decays", 1, decaying_rate(samples * epochs)),
+        Variant("stochastic", 1, STOCHASTIC_RATE),
     ]
 
 
-def descend(variant: Variant, data: Data, epochs: int) -> np.ndarray:
-    """The weights from the start to the end, of shape `(updates + 1, 2)`."""
+def run(variant: Variant, data: Data, epochs: int, seed: int) -> np.ndarray:
+    """The weights that a variant goes through, see `descend`."""
+    # In a new order in each epoch; `fit` itself, where a seed is set, takes one for all.
+    shuffled = tf.data.Dataset.from_tensor_slices(tuple(data)).shuffle(len(data.x), seed)
+    optimizer = gdopt.GradientDescent(variant.learning_rate)
+    return descend(variant.name, shuffled.batch(variant.batch_size), optimizer, epochs)
+
+
+def descend(
+    label: str, batches: tf.data.Dataset, optimizer: Any, epochs: int, loss: Any = "mse"
+) -> np.ndarray:
+    """The weights before the first batch and after each, of shape `(batches + 1, 2)`."""
     model = new_model()
-    model.compile(gdopt.GradientDescent(variant.learning_rate), "mse")
-    recorder = Recorder(variant.name)
-    model.fit(
-        data.x,
-        data.y,
-        batch_size=variant.batch_size,
-        epochs=epochs,
-        verbose=0,
-        callbacks=[recorder],
-    )
+    model.compile(optimizer, loss)
+    recorder = Recorder(label)
+    model.fit(batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[recorder])
     return np.stack(recorder.path)
 
 
 # --- the full batch, in parts ----------------------------------------------------------
-
-
-def accumulated(
-    label: str,
-    data: Data,
-    epochs: int,
-    learning_rate: float = VANILLA_RATE,
-    loss: Any = "mse",
-    weigh: Callable[..., Any] | None = None,
-) -> np.ndarray:
-    """Where full-batch descent in batches ends, of which one epoch is one update.
-
-    Args:
-        label: For the progress.
-        data: More than a batch.
-        epochs: How many.
-        learning_rate: Of an update.
-        loss: Of a batch.
-        weigh: Adds sample weights to a batch of x and y.
-    """
-    batches = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(BATCH_SIZE)
-    if weigh is not None:
-        batches = batches.map(weigh)
-    model = new_model()
-    optimizer = gdopt.GradientDescent(learning_rate, gradient_accumulation_steps=batch_count(data))
-    model.compile(optimizer, loss)
-    recorder = Recorder(label)
-    model.fit(batches, epochs=epochs, verbose=0, callbacks=[recorder])
-    return recorder.path[-1]
 
 
 def batch_count(data: Data) -> int:
@@ -178,29 +151,29 @@ def batch_count(data: Data) -> int:
 
 
 def accumulations(data: Data, epochs: int) -> dict[str, np.ndarray]:
-    """Where each way to accumulate ends."""
+    """Where full-batch descent in batches ends, an epoch being an update."""
     batches, samples = batch_count(data), len(data.x)
+    parts = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(BATCH_SIZE)
 
-    def weigh(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        # A batch's loss is a mean over its own samples, the update a mean over the batches:
-        # what makes each sample count 1/N.
+    def weighted(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # A batch's loss is a mean over its own samples, and the update one over the batches:
+        # with these weights each sample counts 1/N in it.
         size = tf.shape(x)[0]
         return x, y, tf.fill((size,), tf.cast(size, x.dtype) * batches / samples)
 
-    return {
-        "mean of the batches' means": accumulated("mean of means", data, epochs),
-        "samples weighted by their batch": accumulated(
-            "weighted samples", data, epochs, weigh=weigh
-        ),
-        "sums, and a rate for sums": accumulated(
-            "sums",
-            data,
-            epochs,
-            # The update is a mean over the batches of sums over their samples.
-            learning_rate=VANILLA_RATE * batches / samples,
-            loss=keras.losses.MeanSquaredError(reduction="sum"),
-        ),
+    # Of sums over the samples the update is a mean over the batches: hence the other rate.
+    rate_of_sums = VANILLA_RATE * batches / samples
+    sums = keras.losses.MeanSquaredError(reduction="sum")
+    ways: dict[str, tuple[tf.data.Dataset, float, Any]] = {
+        "means of the batches": (parts, VANILLA_RATE, "mse"),
+        "weighted samples": (parts.map(weighted), VANILLA_RATE, "mse"),
+        "sums": (parts, rate_of_sums, sums),
     }
+    ends = {}
+    for name, (batched, rate, loss) in ways.items():
+        optimizer = gdopt.GradientDescent(rate, gradient_accumulation_steps=batches)
+        ends[name] = descend(f"accumulated {name}", batched, optimizer, epochs, loss)[-1]
+    return ends
 
 
 # --- what it shows -------------------------------------------------------------------
@@ -220,10 +193,10 @@ def print_accumulations(ends: dict[str, np.ndarray], full: np.ndarray, data: Dat
     rest = len(data.x) % BATCH_SIZE
     print(
         f"\nFull-batch descent in {batch_count(data)} batches, {BATCH_SIZE} samples each and "
-        f"{rest} in the last:\n\n{'accumulated':34}{'weights differ from the full batch by':>38}"
+        f"{rest} in the last:\n\n{'accumulated':22}{'weights differ from the full batch by':>38}"
     )
     for name, end in ends.items():
-        print(f"{name:34}{np.max(np.abs(end - full)):>38.2e}")
+        print(f"{name:22}{np.max(np.abs(end - full)):>38.2e}")
 
 
 def draw(paths: dict[str, np.ndarray], data: Data, epochs: int, path: Path) -> None:
@@ -239,15 +212,19 @@ def draw(paths: dict[str, np.ndarray], data: Data, epochs: int, path: Path) -> N
     grid = np.stack(np.meshgrid(*np.linspace(low, high, 200).T), axis=-1)
     levels = lowest + np.geomspace(1e-3, data.loss(np.array(START)) - lowest, 12)
     surface.contour(
-        *np.moveaxis(grid, -1, 0), data.loss(grid), levels, cmap="Greys_r", linewidths=0.8
+        *np.moveaxis(grid, -1, 0), data.loss(grid), levels, colors="lightgrey", linewidths=0.8
     )
-    # The noisiest at the back.
-    for order, (name, weights) in enumerate(paths.items()):
-        marker = "o" if len(weights) < 100 else None
-        style: dict[str, Any] = {"marker": marker, "markersize": 3, "zorder": 10 - order}
-        surface.plot(*weights.T, label=name, linewidth=1, **style)
-        passes = np.linspace(0, epochs, len(weights))
-        curves.plot(passes, data.loss(weights) - lowest, linewidth=1, **style)
+    # The noisier, the further back.
+    for depth, (name, weights) in enumerate(paths.items()):
+        few = len(weights) < 100
+        style: dict[str, Any] = {
+            "marker": "o" if few else None,
+            "markersize": 3,
+            "linewidth": 1.5 if len(weights) < 1000 else 0.6,
+            "zorder": 10 - depth,
+        }
+        surface.plot(*weights.T, label=name, **style)
+        curves.plot(np.linspace(0, epochs, len(weights)), data.loss(weights) - lowest, **style)
     surface.plot(*minimum, "k+", markersize=14, zorder=11)
     surface.set(xlabel="weight of the body-mass index", ylabel="weight of s5", title="paths")
     surface.legend()
@@ -293,8 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"diabetes: {len(data.x)} samples, 2 weights, {args.epochs} epochs")
     paths = {}
     for variant in variants(len(data.x), args.epochs):
-        keras.utils.set_random_seed(args.seed)
-        paths[variant.name] = descend(variant, data, args.epochs)
+        paths[variant.name] = run(variant, data, args.epochs, args.seed)
     ends = accumulations(data, args.epochs)
     print_variants(paths, data)
     print_accumulations(ends, next(iter(paths.values()))[-1], data)
