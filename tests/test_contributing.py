@@ -109,6 +109,7 @@ def test_all_of_them_pass(copy):
     assert run.returncode == 0, run.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_wrong_fails(copy, tmp_path):
     wrong = tmp_path / "project"
     shutil.copytree(copy, wrong)
