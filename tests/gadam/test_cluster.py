@@ -295,7 +295,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("num_workers", 0), ("threads_per_worker", 0), ("task_timeout", 0), ("data_fn", 3),
-     ("safekeeping_freq", 0)],
+     ("safekeeping_freq", 0), ("safekeeping", "memory")],
 )  # fmt: skip
 def test_arguments_out_of_range(argument, value):
     with pytest.raises(ValueError, match=argument):
