@@ -16,6 +16,7 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.gadam.data import DataArguments
+from tests.callbacks.test_event_files import read
 from tests.gadam import models
 
 ray = pytest.importorskip("ray")
@@ -172,12 +173,16 @@ def test_survivors_are_kept_in_files(cluster, float64, tmp_path):
     """The process of `fit` has none of them; only what a resumed run needs stays."""
     local = _run("auto")
     engine = gdopt.RayEngine(2, safekeeping="checkpoint_dir")
-    distributed = _run(engine, checkpoint_dir=str(tmp_path))
+    board = gdopt.callbacks.PopulationTensorBoard(tmp_path / "runs")
+    distributed = _run(engine, checkpoint_dir=str(tmp_path), callbacks=[board])
     assert np.all(np.isnan(distributed.history.history.pop("diversity")))
     del local.history.history["diversity"]
     _assert_same_run(local, distributed, rtol=1e-8)
     assert sorted(path.name for path in tmp_path.glob("members-*")) == ["members-2", "members-3"]
     assert len(list((tmp_path / "members-3").glob("*.index"))) == SIZE
+    tags = read(tmp_path / "runs" / "population")
+    assert "population/bytes_kept" in tags
+    assert "population/diversity" not in tags
     again = _run(engine, checkpoint_dir=str(tmp_path))  # all is done: it is only loaded
     assert again.noted == []
     for a, b in zip(again.model.get_weights(), local.model.get_weights(), strict=True):
@@ -322,6 +327,8 @@ class Strikes(gdopt.gadam.PopulationCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 engine = gdopt.RayEngine(2, safekeeping=safekeeping, safekeeping_freq=int(freq))
+if freq != "1":
+    directory = None  # as each checkpoint takes a copy
 gadam = here._run(engine, "wide", callbacks=[Strikes()], checkpoint_dir=directory)
 events = [event for logs in gadam.noted for event in logs["events"]]
 assert len(events) == (0 if cluster is None else 1 if freq == "1" else 2), events

@@ -162,6 +162,7 @@ class RayPopulation:
             self._origin = self._undeterred(self._copied)
             self._past = []
             self._moved["bytes_kept"] += self._size * sum(self._bytes_of_a_member())
+            self._tidy_up()
 
     def _copied(self) -> InDriver | InDirectory:
         homes = [member.home for member in self._survivors]
@@ -169,8 +170,13 @@ class RayPopulation:
             return InDriver(self._got_together(), homes)
         files = InDirectory(self._pool, self._directory, self._generations, homes)
         files.write(self._survivors)
-        member_files.remove_all_but(self._directory, [*self._committed, self._generations])
         return files
+
+    def _tidy_up(self) -> None:
+        """Removes files that neither the checkpoints nor this run need."""
+        if isinstance(self._origin, InDirectory):
+            needed = [*self._committed, self._origin.generation]
+            member_files.remove_all_but(self._directory, needed)
 
     def use(
         self, data: GenerationData, arguments: DataArguments, directory: str | None = None
@@ -280,6 +286,7 @@ class RayPopulation:
         homes = [member.home for member in self._survivors]
         checkpoint.save(members, {**record, "homes": homes})
         self._committed = [*self._committed, record["generation"]][-2:]
+        self._tidy_up()
 
     def restore(self, checkpoint: PopulationCheckpoint) -> dict[str, Any] | None:
         """Goes on with the survivors that were saved; returns what was with them."""
