@@ -77,7 +77,8 @@ def lstm() -> keras.Model:
     )
 
 
-def _compiled(build: Callable[[], keras.Model], optimizer: Any) -> keras.Model:
+def compiled(build: Callable[[], keras.Model], optimizer: Any) -> keras.Model:
+    """A model that tells digits apart."""
     model = build()
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
@@ -88,7 +89,7 @@ def sequential(build: Callable[[], keras.Model]) -> Contender:
 
     def make() -> Callable[[], object]:
         x, y = data()
-        model = _compiled(build, keras.optimizers.Adam())
+        model = compiled(build, keras.optimizers.Adam())
         return lambda: model.fit(x, y, batch_size=BATCH, verbose=0)
 
     return Contender("Keras's fit, one after the other", make, steps=STEPS)
@@ -99,7 +100,7 @@ def generation(build: Callable[[], keras.Model], members: int) -> Contender:
 
     def make() -> Callable[[], object]:
         x, y = data()
-        gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0)
+        gadam = gdopt.Gadam(compiled(build, gdopt.Adam()), members, seed=0)
         return lambda: gadam.fit(x, y, generations=1, batch_size=BATCH, verbose=0)
 
     return Contender("Gadam, whole generation", make, steps=2 * members * STEPS)
@@ -110,7 +111,7 @@ def training(build: Callable[[], keras.Model], members: int, engine: str) -> Con
 
     def make() -> Callable[[], object]:
         x, y = data()
-        gadam = gdopt.Gadam(_compiled(build, gdopt.Adam()), members, seed=0, engine=engine)
+        gadam = gdopt.Gadam(compiled(build, gdopt.Adam()), members, seed=0, engine=engine)
         samples = DataArguments(x, y, batch_size=BATCH, members=members).made()
         gadam._start_population()
         (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, range(members))

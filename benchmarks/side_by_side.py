@@ -130,16 +130,16 @@ class _PeakMemory:
         return self._most - self._before
 
 
-def resident() -> float:
-    """Resident memory of this process in bytes; 0 where the system has no `/proc`."""
-    statm = Path("/proc/self/statm")
+def resident(process: int | str = "self") -> float:
+    """Resident memory of a process in bytes; 0 where the system has no `/proc`."""
+    statm = Path(f"/proc/{process}/statm")
     return int(statm.read_text().split()[1]) * _PAGE if statm.exists() else 0
 
 
 def environment() -> str:
     """One line on what was measured with."""
     found = []
-    for package in ("tensorflow", "keras", "torch", "jax", "optax"):
+    for package in ("tensorflow", "keras", "torch", "jax", "optax", "ray"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

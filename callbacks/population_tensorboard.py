@@ -208,6 +208,8 @@ class PopulationTensorBoard(PopulationCallback):
             "member_steps_per_second": steps / seconds,
         }
         figures.update({name: logs[name] for name in _OF_THE_CLUSTER if name in logs})
+        if np.isnan(logs["diversity"]):  # where no process has all members
+            del figures["diversity"]
         values = [scalar(f"population/{name}", value) for name, value in figures.items()]
         return [*values, *histogram_pb("population/fitness_losses", finite).value]
 

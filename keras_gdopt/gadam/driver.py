@@ -20,13 +20,14 @@ from keras_gdopt.gadam.engines.stacked import why_not_stacked
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.local_population import LocalPopulation
-from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.training import Training
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count, checked_number
 
 ENGINES = ("auto", "stacked", "unrolled")
 _FITNESS_SAMPLES = 1024
+# Parents, children, what training makes of them, and clones or copies to train in.
+_TIMES_HELD = 4
 
 
 class PopulationCallback(keras.callbacks.Callback):
@@ -189,7 +190,8 @@ class Gadam:
         self._identities: list[int] = []
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
-        population.check_fits_in_memory(model, model.optimizer, self.population_size)
+        times = _TIMES_HELD if self._cluster is None else self._cluster.times_held_here
+        population.check_fits_in_memory(model, model.optimizer, self.population_size, times)
         self.engine = self._chosen_engine()
 
     # --- what came out -------------------------------------------------------
@@ -311,14 +313,14 @@ class Gadam:
         data = arguments.made()
         verbose = 1 if verbose == "auto" else int(verbose)
         self._start_population()
-        self._population.use(data, arguments)
+        self._population.use(data, arguments, checkpoint_dir)
 
         checkpoint = record = None
         if checkpoint_dir is not None:
             checkpoint = PopulationCheckpoint(checkpoint_dir, self._identity())
-            saved = checkpoint.restore(self._population.members)
-            if saved is not None:
-                record = self._resume(saved.members, saved.record)
+            record = self._population.restore(checkpoint)
+            if record is not None:
+                self._resume(record)
         done = self._generation
         last = generations if checkpoint_dir is not None else done + generations
 
@@ -362,7 +364,7 @@ class Gadam:
                 callback_list.on_epoch_end(generation, logs)
                 stops = ends or self.model.stop_training or generation + 1 == last
                 if checkpoint is not None and (stops or (generation + 1) % checkpoint_freq == 0):
-                    checkpoint.save(self._population.members, self._record(history))
+                    self._population.save(checkpoint, self._record(history))
                 if stops:
                     break
         except BaseException:
@@ -460,16 +462,15 @@ class Gadam:
             return
         self._made_with = made_with
         size = self.population_size
-        starts = list(population.initial_members(self.model, size, self.seed, self.initializer))
-        weights, state = (
-            [np.stack(arrays) for arrays in zip(*group, strict=True)]
-            for group in zip(*starts, strict=True)
-        )
         if self._cluster is None:
+            starts = [
+                population.first_member(self.model, place, self.seed, self.initializer)
+                for place in range(size)
+            ]
             training = Training(
                 self.model, self.engine, size, breeding=self._breeding, seed=self.seed
             )
-            self._population = LocalPopulation(training, weights, state)
+            self._population = LocalPopulation(training, starts)
         else:
             # Here, as only it needs Ray.
             from keras_gdopt.gadam.cluster.population import RayPopulation
@@ -478,8 +479,8 @@ class Gadam:
                 self._cluster,
                 self.model,
                 self.engine,
-                weights,
-                state,
+                size,
+                initializer=self.initializer,
                 breeding=self._breeding_settings,
                 seed=self.seed,
             )
@@ -568,6 +569,7 @@ class Gadam:
             "population_size": self.population_size,
             "seed": self.seed,
             "engine": self.engine,
+            "members": self._cluster.safekeeping if self._cluster else "driver",
         }
 
     def _record(self, history: keras.callbacks.History) -> dict[str, Any]:
@@ -583,15 +585,13 @@ class Gadam:
             "lineage": list(self.lineage),
         }
 
-    def _resume(self, members: Members, record: dict[str, Any]) -> dict[str, Any]:
-        self._population.members = members
+    def _resume(self, record: dict[str, Any]) -> None:
         self._generation = record["generation"]
         self._identities = record["identities"]
         self._fitness = np.array(record["fitness"])
         self.lineage = Lineage(record["lineage"])
         if record["learning_rate"] is not None:
             self.model.optimizer.learning_rate = record["learning_rate"]
-        return record
 
 
 def _as_float(value: Any) -> Any:

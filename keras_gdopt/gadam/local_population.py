@@ -1,5 +1,6 @@
 """A population in the memory of this machine."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from keras_gdopt.gadam import population
 from keras_gdopt.gadam.breeding import Plan
+from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
@@ -20,8 +22,7 @@ class LocalPopulation:
 
     Args:
         training: Of as many members as the population has.
-        weights: Of all members, of shape `(g, ...)`.
-        state: Likewise.
+        starts: The weights and the state of each member.
 
     Attributes:
         members: As they survived the last generation.
@@ -30,23 +31,25 @@ class LocalPopulation:
     def __init__(
         self,
         training: Training,
-        weights: list[np.ndarray],
-        state: list[np.ndarray],
+        starts: Sequence[tuple[list[np.ndarray], list[np.ndarray]]],
     ) -> None:
         self._training = training
         size = training.count
+        weights, state = (
+            [tf.constant(np.stack(arrays)) for arrays in zip(*part, strict=True)]
+            for part in zip(*starts, strict=True)
+        )
         self.members = Members(
-            [tf.constant(array) for array in weights],
-            [tf.constant(array) for array in state],
-            training.engine.fresh_optimizer_state(size),
-            tf.zeros((size,), tf.int64),
+            weights, state, training.engine.fresh_optimizer_state(size), tf.zeros((size,), tf.int64)
         )
         self._everyone = range(size)
         self._diversity = tf.function(population.diversity)
 
-    def use(self, data: GenerationData, arguments: DataArguments) -> None:
+    def use(
+        self, data: GenerationData, arguments: DataArguments, directory: str | None = None
+    ) -> None:
         """Trains and judges with this data from now on."""
-        del arguments  # they are for other machines
+        del arguments, directory  # they are for other machines
         self._training.data = data
 
     def train_parents(self, generation: int, progress: Progress) -> np.ndarray:
@@ -102,9 +105,21 @@ class LocalPopulation:
 
     def load(self, place: int, model: keras.Model) -> None:
         """Puts a member into a model, its optimizer's state included."""
-        for variable, value in zip(model.trainable_variables, self.members.weights, strict=True):
-            variable.assign(value[place])
-        for variable, value in zip(model.non_trainable_variables, self.members.state, strict=True):
-            variable.assign(value[place])
-        model.optimizer.build(model.trainable_variables)
-        self._training.engine.load_optimizer(self.members, place, model.optimizer)
+        members = self.members
+        weights, state = ([value[place] for value in part] for part in members[:2])
+        population.fill(model, weights, state)
+        self._training.engine.load_optimizer(members, place, model.optimizer)
+
+    # --- checkpoints -----------------------------------------------------------
+
+    def save(self, checkpoint: PopulationCheckpoint, record: dict[str, Any]) -> None:
+        """Writes the survivors, and what else is to be known of the run."""
+        checkpoint.save(self.members, record)
+
+    def restore(self, checkpoint: PopulationCheckpoint) -> dict[str, Any] | None:
+        """Goes on with the survivors that were saved; returns what was with them."""
+        saved = checkpoint.restore(self.members)
+        if saved is None:
+            return None
+        self.members = saved.members
+        return saved.record

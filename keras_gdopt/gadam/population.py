@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -165,40 +165,47 @@ def _reseed(layer: Any, drawn: np.random.Generator) -> None:
                 value.seed = int(drawn.integers(2**31))
 
 
-def initial_members(
-    model: keras.Model, population_size: int, seed: int, initializer: Any = None
-) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """The weights and the state that each member starts from, one after the other.
+def first_member(
+    model: keras.Model, place: int, seed: int, initializer: Any = None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The weights and the state that a member starts from.
 
     Args:
         model: The model that is to be cloned.
-        population_size: How many.
+        place: In the population.
         seed: Of the run.
         initializer: Draws all trainable weights of all members. Without one, the first
             member has the model's weights, and the layers' own initializers draw the
             others', seeded anew. What the model has frozen stays as it is.
     """
+    source = model
+    if place and initializer is None:
+        number = int(keys.sequence(seed, 0, Phase.INITIALIZE, place).generate_state(1)[0])
+        source = clone(model, number)
+    weights = [v.numpy() for v in source.trainable_variables]
+    if initializer is not None:
+        weights = [
+            _drawn(initializer, v, keys.sequence(seed, 0, Phase.INITIALIZE, place, index))
+            for index, v in enumerate(model.trainable_variables)
+        ]
     frozen = {
         id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.variables
     }
-    for member in range(population_size):
-        source = model
-        if member and initializer is None:
-            number = int(keys.sequence(seed, 0, Phase.INITIALIZE, member).generate_state(1)[0])
-            source = clone(model, number)
-        weights = [v.numpy() for v in source.trainable_variables]
-        if initializer is not None:
-            weights = [
-                _drawn(initializer, v, keys.sequence(seed, 0, Phase.INITIALIZE, member, index))
-                for index, v in enumerate(model.trainable_variables)
-            ]
-        state = [
-            (own if id(own) in frozen else other).numpy()
-            for own, other in zip(
-                model.non_trainable_variables, source.non_trainable_variables, strict=True
-            )
-        ]
-        yield weights, state
+    state = [
+        (own if id(own) in frozen else other).numpy()
+        for own, other in zip(
+            model.non_trainable_variables, source.non_trainable_variables, strict=True
+        )
+    ]
+    return weights, state
+
+
+def fill(model: keras.Model, weights: Sequence[Any], state: Sequence[Any]) -> None:
+    """Gives a model a member's weights and state, and builds its optimizer."""
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
+    for variable, value in zip(variables, [*weights, *state], strict=True):
+        variable.assign(value)
+    model.optimizer.build(model.trainable_variables)
 
 
 def _drawn(initializer: Any, variable: Any, sequence: np.random.SeedSequence) -> np.ndarray:
@@ -221,21 +228,26 @@ def seed_generators(model: keras.Model) -> list[int]:
 # --- memory ----------------------------------------------------------------------------
 
 
-def check_fits_in_memory(model: keras.Model, optimizer: Any, population_size: int) -> None:
+def check_fits_in_memory(
+    model: keras.Model, optimizer: Any, population_size: int, times: int
+) -> None:
     """Raises if a population would not fit into the memory that is free.
 
-    Counted are weights, state and the optimizer's state, four times for each member:
-    parents, children, what training makes of them, and clones or copies to train in.
+    Args:
+        model: Of its members.
+        optimizer: Built.
+        population_size: How many there are.
+        times: How often a member's weights, state and optimizer's state are held.
     """
     available = _available_memory()
     variables = [*model.variables, *optimizer.variables]
     size = sum(int(np.prod(v.shape)) * _bytes(v.dtype) for v in variables)
-    needed = 4 * population_size * size
+    needed = times * population_size * size
     if available is not None and needed > available:
         raise ValueError(
             f"A population of {population_size} clones of '{model.name}' needs about "
             f"{needed / 2**30:.1f} GiB (a member with its optimizer has {size / 2**20:.1f} MiB, "
-            f"held four times), and {available / 2**30:.1f} GiB are free. Use a smaller "
+            f"times {times}), and {available / 2**30:.1f} GiB are free. Use a smaller "
             f"`population_size`. Received: population_size={population_size}"
         )
 

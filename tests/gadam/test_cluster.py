@@ -16,6 +16,7 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.gadam.data import DataArguments
+from tests.callbacks.test_event_files import read
 from tests.gadam import models
 
 ray = pytest.importorskip("ray")
@@ -42,12 +43,23 @@ class Noted(PopulationCallback):
         self.logs.append(logs)
 
 
-def _run(engine, name="dense", *, optimizer=None, data=None, size=SIZE, callbacks=(), **kwargs):
+def _run(
+    engine,
+    name="dense",
+    *,
+    optimizer=None,
+    data=None,
+    size=SIZE,
+    callbacks=(),
+    initializer=None,
+    **kwargs,
+):
     """A population after `GENERATIONS`; its callback has what it told."""
     keras.utils.set_random_seed(1)
     model = getattr(models, name)()
     model.compile(optimizer or gdopt.Adam(0.02), "mse")
-    gadam = gdopt.Gadam(model, size, mutation_rate=0.1, engine=engine, seed=SEED)
+    settings = {"mutation_rate": 0.1, "initializer": initializer, "seed": SEED}
+    gadam = gdopt.Gadam(model, size, engine=engine, **settings)
     if data is None:
         x, y = models.samples(np.random.default_rng(0), count=40)
         data = {"x": x, "y": y, "batch_size": 8}
@@ -137,6 +149,60 @@ def test_repeated_runs_are_equal_to_the_bit_in_whatever_order_workers_finish(clu
 
     monkeypatch.setattr(Pool, "_submit", late)
     _assert_same_run(first, _run(gdopt.RayEngine(3)))
+
+
+@pytest.mark.slow
+def test_callbacks_change_the_learning_rate_of_workers(cluster, float64):
+    def run(engine):
+        slower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 4)
+        return _run(engine, callbacks=[slower])
+
+    _assert_same_run(run("auto"), run(gdopt.RayEngine(2)), rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_an_initializer_draws_in_the_workers_what_it_draws_here(cluster, float64):
+    def run(engine):
+        return _run(engine, initializer=keras.initializers.RandomNormal(stddev=0.3))
+
+    _assert_same_run(run("auto"), run(gdopt.RayEngine(2)), rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_survivors_are_kept_in_files(cluster, float64, tmp_path):
+    """The process of `fit` has none of them; only what a resumed run needs stays."""
+    local = _run("auto")
+    engine = gdopt.RayEngine(2, safekeeping="checkpoint_dir")
+    board = gdopt.callbacks.PopulationTensorBoard(tmp_path / "runs")
+    distributed = _run(engine, checkpoint_dir=str(tmp_path), callbacks=[board])
+    assert np.all(np.isnan(distributed.history.history.pop("diversity")))
+    del local.history.history["diversity"]
+    _assert_same_run(local, distributed, rtol=1e-8)
+    assert sorted(path.name for path in tmp_path.glob("members-*")) == ["members-2", "members-3"]
+    assert len(list((tmp_path / "members-3").glob("*.index"))) == SIZE
+    tags = read(tmp_path / "runs" / "population")
+    assert "population/bytes_kept" in tags
+    assert "population/diversity" not in tags
+    again = _run(engine, checkpoint_dir=str(tmp_path))  # all is done: it is only loaded
+    assert again.noted == []
+    for a, b in zip(again.model.get_weights(), local.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+    with pytest.raises(ValueError, match="members was 'checkpoint_dir' and is 'driver'"):
+        _run(gdopt.RayEngine(2), checkpoint_dir=str(tmp_path))
+    damaged = tmp_path / "members-3" / "00000.data-00000-of-00001"
+    damaged.write_bytes(b"x" * 10)
+    with pytest.raises(ValueError, match=r"The member in '.*members-3/00000' cannot be read"):
+        _run(engine, checkpoint_dir=str(tmp_path), generations=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+def test_breeding_moves_a_member_for_each_child_at_most(cluster, workers):
+    gadam = _run(gdopt.RayEngine(workers), "wide", size=16)
+    weights = sum(weight.nbytes for weight in gadam.model.get_weights())
+    moved = [logs["bytes_moved"] for logs in gadam.noted]
+    assert 0 < max(moved) <= 1.1 * 16 * weights
+    print(f"{workers} workers: {[round(m / (16 * weights), 3) for m in moved]} of g d 4 bytes")
 
 
 # --- faults ------------------------------------------------------------------------------
@@ -237,50 +303,111 @@ def test_a_worker_is_killed_between_return_and_commit(faultless, committed, monk
     _assert_recovered(gadam, faultless, committed)
 
 
-_NODE_LEAVES = """
-import sys
+_RUN = """
+import os, pickle, signal, sys
 import ray
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-other = cluster.add_node(num_cpus=1)
-ray.init(address=cluster.address, log_to_driver=False)
 import keras_gdopt as gdopt
 from tests.gadam import test_cluster as here
 
-class Leaves(gdopt.gadam.PopulationCallback):
+fault, safekeeping, freq, directory, path = sys.argv[1:]
+cluster = None
+if fault == "node":
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+
+class Strikes(gdopt.gadam.PopulationCallback):
     def on_generation_begin(self, generation, logs=None):
-        if generation == 2:
+        if fault == "node" and generation == 2:
             cluster.remove_node(other)
 
-engine = gdopt.RayEngine(2, safekeeping_freq=int(sys.argv[2]))
-gadam = here._run(engine, "wide", callbacks=[Leaves()])
-print([event for logs in gadam.noted for event in logs["events"]])
-assert sorted(gadam._population._pool.processes) in ([0], [1])
-import pickle
-with open(sys.argv[1], "wb") as file:
-    pickle.dump((gadam.model.get_weights(), gadam.history.history, list(gadam.lineage)), file)
+    def on_generation_end(self, generation, logs=None):
+        if fault == "driver" and generation == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+engine = gdopt.RayEngine(2, safekeeping=safekeeping, safekeeping_freq=int(freq))
+if freq != "1":
+    directory = None  # as each checkpoint takes a copy
+gadam = here._run(engine, "wide", callbacks=[Strikes()], checkpoint_dir=directory)
+events = [event for logs in gadam.noted for event in logs["events"]]
+assert len(events) == (0 if cluster is None else 1 if freq == "1" else 2), events
+if cluster is not None:
+    assert sorted(gadam._population._pool.processes) in ([0], [1])
+with open(path, "wb") as file:
+    weights = [gadam.member(rank).get_weights() for rank in range(here.SIZE)]
+    optimizer = [v.numpy() for v in gadam.model.optimizer.variables]
+    pickle.dump((weights, optimizer, gadam.history.history, list(gadam.lineage)), file)
+if cluster is not None:
+    ray.shutdown()
+    cluster.shutdown()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("safekeeping_freq", [1, 5])
-def test_a_node_leaves(safekeeping_freq, cluster, tmp_path):
-    """With weights that are too large to lie in the process of `fit`."""
-    faultless = _run(gdopt.RayEngine(2), "wide")
+def _in_a_process(tmp_path, fault, safekeeping="driver", freq=1):
     path = tmp_path / "run.pkl"
-    subprocess.run(
-        [sys.executable, "-c", _NODE_LEAVES, str(path), str(safekeeping_freq)],
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, fault, safekeeping, str(freq), tmp_path / "run", path],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
         timeout=400,
     )
-    weights, history, lineage = pickle.loads(path.read_bytes())
-    for a, b in zip(weights, faultless.model.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for name, values in faultless.history.history.items():
-        if name != "diversity" or safekeeping_freq == 1:
-            np.testing.assert_array_equal(values, history[name])
-    assert lineage == list(faultless.lineage)
+    if fault == "driver":
+        assert done.returncode == -signal.SIGKILL
+        return None
+    assert done.returncode == 0
+    return pickle.loads(path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def faultless_process(tmp_path_factory):
+    """With weights that are too large to lie in the process of `fit`."""
+    return _in_a_process(tmp_path_factory.mktemp("faultless"), "none")
+
+
+def _assert_same_results(received, expected):
+    history = received[2].pop("diversity"), expected[2]["diversity"]
+    if not np.any(np.isnan(history[0])):  # where there is a copy in the process of `fit`
+        np.testing.assert_array_equal(*history)
+    for a, b in zip(received[:2], expected[:2], strict=True):
+        for one, other in zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert received[2] == {k: v for k, v in expected[2].items() if k != "diversity"}
+    assert received[3] == expected[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("safekeeping", "freq"), [("driver", 1), ("driver", 5), ("checkpoint_dir", 1)]
+)
+def test_a_node_leaves(safekeeping, freq, faultless_process, tmp_path):
+    received = _in_a_process(tmp_path, "node", safekeeping, freq)
+    _assert_same_results(received, faultless_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("safekeeping", ["driver", "checkpoint_dir"])
+def test_the_driver_is_killed(safekeeping, faultless_process, tmp_path):
+    _in_a_process(tmp_path, "driver", safekeeping)
+    received = _in_a_process(tmp_path, "none", safekeeping)
+    _assert_same_results(received, faultless_process)
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_every_worker_is_given_up(cluster, monkeypatch):
+    """As one does that needs more memory than there is."""
+    from keras_gdopt.gadam.cluster.pool import Pool
+
+    submit = Pool._submit
+
+    def struck(pool, task, number):
+        references = submit(pool, task, number)
+        if task.method == "train_children" and number == 1:
+            os.kill(pool.processes[number], signal.SIGKILL)
+        return references
+
+    monkeypatch.setattr(Pool, "_submit", struck)
+    with pytest.raises(RuntimeError, match=r"Worker 1 .*train_children[\s\S]*may need more memory"):
+        _run(gdopt.RayEngine(2))
 
 
 # --- errors ------------------------------------------------------------------------------
@@ -292,10 +419,15 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         gdopt.RayEngine(2)
 
 
+def test_files_need_a_directory(cluster):
+    with pytest.raises(ValueError, match="Expected a `checkpoint_dir`"):
+        _run(gdopt.RayEngine(2, safekeeping="checkpoint_dir"))
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("num_workers", 0), ("threads_per_worker", 0), ("task_timeout", 0), ("data_fn", 3),
-     ("safekeeping_freq", 0)],
+     ("safekeeping_freq", 0), ("safekeeping", "memory")],
 )  # fmt: skip
 def test_arguments_out_of_range(argument, value):
     with pytest.raises(ValueError, match=argument):

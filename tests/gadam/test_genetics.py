@@ -168,7 +168,14 @@ def test_mutations_of_bfloat16_weights_are_finite():
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_what_is_impossible_never_happens_and_what_is_certain_always(probability):
+@pytest.mark.parametrize("bits", [0, 2**32 - 1])
+def test_what_is_impossible_never_happens_and_what_is_certain_always(
+    bits, probability, monkeypatch
+):
+    """Not even with the least and the largest of the integers that are drawn."""
+    monkeypatch.setattr(
+        genetics, "_bits", lambda shape, key: tf.fill(shape, tf.constant(bits, tf.uint32))
+    )
     first, second = tf.ones(ENTRIES), tf.zeros(ENTRIES)
     child = genetics.crossover(first, second, probability, KEY)
     np.testing.assert_array_equal(child, np.full(ENTRIES, probability))

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.data import ArrayData, GenerationData
 from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.progress import Progress
 from tests.gadam import models
 from tests.optimizer_cases import every_optimizer_with
 
@@ -200,3 +202,29 @@ def test_children_begin_with_a_fresh_optimizer_and_survivors_keep_theirs(rng):
     # Born as a child of generation k: three steps as a child, and three in each one after.
     expected = [3 * (4 - generation + (generation > 0)) for generation in born]
     assert gadam._population.members.updates.numpy().tolist() == expected
+
+
+def test_a_child_has_the_state_of_its_fitter_parent(rng):
+    x, y = models.samples(rng)
+    frozen_statistics = keras.layers.BatchNormalization(momentum=1.0)
+    model = keras.Sequential([keras.Input((6,)), frozen_statistics, keras.layers.Dense(3)])
+    gadam = _gadam(model, "stacked")
+    gadam._start_population()
+    population = gadam._population
+    population._training.data = _generation_data(_data(gadam, x, y), epochs=1)
+    numbers = [np.broadcast_to([[0.0], [1.0], [2.0]], value.shape).astype("float32")
+               for value in population.members.state]  # fmt: skip
+    state = [tf.constant(value) for value in numbers]
+    population.members = population.members._replace(state=state)
+    progress = Progress(0, 0, 1, 6, keras.callbacks.CallbackList())
+    population.train_parents(0, progress)
+    losses, fitter_ones = [2.0, 0.0, 1.0], set()
+    for generation in range(4):
+        plan = gadam._breeding.plan(losses, generation)
+        population.train_children(plan, progress)
+        for child, parents in enumerate(plan.parents.tolist()):
+            fitter = min(parents, key=lambda parent: losses[parent])
+            fitter_ones.add(parents.index(fitter))
+            for value in population._children.state:
+                np.testing.assert_array_equal(value[child], np.full(6, fitter))
+    assert fitter_ones == {0, 1}

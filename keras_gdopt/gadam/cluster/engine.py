@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
+from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count, checked_number
 
 
 class RayEngine:
@@ -16,8 +16,7 @@ class RayEngine:
     its parents is, so that only the other one's weights move.
 
     A worker that dies or hangs is replaced, and only what it was doing is done again. On a
-    node that leaves the cluster others take over its shards, from the copy of the survivors
-    that the process of `fit` keeps.
+    node that leaves the cluster others take over its shards, from a copy of the survivors.
 
     Args:
         num_workers: How many, at most the population's size.
@@ -32,6 +31,10 @@ class RayEngine:
             batches. `fit` then takes no data.
         task_timeout: Seconds after which a worker counts as hanging, which trains its
             shard for one generation, or evaluates it. Defaults to 600.
+        safekeeping: Where the survivors are copied to, so that no worker can lose them:
+            `"driver"`, the memory of the process of `fit`, or `"checkpoint_dir"`, files in
+            the `checkpoint_dir` of `fit`, which must be on storage that all nodes share;
+            then no process ever holds more than its shard. Defaults to `"driver"`.
         safekeeping_freq: Generations from one copy of the survivors (with their
             optimizers' state) to the next. What was made since then is trained again if
             it is lost. Defaults to 1.
@@ -57,6 +60,7 @@ class RayEngine:
         resources_per_worker: Mapping[str, float] | None = None,
         data_fn: Callable[[], Any] | None = None,
         task_timeout: float = 600.0,
+        safekeeping: str = "driver",
         safekeeping_freq: int = 1,
     ) -> None:
         if importlib.util.find_spec("ray") is None:
@@ -75,4 +79,11 @@ class RayEngine:
             )
         self.data_fn = data_fn
         self.task_timeout = checked_number("task_timeout", task_timeout, above=0.0)
+        self.safekeeping = checked_choice("safekeeping", safekeeping, ("driver", "checkpoint_dir"))
         self.safekeeping_freq = checked_count("safekeeping_freq", safekeeping_freq, minimum=1)
+
+    @property
+    def times_held_here(self) -> int:
+        """How often this machine holds a member."""
+        of_workers = 4 if self.address is None else 0
+        return of_workers + (self.safekeeping == "driver")

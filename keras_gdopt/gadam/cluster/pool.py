@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import exceptions
@@ -27,16 +27,16 @@ class Task:
         shard: The number of the worker that it is meant for.
         method: Of `Worker`.
         arguments: Makes them; called again for each attempt.
-        returns: How many values it returns.
+        members: How many it returns, after the first of its values.
     """
 
     def __init__(
-        self, shard: int, method: str, arguments: Callable[[], Sequence[Any]], returns: int = 1
+        self, shard: int, method: str, arguments: Callable[[], Sequence[Any]], members: int = 0
     ) -> None:
         self.shard = shard
         self.method = method
         self.arguments = arguments
-        self.returns = returns
+        self.returns = 1 + 3 * members
         self.first: Any = None
         """The first of the returned values; `None` until it is done."""
         self.rest: list[Any] = []
@@ -45,14 +45,19 @@ class Task:
         """Where they lie."""
         self.deaths = 0
 
+    def members(self) -> list[tuple[Any, Any, Any]]:
+        """References to the weights, the state and the optimizer of each."""
+        return list(zip(self.rest[::3], self.rest[1::3], self.rest[2::3], strict=True))
+
 
 class LostError(RuntimeError):
     """Arguments of tasks lay on a node that left."""
 
 
-class _Running:
-    def __init__(self, worker: int, handle: Any, node: str, process: int) -> None:
-        self.worker, self.handle, self.node, self.process = worker, handle, node, process
+class _Running(NamedTuple):
+    handle: Any
+    node: str
+    process: int
 
 
 class Pool:
@@ -157,6 +162,11 @@ class Pool:
         if lost is not None:
             raise lost
 
+    def note(self, event: str) -> None:
+        """Tells what happened to workers."""
+        _log.warning(event)
+        self.events.append(event)
+
     def close(self) -> None:
         """Ends the workers."""
         for worker in self._workers.values():
@@ -186,12 +196,22 @@ class Pool:
     def _started(self, number: int, handle: Any) -> _Running:
         """A worker that is ready for tasks."""
         try:
-            process = ray.get(handle.start.remote(self._setup), timeout=_TO_START)
+            process = self._got_while_there_is_room(handle.start.remote(self._setup))
             if self._data is not None:
-                ray.get(handle.use.remote(self._data), timeout=_TO_START)
+                self._got_while_there_is_room(handle.use.remote(self._data))
         except exceptions.RayTaskError as error:
             self._raise_from(error, number)
-        return _Running(number, handle, _node_of(handle), process)
+        return _Running(handle, _node_of(handle), process)
+
+    def _got_while_there_is_room(self, reference: Any) -> Any:
+        """What a worker returns that may never start, as its node may be gone."""
+        until = time.monotonic() + _TO_START
+        while not ray.wait([reference], timeout=1.0)[0]:
+            if time.monotonic() > until:
+                raise exceptions.GetTimeoutError(f"It was not ready within {_TO_START:g} seconds.")
+            if not self._has_resources():
+                raise exceptions.GetTimeoutError("The node that had room for it is gone.")
+        return ray.get(reference, timeout=_TO_GET)
 
     def _replace(self, number: int, task: Task, error: Exception) -> None:
         """Puts a new worker in the place of one that died or hangs, or does without."""
@@ -215,9 +235,9 @@ class Pool:
                 _kill(handle)
                 what += f"; its replacement, too: {failure}"
         if number in self._workers:
-            self._note(f"{what}. Replaced in {time.monotonic() - started:.1f} s.")
+            self.note(f"{what}. Replaced in {time.monotonic() - started:.1f} s.")
             return
-        self._note(
+        self.note(
             f"{what}. There is no room for another one: its shard goes to the other "
             f"{len(self._workers)}."
         )
@@ -256,10 +276,6 @@ class Pool:
         process = f" (process {worker.process}, node {worker.node[:8]})" if worker else ""
         cause.add_note(f"Raised in worker {number}{process} of the Ray engine.")
         raise cause from None
-
-    def _note(self, event: str) -> None:
-        _log.warning(event)
-        self.events.append(event)
 
 
 def connect(address: str | None, cpus: int) -> None:

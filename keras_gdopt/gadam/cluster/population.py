@@ -2,21 +2,26 @@
 
 import math
 import pickle
+import time
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import keras
 import numpy as np
 import ray
 import tensorflow as tf
-from ray import cloudpickle
+from ray import cloudpickle, exceptions
 
 from keras_gdopt.gadam import population
 from keras_gdopt.gadam.breeding import Plan
-from keras_gdopt.gadam.cluster import placement
+from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
+from keras_gdopt.gadam.cluster import member_files, placement
 from keras_gdopt.gadam.cluster.engine import RayEngine
-from keras_gdopt.gadam.cluster.pool import LostError, Pool, Task, alive_nodes, connect, this_node
+from keras_gdopt.gadam.cluster.origin import FromKeys, Held, InDirectory, InDriver
+from keras_gdopt.gadam.cluster.pool import LostError, Pool, Task, alive_nodes, connect
 from keras_gdopt.gadam.cluster.worker import Setup, Shard
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.engines.stacked import StackedEngine
@@ -25,42 +30,52 @@ from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
 
-
-class _Held(NamedTuple):
-    """A member somewhere in the cluster: references, and where they are."""
-
-    weights: Any
-    state: Any
-    optimizer: Any
-    home: int
-    """The shard that it was trained in."""
-    node: str
+# Seconds to get members here, and until Ray says of a node that left that it did.
+_TO_GET, _TO_SEE = 600.0, 60.0
 
 
-class _Past(NamedTuple):
-    """A generation, as it can be made again."""
+@dataclass
+class _Generation:
+    """What is known of a generation: enough to make it again from its first survivors."""
 
-    plan: Plan
+    number: int
+    learning_rate: float | None
     homes: list[int]
-    nurseries: list[int]
-    places: np.ndarray
+    """The shard of each member."""
+    plan: Plan | None = None
+    nurseries: list[int] = field(default_factory=list)
+    """The shard of each child."""
+    places: Sequence[int] = ()
+    """Of those that survived it, see `genetics.surviving`."""
+    parents: list[Held | None] = field(default_factory=list)
+    children: list[Held | None] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Forgets its members."""
+        self.parents = [None] * len(self.homes)
+        self.children = [None] * len(self.homes)
+
+    def survivors(self) -> list[Held]:
+        """The members that it ends with."""
+        everyone = [*self.parents, *self.children]
+        return [_there(everyone[place]) for place in self.places]
 
 
 class RayPopulation:
     """Has the methods of `LocalPopulation`, which say what each does.
 
     Shards, not workers, are what members are dealt to: a shard has the same members
-    whichever worker trains it, so that no fault changes a result. What workers return
-    belongs to this process and lies on their nodes. This process has a copy of the
-    survivors of every n-th generation; from it, and the plans since then, all can be
-    trained again that was on a node that is gone.
+    whichever worker trains it, so that no fault changes a result. What workers return lies
+    on their nodes. The survivors of every n-th generation are copied to where no worker can
+    lose them; from there, and the plans since then, all can be made again that was on a
+    node that is gone.
 
     Args:
         engine: What the user said.
         model: Compiled and built.
         inner_engine: `"stacked"` or `"unrolled"`.
-        weights: Of all members, of shape `(g, ...)`.
-        state: Likewise.
+        size: How many members there are.
+        initializer: See `population.first_member`.
         breeding: The arguments of `Breeding`, but for the seed.
         seed: Of the run.
     """
@@ -70,16 +85,18 @@ class RayPopulation:
         engine: RayEngine,
         model: keras.Model,
         inner_engine: str,
-        weights: list[np.ndarray],
-        state: list[np.ndarray],
+        size: int,
         *,
+        initializer: Any,
         breeding: dict[str, Any],
         seed: int,
     ) -> None:
-        self._size = len(weights[0])
-        self._shards = min(engine.num_workers, self._size)
-        self._capacity = math.ceil(self._size / self._shards)
+        self._size = size
+        self._model = model
+        self._shards = min(engine.num_workers, size)
+        self._capacity = math.ceil(size / self._shards)
         self._safekeeping_freq = engine.safekeeping_freq
+        self._in_files = engine.safekeeping == "checkpoint_dir"
         # Trains nothing here: it knows the optimizer's state.
         self._engine: StackedEngine | UnrolledEngine
         if inner_engine == "stacked":
@@ -90,6 +107,7 @@ class RayPopulation:
         setup = Setup(
             model=_as_bytes(model),
             custom_objects=cloudpickle.dumps(dict(keras.saving.get_custom_objects())),
+            initializer=cloudpickle.dumps(initializer),
             engine=inner_engine,
             capacity=self._capacity,
             breeding=breeding,
@@ -107,35 +125,72 @@ class RayPopulation:
         self._replaying = False
         self._diversity = tf.function(population.diversity)
         self._moved = dict.fromkeys(("bytes_moved", "bytes_rebalanced", "bytes_kept"), 0)
-        self.members = Members(
-            weights,
-            state,
-            tf.nest.map_structure(np.asarray, self._engine.fresh_optimizer_state(self._size)),
-            np.zeros(self._size, "int64"),
-        )
+        self._generations = 0
+        """How many are made."""
+        self._committed: list[int] = []
+        """Those in the checkpoints."""
+        homes = [place // self._capacity for place in range(size)]
+        self._start_from(FromKeys(self._pool, homes))
 
     # --- the survivors, and the copy of them ----------------------------------
 
     @property
     def members(self) -> Members:
-        """A copy of the survivors of the last generation, in this process."""
-        if self._past:
+        """The survivors of the last generation, in this process."""
+        if not self._in_files:
             self._keep()
-        return self._kept
+        if isinstance(self._origin, InDriver):
+            return self._origin.members
+        return self._got_together()
 
-    @members.setter
-    def members(self, members: Members) -> None:
-        self._kept = tf.nest.map_structure(np.asarray, members)
-        self._past: list[_Past] = []
-        self._parents: list[_Held | None] = []
-        self._children: list[_Held | None] = []
-        self._survivors = [self._put(place) for place in range(self._size)]
+    def _start_from(self, origin: FromKeys | InDriver | InDirectory) -> None:
+        self._origin = origin
+        self._past: list[_Generation] = []
+        self._now: _Generation | None = None
+        self._survivors: list[Held] = []
 
-    def use(self, data: GenerationData, arguments: DataArguments) -> None:
+    def _begin(self) -> None:
+        """Puts the survivors into the cluster, unless they are there."""
+        if not self._survivors:
+            self._survivors = self._undeterred(lambda: self._origin.held(range(self._size)))
+
+    def _keep(self) -> None:
+        """Takes a copy of the survivors, unless there is one."""
+        self._begin()
+        wanted = InDirectory if self._in_files else InDriver
+        if self._past or not isinstance(self._origin, wanted):
+            self._origin = self._undeterred(self._copied)
+            self._past = []
+            self._moved["bytes_kept"] += self._size * sum(self._bytes_of_a_member())
+            self._tidy_up()
+
+    def _copied(self) -> InDriver | InDirectory:
+        homes = [member.home for member in self._survivors]
+        if not self._in_files:
+            return InDriver(self._got_together(), homes)
+        files = InDirectory(self._pool, self._directory, self._generations, homes)
+        files.write(self._survivors)
+        return files
+
+    def _tidy_up(self) -> None:
+        """Removes files that neither the checkpoints nor this run need."""
+        if isinstance(self._origin, InDirectory):
+            needed = [*self._committed, self._origin.generation]
+            member_files.remove_all_but(self._directory, needed)
+
+    def use(
+        self, data: GenerationData, arguments: DataArguments, directory: str | None = None
+    ) -> None:
         """Trains and judges with this data from now on."""
         del data  # is for this process
+        if self._in_files and directory is None:
+            raise ValueError(
+                "`RayEngine(safekeeping='checkpoint_dir')` keeps the survivors in files. Expected "
+                "a `checkpoint_dir` that all nodes share. Received: checkpoint_dir=None"
+            )
         if self._past:
             self._keep()  # as it could not be made again with other data
+        self._directory = str(directory)
         arguments = arguments.for_workers()
         try:
             reference = ray.put(arguments)
@@ -151,62 +206,65 @@ class RayPopulation:
 
     def train_parents(self, generation: int, progress: Progress) -> np.ndarray:
         """Trains the members; returns their losses."""
-        self._parents, self._children = [None] * self._size, [None] * self._size
-        self._generation = generation
-        homes = [member.home for member in self._survivors]
-        self._homes = placement.balanced(homes, self._shards, self._capacity)
-        moved = sum(home != old for home, old in zip(self._homes, homes, strict=True))
-        self._moved["bytes_rebalanced"] += moved * self._bytes_of_a_member()
-        return self._train_parents(generation, range(self._size), progress)
+        self._begin()
+        old = [member.home for member in self._survivors]
+        homes = placement.balanced(old, self._shards, self._capacity)
+        moved = sum(home != before for home, before in zip(homes, old, strict=True))
+        self._moved["bytes_rebalanced"] += moved * sum(self._bytes_of_a_member())
+        rate = self._model.optimizer._learning_rate
+        constant = isinstance(rate, keras.Variable)
+        self._now = _Generation(generation, float(rate) if constant else None, homes)
+        self._now.begin()
+        return self._train_parents(self._now, range(self._size), progress)
 
     def parents_fitness(self, generation: int) -> np.ndarray:
         """The trained parents' losses of the batch that decides who begets."""
-        (losses,) = self._fitness(generation, Phase.FITNESS, [self._parents])
+        (losses,) = self._fitness(generation, Phase.FITNESS, [_there(self._now).parents])
         return losses
 
     def train_children(self, plan: Plan, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
         """Breeds and trains; returns the children's losses and mutated entries."""
-        self._plan = plan
-        self._nurseries = placement.of_children(
-            plan.parents.tolist(), self._homes, self._shards, self._capacity
+        now = _there(self._now)
+        now.plan = plan
+        now.nurseries = placement.of_children(
+            plan.parents.tolist(), now.homes, self._shards, self._capacity
         )
-        weights, state = self._bytes_of(self._kept.weights), self._bytes_of(self._kept.state)
-        for child, shard in enumerate(self._nurseries):
+        weights, state, _ = self._bytes_of_a_member()
+        for child, shard in enumerate(now.nurseries):
             away = {int(parent) for parent in plan.parents[child]}
-            away = {parent for parent in away if self._homes[parent] != shard}
+            away = {parent for parent in away if now.homes[parent] != shard}
             self._moved["bytes_moved"] += len(away) * weights
             self._moved["bytes_moved"] += (int(plan.fitter[child]) in away) * state
-        return self._train_children(range(self._size), progress)
+        return self._train_children(now, range(self._size), progress)
 
     def survival_fitness(self, generation: int) -> tuple[np.ndarray, np.ndarray]:
         """Parents' and children's losses of the batch that decides who survives."""
-        both = [self._parents, self._children]
-        parents, children = self._fitness(generation, Phase.SURVIVAL, both)
+        now = _there(self._now)
+        parents, children = self._fitness(generation, Phase.SURVIVAL, [now.parents, now.children])
         return parents, children
 
     def select(self, places: np.ndarray) -> None:
         """Keeps the survivors, see `genetics.surviving`."""
-        everyone = [*self._parents, *self._children]
-        self._survivors = [_there(everyone[place]) for place in places]
-        self._parents = self._children = []
-        self._past.append(_Past(self._plan, self._homes, self._nurseries, places))
-        if (self._plan.generation + 1) % self._safekeeping_freq == 0:
+        now = _there(self._now)
+        now.places = places.tolist()
+        self._survivors = now.survivors()
+        self._past.append(replace(now, parents=[], children=[]))
+        self._now = None
+        self._generations = now.number + 1
+        if self._generations % self._safekeeping_freq == 0:
             self._keep()
 
     def diversity(self) -> float:
-        """The mean distance of two members' weights; NaN where there is no copy of them."""
-        if self._past:
+        """The mean distance of two members' weights; NaN where they are not here."""
+        if self._past or not isinstance(self._origin, InDriver):
             return math.nan
-        return float(self._diversity([tf.constant(array) for array in self._kept.weights]))
+        return float(self._diversity([tf.constant(a) for a in self._origin.members.weights]))
 
     def load(self, place: int, model: keras.Model) -> None:
         """Puts a member into a model, its optimizer's state included."""
-        weights, state, (optimizer, updates) = self._got([self._survivors[place]])[0]
-        for variable, value in zip(model.trainable_variables, weights, strict=True):
-            variable.assign(value)
-        for variable, value in zip(model.non_trainable_variables, state, strict=True):
-            variable.assign(value)
-        model.optimizer.build(model.trainable_variables)
+        self._begin()
+        ((weights, state, (optimizer, updates)),) = self._undeterred(lambda: self._got([place]))
+        population.fill(model, weights, state)
         alone = tf.nest.map_structure(
             lambda value: tf.constant(value)[None], Members(weights, state, optimizer, updates)
         )
@@ -219,10 +277,38 @@ class RayPopulation:
         self._pool.events = []
         return report
 
+    # --- checkpoints -----------------------------------------------------------
+
+    def save(self, checkpoint: PopulationCheckpoint, record: dict[str, Any]) -> None:
+        """Writes the survivors, and what else is to be known of the run."""
+        self._keep()
+        members = _NONE if self._in_files else self.members
+        homes = [member.home for member in self._survivors]
+        checkpoint.save(members, {**record, "homes": homes})
+        self._committed = [*self._committed, record["generation"]][-2:]
+        self._tidy_up()
+
+    def restore(self, checkpoint: PopulationCheckpoint) -> dict[str, Any] | None:
+        """Goes on with the survivors that were saved; returns what was with them."""
+        saved = checkpoint.restore(_NONE if self._in_files else self._like(self._size))
+        if saved is None:
+            return None
+        generation = saved.record["generation"]
+        homes = saved.record.get("homes", [])
+        if len(homes) != self._size or max(homes) >= self._shards:  # from another engine
+            homes = [place // self._capacity for place in range(self._size)]
+        if self._in_files:
+            self._committed = [generation]
+            self._start_from(InDirectory(self._pool, self._directory, generation, homes))
+        else:
+            self._start_from(InDriver(tf.nest.map_structure(np.asarray, saved.members), homes))
+        self._generations = generation
+        return saved.record
+
     # --- what workers do ---------------------------------------------------------
 
     def _train_parents(
-        self, generation: int, places: Sequence[int], progress: Progress | None = None
+        self, generation: _Generation, places: Sequence[int], progress: Progress | None = None
     ) -> np.ndarray:
         def arguments(shard: Shard) -> list[Any]:
             members = [self._survivors[place] for place in shard.places]
@@ -230,29 +316,29 @@ class RayPopulation:
             return [shard, *parts]
 
         return self._trained(
-            self._parents,
-            self._in_shards(generation, Phase.TRAIN_PARENTS, self._homes, places),
+            generation.parents,
+            self._in_shards(generation, Phase.TRAIN_PARENTS, generation.homes, places),
             "train_parents",
             arguments,
             progress,
         )[0]
 
     def _train_children(
-        self, places: Sequence[int], progress: Progress | None = None
+        self, generation: _Generation, places: Sequence[int], progress: Progress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        plan = self._plan
+        plan, parents = _there(generation.plan), generation.parents
 
         def arguments(shard: Shard) -> list[Any]:
             parts = []
             for child in shard.places:
-                first, second = (_there(self._parents[parent]) for parent in plan.parents[child])
-                fitter = _there(self._parents[plan.fitter[child]])
+                first, second = (_there(parents[parent]) for parent in plan.parents[child])
+                fitter = _there(parents[plan.fitter[child]])
                 parts += [first.weights, second.weights, fitter.state]
             return [shard, plan, *parts]
 
         losses, mutated = self._trained(
-            self._children,
-            self._in_shards(plan.generation, Phase.TRAIN_CHILDREN, self._nurseries, places),
+            generation.children,
+            self._in_shards(generation, Phase.TRAIN_CHILDREN, generation.nurseries, places),
             "train_children",
             arguments,
             progress,
@@ -261,27 +347,23 @@ class RayPopulation:
 
     def _trained(
         self,
-        members: list[_Held | None],
+        members: list[Held | None],
         shards: dict[int, Shard],
         method: str,
-        arguments: Any,
+        arguments: Callable[[Shard], list[Any]],
         progress: Progress | None,
     ) -> list[np.ndarray]:
         """Runs a method for each shard, and commits what each member became, once."""
-        tasks = {}
-        for number, shard in shards.items():
-
-            def of_shard(shard: Shard = shard) -> list[Any]:
-                return arguments(shard)
-
-            tasks[number] = Task(number, method, of_shard, returns=1 + 3 * len(shard.places))
-        self._run(list(tasks.values()))
+        tasks = {
+            number: Task(number, method, partial(arguments, shard), members=len(shard.places))
+            for number, shard in shards.items()
+        }
+        self._undeterred(lambda: self._pool.run(list(tasks.values())))
         values: list[np.ndarray] = []
         for number, shard in shards.items():
             task = tasks[number]
-            for index, place in enumerate(shard.places):
-                weights, state, optimizer = task.rest[3 * index : 3 * index + 3]
-                members[place] = _Held(weights, state, optimizer, home=number, node=task.node)
+            for place, parts in zip(shard.places, task.members(), strict=True):
+                members[place] = Held(*parts, home=number, node=task.node)
             for column, value in enumerate(task.first):
                 if column == len(values):
                     values.append(np.zeros(self._size, value.dtype))
@@ -291,131 +373,150 @@ class RayPopulation:
         return values
 
     def _fitness(
-        self, generation: int, phase: Phase, groups: list[list[_Held | None]]
+        self, generation: int, phase: Phase, groups: list[list[Held | None]]
     ) -> list[np.ndarray]:
-        tasks = []
+        now, tasks = _there(self._now), []
         for group, members in enumerate(groups):
             homes = [_there(member).home for member in members]
-            for number, shard in self._in_shards(generation, phase, homes).items():
+            for number, shard in self._in_shards(now, phase, homes, range(self._size)).items():
 
                 def arguments(shard: Shard = shard, members: list = members) -> list[Any]:
                     there = [_there(members[place]) for place in shard.places]
                     return [shard, *[part for m in there for part in (m.weights, m.state)]]
 
                 tasks.append((group, shard, Task(number, "fitness", arguments)))
-        self._run([task for *_, task in tasks])
+        self._undeterred(lambda: self._pool.run([task for *_, task in tasks]))
         losses = [np.zeros(self._size, tasks[0][2].first.dtype) for _ in groups]
         for group, shard, task in tasks:
             losses[group][shard.places] = task.first
         return losses
 
     def _in_shards(
-        self,
-        generation: int,
-        phase: Phase,
-        homes: Sequence[int],
-        places: Sequence[int] | None = None,
+        self, generation: _Generation, phase: Phase, homes: Sequence[int], places: Sequence[int]
     ) -> dict[int, Shard]:
         shards = {}
         for number in range(self._shards):
-            own = [p for p in places or range(self._size) if homes[p] == number]
+            own = [place for place in places if homes[place] == number]
             if own:
-                shards[number] = Shard(generation, phase, own)
+                shards[number] = Shard(generation.number, phase, own, generation.learning_rate)
         return shards
 
     # --- what gets lost -----------------------------------------------------------
 
-    def _run(self, tasks: list[Task]) -> None:
+    def _undeterred(self, work: Callable[[], Any]) -> Any:
+        """What comes of work that needs members, also if nodes leave with some of them."""
         while True:
             try:
-                self._pool.run(tasks)
-                return
-            except LostError:
+                return work()
+            except LostError as error:
                 if self._replaying:
                     raise
-                self._restore()
+                self._restore(error)
 
-    def _restore(self) -> None:
+    def _restore(self, error: LostError) -> None:
         """Makes again what was on nodes that are gone."""
-        lost = self._lost(self._survivors)
-        if lost and self._past:
-            self._replay()
-        else:
-            for place in lost:
-                self._survivors[place] = self._put(place)
-        lost = self._lost(self._parents)
-        if lost:
-            self._train_parents(self._generation, lost)
-        lost = self._lost(self._children)
-        if lost:
-            self._train_children(lost)
+        now = self._now or _Generation(-1, None, [])
+        until = time.monotonic() + _TO_SEE
+        while not any(
+            lost := [self._lost(held) for held in (self._survivors, now.parents, now.children)]
+        ):
+            if time.monotonic() > until:
+                raise RuntimeError(
+                    "Ray lost what a worker returned, though all nodes are there. The last "
+                    f"checkpoint is kept. Ray says: {error}"
+                ) from error
+            time.sleep(0.5)
+        survivors, parents, children = lost
+        self._pool.note(
+            f"A node left, and {len(survivors)} survivors, {len(parents)} parents and "
+            f"{len(children)} children with it. What is needed of them is made again."
+        )
+        all_trained = bool(now.parents) and not parents and None not in now.parents
+        if survivors and not all_trained:
+            if self._past:
+                self._replay()
+            else:
+                for place, member in zip(survivors, self._origin.held(survivors), strict=True):
+                    self._survivors[place] = member
+        if parents:
+            self._train_parents(now, parents)
+        if children:
+            self._train_children(now, children)
 
     def _replay(self) -> None:
         """Goes from the copy of the survivors through the generations since then."""
-        now = self._generation, self._plan, self._homes, self._nurseries
-        members = self._parents, self._children
+        everyone = range(self._size)
         self._replaying = True
-        while True:
+        while self._replaying:
             try:
-                self._survivors = [self._put(place) for place in range(self._size)]
+                self._survivors = self._origin.held(everyone)
                 for past in self._past:
-                    self._plan, self._homes, self._nurseries, places = past
-                    self._parents, self._children = [None] * self._size, [None] * self._size
-                    self._train_parents(self._plan.generation, range(self._size))
-                    self._train_children(range(self._size))
-                    everyone = [*self._parents, *self._children]
-                    self._survivors = [_there(everyone[place]) for place in places]
-                break
+                    again = replace(past)
+                    again.begin()
+                    self._train_parents(again, everyone)
+                    self._train_children(again, everyone)
+                    self._survivors = again.survivors()
+                self._replaying = False
             except LostError:
                 continue  # one more node left
-        self._replaying = False
-        self._generation, self._plan, self._homes, self._nurseries = now
-        self._parents, self._children = members
 
-    def _lost(self, members: Sequence[_Held | None]) -> list[int]:
+    def _lost(self, members: Sequence[Held | None]) -> list[int]:
         nodes = alive_nodes()
         return [p for p, m in enumerate(members) if m is not None and m.node not in nodes]
 
     # --- in and out of the cluster -------------------------------------------------
 
-    def _put(self, place: int) -> _Held:
-        """A member's copy, back in the cluster."""
-        own = tf.nest.map_structure(lambda array: array[place], self._kept)
-        return _Held(
-            ray.put(own.weights),
-            ray.put(own.state),
-            ray.put((own.optimizer, own.updates)),
-            home=place // self._capacity,
-            node=this_node(),
+    def _got(self, places: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Weights, state and optimizer of survivors, in this process."""
+        held = [self._survivors[place] for place in places]
+        try:
+            return [
+                tuple(ray.get([m.weights, m.state, m.optimizer], timeout=_TO_GET)) for m in held
+            ]
+        except exceptions.ObjectLostError as error:
+            raise LostError(str(error)) from error
+
+    def _got_together(self) -> Members:
+        """All survivors, in this process."""
+        parts = self._got(range(self._size))
+        weights, state, (optimizer, updates) = tf.nest.map_structure(
+            lambda *arrays: np.stack(arrays), *parts
         )
+        return Members(weights, state, optimizer, updates)
 
-    def _keep(self) -> None:
-        """Takes a copy of the survivors."""
-        parts = self._got(self._survivors)
-        weights, state = ([np.stack(a) for a in zip(*(p[of] for p in parts), strict=True)]
-                          for of in (0, 1))  # fmt: skip
-        optimizer, updates = tf.nest.map_structure(
-            lambda *arrays: np.stack(arrays), *(own[2] for own in parts)
+    def _like(self, size: int) -> Members:
+        """The shapes and types of members."""
+        weights, state = (
+            [
+                tf.TensorSpec((size, *v.shape), keras.backend.standardize_dtype(v.dtype))
+                for v in variables
+            ]
+            for variables in (self._model.trainable_variables, self._model.non_trainable_variables)
         )
-        self._kept = Members(weights, state, optimizer, updates)
-        self._past = []
-        self._moved["bytes_kept"] += self._size * self._bytes_of_a_member()
+        optimizer = tf.nest.map_structure(
+            lambda v: tf.TensorSpec((size, *v.shape[1:]), v.dtype),
+            self._engine.fresh_optimizer_state(1),
+        )
+        return Members(weights, state, optimizer, tf.TensorSpec((size,), tf.int64))
 
-    def _got(self, members: Sequence[_Held]) -> list[tuple[Any, ...]]:
-        references = [part for m in members for part in (m.weights, m.state, m.optimizer)]
-        parts = ray.get(references, timeout=600)
-        return [tuple(parts[3 * index : 3 * index + 3]) for index in range(len(members))]
-
-    def _bytes_of_a_member(self) -> int:
-        return self._bytes_of(self._kept)
-
-    def _bytes_of(self, arrays: Any) -> int:
-        return sum(array.nbytes for array in tf.nest.flatten(arrays)) // self._size
+    def _bytes_of_a_member(self) -> tuple[int, int, int]:
+        """Of its weights, its state and its optimizer's state."""
+        like = self._like(1)
+        weights, state, optimizer = (
+            sum(spec.shape.num_elements() * spec.dtype.size for spec in tf.nest.flatten(part))
+            for part in (like.weights, like.state, [like.optimizer, like.updates])
+        )
+        return weights, state, optimizer
 
 
-def _there(member: _Held | None) -> _Held:
-    assert member is not None
-    return member
+_NONE = Members([], [], [], [])
+"""In the checkpoint of a run whose members are in files of their own."""
+
+
+def _there(value: Any) -> Any:
+    """What has come by now."""
+    assert value is not None
+    return value
 
 
 def _as_bytes(model: keras.Model) -> bytes:

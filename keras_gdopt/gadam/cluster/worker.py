@@ -10,7 +10,9 @@ import numpy as np
 import ray
 import tensorflow as tf
 
+from keras_gdopt.gadam import population
 from keras_gdopt.gadam.breeding import Breeding, Plan
+from keras_gdopt.gadam.cluster import member_files
 from keras_gdopt.gadam.data import DataArguments
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
@@ -24,6 +26,7 @@ class Setup(NamedTuple):
 
     model: bytes
     custom_objects: bytes
+    initializer: bytes
     engine: str
     capacity: int
     breeding: dict[str, Any]
@@ -38,12 +41,14 @@ class Shard(NamedTuple):
     phase: Phase
     places: list[int]
     """In the population, or of children in their order."""
+    learning_rate: float | None
+    """`None` where the optimizer has a schedule."""
 
 
 class Worker:
     """An actor. Its methods are functions of their arguments alone.
 
-    They return the losses of a shard first, and then three values for each member:
+    Those that train return the losses of a shard first, and then three values for each member:
     weights, state, and its optimizer's state with the number of its updates. Shards
     smaller than a worker's capacity are filled up, so that nothing is compiled twice.
     """
@@ -57,8 +62,11 @@ class Worker:
         """Builds the model and what trains it; returns the process's number."""
         keras.config.set_floatx(setup.floatx)
         keras.saving.get_custom_objects().update(pickle.loads(setup.custom_objects))
+        self._model = pickle.loads(setup.model)
+        self._initializer = pickle.loads(setup.initializer)
+        self._seed = setup.seed
         self._training = Training(
-            pickle.loads(setup.model),
+            self._model,
             setup.engine,
             setup.capacity,
             breeding=Breeding(**setup.breeding, seed=setup.seed),
@@ -73,6 +81,34 @@ class Worker:
     def use(self, arguments: DataArguments) -> None:
         """Makes the data of a `fit`."""
         self._training.data = arguments.made()
+
+    # --- members from elsewhere ------------------------------------------------
+
+    def first_members(self, places: Sequence[int]) -> tuple[Any, ...]:
+        """The members that a run starts from in some places; `None` comes first."""
+        fresh = self._fresh()
+        returned: list[Any] = [None]
+        for place in places:
+            start = population.first_member(self._model, place, self._seed, self._initializer)
+            returned += [*start, fresh]
+        return tuple(returned)
+
+    def write(self, paths: Sequence[str], *parts: Arrays) -> None:
+        """Writes members, of each of which come weights, state and optimizer."""
+        for index, path in enumerate(paths):
+            member_files.write(path, parts[3 * index : 3 * index + 3])
+
+    def read(self, paths: Sequence[str]) -> tuple[Any, ...]:
+        """Members that were written; `None` comes first."""
+        like = (
+            list(self._model.trainable_variables),
+            list(self._model.non_trainable_variables),
+            self._fresh(),
+        )
+        members = [member_files.read(path, like) for path in paths]
+        return (None, *[part for member in members for part in member])
+
+    # --- training and judging --------------------------------------------------
 
     def train_parents(self, shard: Shard, *parts: Arrays) -> tuple[Any, ...]:
         """Trains members, of each of which come weights, state and optimizer."""
@@ -98,6 +134,8 @@ class Worker:
 
     def _trained(self, members: Members, shard: Shard, more: tuple[Any, ...]) -> tuple[Any, ...]:
         count = len(shard.places)
+        if shard.learning_rate is not None:
+            self._model.optimizer.learning_rate = shard.learning_rate
         members, losses = self._training.trained(
             members, self._filled_up(shard.places), shard.generation, shard.phase
         )
@@ -107,6 +145,11 @@ class Worker:
             own = tf.nest.map_structure(lambda array, at=index: array[at], arrays)
             returned += [own.weights, own.state, (own.optimizer, own.updates)]
         return tuple(returned)
+
+    def _fresh(self) -> tuple[Any, np.ndarray]:
+        """The optimizer's state of a member that was never trained, and its updates."""
+        fresh = self._training.engine.fresh_optimizer_state(1)
+        return tf.nest.map_structure(lambda value: value.numpy()[0], fresh), np.zeros((), "int64")
 
     def _filled_up(self, parts: Sequence[Any]) -> list[Any]:
         missing = self._training.count - len(parts)

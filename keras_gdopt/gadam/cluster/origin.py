@@ -1,0 +1,136 @@
+"""Where the survivors of a generation can be had from again, whatever nodes leave."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import ray
+import tensorflow as tf
+
+from keras_gdopt.gadam.cluster import member_files
+from keras_gdopt.gadam.cluster.pool import Pool, Task, this_node
+from keras_gdopt.gadam.population import Members
+
+
+class Held(NamedTuple):
+    """A member somewhere in the cluster: references, and where they are."""
+
+    weights: Any
+    state: Any
+    optimizer: Any
+    """Its optimizer's state and the number of its updates."""
+    home: int
+    """The shard that it was trained in."""
+    node: str
+
+
+class FromKeys:
+    """The members that a run starts from: workers draw them from their keys.
+
+    Args:
+        pool: Of the workers.
+        homes: The shard of each member.
+    """
+
+    def __init__(self, pool: Pool, homes: Sequence[int]) -> None:
+        self._pool = pool
+        self._homes = homes
+
+    def held(self, places: Sequence[int]) -> list[Held]:
+        """Some of the members, in the cluster."""
+        return _made_by_workers(self._pool, "first_members", lambda own: [own], self._homes, places)
+
+
+class InDriver:
+    """A copy in the process of `fit`.
+
+    Args:
+        members: All of them, as arrays.
+        homes: The shard of each.
+    """
+
+    def __init__(self, members: Members, homes: Sequence[int]) -> None:
+        self.members = members
+        self._homes = homes
+
+    def held(self, places: Sequence[int]) -> list[Held]:
+        """Some of the members, in the cluster."""
+        node, found = this_node(), []
+        for place in places:
+            own = tf.nest.map_structure(lambda array, at=place: array[at], self.members)
+            parts = (own.weights, own.state, (own.optimizer, own.updates))
+            weights, state, optimizer = (ray.put(part) for part in parts)
+            found.append(Held(weights, state, optimizer, self._homes[place], node))
+        return found
+
+
+class InDirectory:
+    """Files that workers wrote, and can read, one for each member.
+
+    Args:
+        pool: Of the workers.
+        directory: That all nodes share.
+        generation: After which they were written.
+        homes: The shard of each.
+    """
+
+    def __init__(self, pool: Pool, directory: str, generation: int, homes: Sequence[int]) -> None:
+        self._pool = pool
+        self._directory = directory
+        self._homes = homes
+        self.generation = generation
+
+    def write(self, members: Sequence[Held]) -> None:
+        """Writes all members, each where it is."""
+        tasks = []
+        for shard, own in _by_shard(self._homes, range(len(members))).items():
+
+            def arguments(own: list[int] = own) -> list[Any]:
+                parts = [
+                    part
+                    for place in own
+                    for part in (
+                        members[place].weights, members[place].state, members[place].optimizer,
+                    )
+                ]  # fmt: skip
+                return [self._paths(own), *parts]
+
+            tasks.append(Task(shard, "write", arguments))
+        self._pool.run(tasks)
+
+    def held(self, places: Sequence[int]) -> list[Held]:
+        """Some of the members, in the cluster."""
+        return _made_by_workers(
+            self._pool, "read", lambda own: [self._paths(own)], self._homes, places
+        )
+
+    def _paths(self, places: Sequence[int]) -> list[str]:
+        return [member_files.path(self._directory, self.generation, place) for place in places]
+
+
+def _made_by_workers(
+    pool: Pool,
+    method: str,
+    arguments: Callable[[list[int]], list[Any]],
+    homes: Sequence[int],
+    places: Sequence[int],
+) -> list[Held]:
+    """Members that a worker's method returns."""
+    shards = _by_shard(homes, places)
+    tasks = {
+        shard: Task(shard, method, partial(arguments, own), members=len(own))
+        for shard, own in shards.items()
+    }
+    pool.run(list(tasks.values()))
+    found = {}
+    for shard, own in shards.items():
+        for place, parts in zip(own, tasks[shard].members(), strict=True):
+            found[place] = Held(*parts, home=shard, node=tasks[shard].node)
+    return [found[place] for place in places]
+
+
+def _by_shard(homes: Sequence[int], places: Sequence[int]) -> dict[int, list[int]]:
+    shards: dict[int, list[int]] = {}
+    for place in places:
+        shards.setdefault(homes[place], []).append(place)
+    return shards
