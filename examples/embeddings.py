@@ -311,12 +311,12 @@ def draw(results: dict[str, Result], path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    styles = {"exact": "-", "lazy": "--", "Keras": ":"}
-    colors = {rule: f"C{number}" for number, rule in enumerate(RULES)}
+    colors = {"exact": "tab:blue", "lazy": "tab:green", "Keras": "tab:orange"}
+    styles = dict(zip(RULES, ("-", "--", ":"), strict=True))
     for name, result in results.items():
         rule, kind = name.split(", ")
         epochs = range(1, len(result.accuracies) + 1)
-        style = {"color": colors[rule], "linestyle": styles[kind], "marker": "."}
+        style = {"color": colors[kind], "linestyle": styles[rule], "marker": "."}
         curves.plot(epochs, result.accuracies, label=name, **style)
     curves.set(xlabel="epoch", ylabel="test accuracy")
     curves.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -324,7 +324,7 @@ def draw(results: dict[str, Result], path: Path) -> None:
     curves.legend()
     names = list(results)
     times = [results[name].step_milliseconds for name in names]
-    shown = bars.barh(names, times, color=[colors[name.split(", ")[0]] for name in names])
+    shown = bars.barh(names, times, color=[colors[name.split(", ")[1]] for name in names])
     bars.bar_label(shown, fmt="%.1f", padding=3)
     bars.invert_yaxis()
     bars.margins(x=0.12)
