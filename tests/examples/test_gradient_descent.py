@@ -67,25 +67,25 @@ def test_the_minimum_is_flat_and_the_loss_by_hand(example):
     np.testing.assert_allclose(data.loss(some), by_hand, rtol=1e-12)
 
 
-@pytest.mark.parametrize("k", [0, 1, 50, 99, 100])
-def test_the_rate_decays_linearly(k, example, float64):
+def test_the_rate_decays_linearly(example):
     first, last, r = example.STOCHASTIC_RATE, example.LAST_RATE, 100
-    expected = (1 - k / r) * first + k / r * last
-    assert float(example.decaying_rate(r)(k)) == pytest.approx(expected, rel=1e-12)
+    for k in (0, 1, 50, 99, 100):
+        expected = (1 - k / r) * first + k / r * last
+        assert float(example.decaying_rate(r)(k)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_ends_with_tables_and_a_picture(tmp_path):
     pytest.importorskip("sklearn")
-    run = _run("--epochs", 2, cwd=tmp_path)
+    run = _run("--epochs", 1, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = run.stdout[run.stdout.index("loss above it") :].splitlines()[1:5]
     table = {line[:28].strip(): line[28:].replace(",", "").split() for line in lines}
     updates = {name: int(row[0]) for name, row in table.items()}
     assert updates == {
-        "vanilla (full batch)": 2,
-        "mini-batches of 32": 28,
-        "stochastic, rate decays": 884,
-        "stochastic": 884,
+        "vanilla (full batch)": 1,
+        "mini-batches of 32": 14,
+        "stochastic, rate decays": 442,
+        "stochastic": 442,
     }
     assert all(0 < float(row[1]) < 0.7 for row in table.values())
     assert float(table["stochastic, rate decays"][1]) < float(table["vanilla (full batch)"][1])
