@@ -25,6 +25,7 @@ folder of files for each label (as the SpamAssassin mails come), of which a fift
 import argparse
 import ast
 import collections
+import functools
 import importlib.util
 import os
 import re
@@ -142,15 +143,16 @@ def as_ids(train: list[Text], test: list[Text], words: int) -> Data:
     ids = {word: i for i, (word, _) in enumerate(counts.most_common(words - 2), start=2)}
     labels = sorted({label for label, _ in train})
     number = {label: i for i, label in enumerate(labels)}
-    test = [(label, text) for label, text in test if label in number]
-    arrays = []
-    for texts in (train, test):
+
+    def arrays(texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
         x = np.zeros((len(texts), WORDS_OF_A_TEXT), "int32")
         for row, (_, text) in zip(x, texts, strict=True):
             found = [ids.get(word, 1) for word in _words(text)]
             row[: len(found)] = found
-        arrays += [x, np.array([number[label] for label, _ in texts], "int32")]
-    return Data(*arrays, words=len(ids) + 2, labels=labels)
+        return x, np.array([number[label] for label, _ in texts], "int32")
+
+    known = [(label, text) for label, text in test if label in number]
+    return Data(*arrays(train), *arrays(known), len(ids) + 2, labels)
 
 
 # --- training ----------------------------------------------------------------------------
@@ -179,9 +181,9 @@ def contenders(rules: list[str]) -> dict[str, Callable[[], keras.optimizers.Opti
     for rule in rules:
         ours, keras_own = getattr(gdopt, rule), getattr(keras.optimizers, rule)
         rate = RULES[rule]
-        found[f"{rule}, exact"] = lambda ours=ours, rate=rate: ours(rate)
-        found[f"{rule}, lazy"] = lambda ours=ours, rate=rate: ours(rate, lazy=True)
-        found[f"{rule}, Keras"] = lambda keras_own=keras_own, rate=rate: keras_own(rate)
+        found[f"{rule}, exact"] = functools.partial(ours, rate)
+        found[f"{rule}, lazy"] = functools.partial(ours, rate, lazy=True)
+        found[f"{rule}, Keras"] = functools.partial(keras_own, rate)
     return found
 
 
