@@ -223,9 +223,11 @@ def draw(paths: dict[str, np.ndarray], data: Data, epochs: int, path: Path) -> N
             "linewidth": 1.5 if len(weights) < 1000 else 0.6,
             "zorder": 10 - depth,
         }
-        surface.plot(*weights.T, label=name, **style)
+        (line,) = surface.plot(*weights.T, label=name, **style)
+        end: dict[str, Any] = {"markeredgecolor": "black", "markersize": 7, "zorder": 12}
+        surface.plot(*weights[-1], "o", color=line.get_color(), **end)
         curves.plot(np.linspace(0, epochs, len(weights)), data.loss(weights) - lowest, **style)
-    surface.plot(*minimum, "k+", markersize=14, zorder=11)
+    surface.plot(*minimum, "k+", markersize=16, zorder=11)
     surface.set(xlabel="weight of the body-mass index", ylabel="weight of s5", title="paths")
     surface.legend()
     curves.set(yscale="log", xlabel="epochs", ylabel="loss above the lowest", title="losses")
