@@ -145,37 +145,45 @@ A_FEW = [
 ]
 
 
-def _has_options(case) -> bool:
-    """Whether it is not its algorithm as it is by default."""
-    return bool(case.arguments) and not isinstance(case, WrapperCase)
+def _is_slow(case, *, alike: bool) -> bool:
+    """Whether only `.ci/slow` runs it: with options, or alike for all and not of a few."""
+    has_options = bool(case.arguments) and not isinstance(case, WrapperCase)
+    return has_options or (alike and case not in A_FEW)
 
 
-def every_optimizer_with(name: str, values) -> pytest.MarkDecorator:
+def every_optimizer_with(name: str, values, *, alike: bool = False) -> pytest.MarkDecorator:
     """Each optimizer with the first of the values, and a few with all of them.
 
-    What a setting does is up to the base class, and not to the rule.
+    What a setting does is up to the base class, and not to the rule. For `alike`, see
+    `every_optimizer_alike`.
     """
     values = list(values)
     pairs = [(case, value) for case in CASES for value in values[:1]]
     pairs += [(case, value) for case in A_FEW for value in values[1:]]
-    slow = [[pytest.mark.slow] if _has_options(case) else [] for case, _ in pairs]
     return pytest.mark.parametrize(
         ("case", name),
         [
-            pytest.param(case, value, marks=marks, id=f"{case}-{value}")
-            for (case, value), marks in zip(pairs, slow, strict=True)
+            pytest.param(case, value, marks=_marks(case, alike), id=f"{case}-{value}")
+            for case, value in pairs
         ],
     )
 
 
-def _each(cases) -> pytest.MarkDecorator:
-    """One parameter for each; with options that are not the defaults, a slow one."""
-    slow = {case: [pytest.mark.slow] if _has_options(case) else [] for case in cases}
+def _each(cases, *, alike: bool = False) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
-        "case", [pytest.param(case, marks=slow[case], id=str(case)) for case in cases]
+        "case", [pytest.param(case, marks=_marks(case, alike), id=str(case)) for case in cases]
     )
+
+
+def _marks(case, alike: bool) -> list:
+    return [pytest.mark.slow] if _is_slow(case, alike=alike) else []
 
 
 every_variant = pytest.mark.parametrize("case", VARIANTS, ids=str)
 every_optimizer = _each(CASES)
 every_rule = _each(RULES)
+
+# For what the base class does alike for all: `.ci/run` tests it with a few of them, and
+# `.ci/slow` with each.
+every_optimizer_alike = _each(CASES, alike=True)
+every_rule_alike = _each(RULES, alike=True)

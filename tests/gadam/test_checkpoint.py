@@ -113,8 +113,22 @@ def test_a_directory_of_another_run_is_refused(other, message, rng, tmp_path):
         _gadam(**other).fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
 
 
-@pytest.mark.parametrize("part", ["data-00000-of-00001", "index"])
-@pytest.mark.parametrize("damage", ["cut", "garbled", "gone"])
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        ("data-00000-of-00001", "cut"),
+        ("index", "gone"),
+        *[
+            pytest.param(part, damage, marks=pytest.mark.slow)
+            for part, damage in [
+                ("data-00000-of-00001", "garbled"),
+                ("data-00000-of-00001", "gone"),
+                ("index", "cut"),
+                ("index", "garbled"),
+            ]
+        ],
+    ],
+)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(part, damage, rng, tmp_path):
     data = _data(rng, "arrays")
     whole = _gadam()

@@ -78,7 +78,11 @@ def _assert_members_equal_models(gadam, trained, losses, before, data, twin, rto
 @pytest.mark.parametrize(
     ("engine", "name"),
     [("stacked", name) for name in STACKED if name != "dropout"]
-    + [("unrolled", name) for name in UNROLLED],
+    + [
+        # By every change those that are unrolled unless asked for otherwise.
+        pytest.param("unrolled", name, marks=[pytest.mark.slow] * (name in STACKED[2:]))
+        for name in UNROLLED
+    ],
 )
 def test_each_member_is_trained_as_keras_would(engine, name, rng, float64):
     """Two epochs of 22 samples in batches of 8, 8 and 6. (Under XLA the dropout of one seed is
@@ -114,7 +118,7 @@ def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64)
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
-@every_optimizer_with("engine", ["stacked", "unrolled"])
+@every_optimizer_with("engine", ["stacked", "unrolled"], alike=True)
 def test_every_optimizer_trains_members(case, engine, rng, float64):
     """With a schedule, clipping and decay, over a second training of old members, too."""
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.pure_step import pure_step
-from tests.optimizer_cases import every_optimizer, every_optimizer_with
+from tests.optimizer_cases import every_optimizer_alike, every_optimizer_with
 
 SETTINGS = {
     "plain": {},
@@ -58,7 +58,7 @@ def test_equals_apply_and_finalize(case, setting, rng, float64):
         np.testing.assert_allclose(received, expected.numpy(), rtol=1e-11, atol=1e-12)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_members_of_a_stack_do_not_see_one_another(case, rng, float64):
     """Of different ages, and clipped each by its own norm."""
     optimizer = case(learning_rate=0.1, global_clipnorm=0.5)

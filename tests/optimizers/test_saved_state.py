@@ -103,7 +103,7 @@ def test_checkpoint_restores_an_optimizer_that_is_not_built(case, tmp_path):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}
 
 
-@every_optimizer_with("way", COPIES)
+@every_optimizer_with("way", COPIES, alike=True)
 def test_copies_keep_the_state(case, way):
     copied = COPIES[way]
     model = _fit(_model(case(weight_decay=0.1)))

@@ -6,7 +6,12 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import A_FEW, every_optimizer, every_optimizer_with, every_rule
+from tests.optimizer_cases import (
+    A_FEW,
+    every_optimizer_alike,
+    every_optimizer_with,
+    every_rule_alike,
+)
 
 
 def _data(rng, samples=48):
@@ -92,7 +97,7 @@ CLIPPING = {
 }
 
 
-@every_optimizer_with("kind", CLIPPING)
+@every_optimizer_with("kind", CLIPPING, alike=True)
 def test_clipping_equals_numpy(case, kind, start, gradients, float64):
     optimizer = case(learning_rate=0.1, **{kind: 0.7})
     received = _applied(optimizer, start, gradients)
@@ -100,7 +105,7 @@ def test_clipping_equals_numpy(case, kind, start, gradients, float64):
     _assert_close([v.numpy() for v in received], expected, rtol=0, atol=1e-12)
 
 
-@every_rule
+@every_rule_alike
 def test_weight_decay_equals_numpy(case, start, gradients, float64):
     """Decoupled, before the update, and not on what is excluded."""
     optimizer = case(learning_rate=0.1, weight_decay=0.3)
@@ -118,7 +123,7 @@ def test_weight_decay_equals_numpy(case, start, gradients, float64):
 
 
 @pytest.mark.parametrize("frequency", [None, 3])
-@every_rule
+@every_rule_alike
 def test_moving_average_equals_numpy(case, frequency, start, gradients, float64):
     optimizer = case(
         learning_rate=0.1, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=frequency
@@ -152,7 +157,7 @@ class _Halved(keras.constraints.Constraint):
     [(keras.constraints.NonNeg(), lambda w: np.maximum(w, 0.0)), (_Halved(), lambda w: w * 0.5)],
     ids=["of Keras", "of one's own"],
 )
-@every_rule
+@every_rule_alike
 def test_constraints_equal_numpy(case, constraint, projection, start, gradients, float64):
     optimizer = case(learning_rate=0.1)
     variables = [keras.Variable(w) for w in start]
@@ -171,7 +176,7 @@ def test_constraints_equal_numpy(case, constraint, projection, start, gradients,
     _assert_close([v.numpy() for v in variables], expected, rtol=0, atol=1e-12)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_accumulation_equals_the_mean_gradient(case, start, gradients, float64):
     """An update every 4 calls; bias corrections count updates."""
     optimizer = case(learning_rate=0.1, gradient_accumulation_steps=4, clipnorm=0.7)
@@ -202,7 +207,7 @@ def test_everything_together_equals_keras(start, gradients, float64):
     _assert_close([v.numpy() for v in ours], [v.numpy() for v in keras_s], rtol=0, atol=1e-12)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_bfloat16_variables_are_updated_in_float32(case, rng):
     """Their slots would lose what a decay of 0.999 adds."""
     start = rng.normal(size=(4, 3)).astype("float32")
@@ -241,7 +246,7 @@ def test_bfloat16_averages_and_accumulators_are_in_float32():
     assert float(variable.numpy()[0]) == -1.0
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_constraints_of_embeddings(case, rng, float64):
     start = np.abs(rng.normal(size=(5, 2)))
     table = keras.Variable(start)
@@ -337,7 +342,7 @@ def test_mixed_precision_equals_the_rule_on_the_same_gradients(case, policy, rng
         np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-@every_optimizer_with("jit_compile", [True, False])
+@every_optimizer_with("jit_compile", [True, False], alike=True)
 def test_mixed_float16_skips_steps_that_overflow(case, jit_compile, rng):
     keras.mixed_precision.set_global_policy("mixed_float16")
     x, y = _data(rng)
@@ -390,7 +395,7 @@ def test_two_devices_equal_one(case, setting, two_devices, rng):
         np.testing.assert_array_equal(first, second)
 
 
-@every_optimizer_with("lazy", [True, False])
+@every_optimizer_with("lazy", [True, False], alike=True)
 def test_two_devices_sum_repeated_rows(case, lazy, two_devices, rng):
     """The same row may come from both devices."""
     ids = rng.integers(0, 5, size=(32, 3))
@@ -428,7 +433,7 @@ def test_two_devices_in_mixed_float16(case, two_devices, rng):
     _assert_close(two.get_weights(), one.get_weights(), rtol=0, atol=2e-2)
 
 
-@every_optimizer_with("compiled", [True, False])
+@every_optimizer_with("compiled", [True, False], alike=True)
 def test_apply_outside_of_the_scope_updates_both_devices(case, compiled, two_devices, rng):
     with two_devices.scope():
         optimizer, variable = case(learning_rate=0.1), keras.Variable([1.0, 2.0])
@@ -445,7 +450,7 @@ def test_apply_outside_of_the_scope_updates_both_devices(case, compiled, two_dev
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
 
 
-@every_rule
+@every_rule_alike
 def test_update_step_as_a_strategy_calls_it(case, two_devices, rng, float64):
     """Variable by variable, on each device."""
     gradients, start = rng.normal(size=(5, 3)), rng.normal(size=3)
@@ -465,7 +470,7 @@ def test_update_step_as_a_strategy_calls_it(case, two_devices, rng, float64):
         np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_custom_loop_under_a_strategy(case, two_devices, rng, float64):
     gradients = rng.normal(size=(5, 3))
     start = rng.normal(size=3)
@@ -487,7 +492,7 @@ def test_custom_loop_under_a_strategy(case, two_devices, rng, float64):
 # --- the rest of Keras ---------------------------------------------------------------
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_variables_without_a_gradient_stay(case, rng):
     used, unused = keras.Variable([1.0, 2.0]), keras.Variable([3.0], name="unused")
     optimizer = case(learning_rate=0.1, use_ema=True)
@@ -497,7 +502,7 @@ def test_variables_without_a_gradient_stay(case, rng):
     assert np.all(used.numpy() != [1.0, 2.0])
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_frozen_layers_stay(case, rng):
     model = _mlp()
     model.layers[0].trainable = False
@@ -507,7 +512,7 @@ def test_frozen_layers_stay(case, rng):
     _assert_close(model.layers[0].get_weights(), frozen, rtol=0, atol=0)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_steps_per_execution(case, rng):
     data, start = _data(rng), _mlp().get_weights()
     one = _fitted(case(learning_rate=0.05), start, data)

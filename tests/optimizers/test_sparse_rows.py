@@ -7,7 +7,12 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.tensorflow_step import _sum_of_squares
-from tests.optimizer_cases import every_optimizer, every_optimizer_with, every_rule
+from tests.optimizer_cases import (
+    every_optimizer_alike,
+    every_optimizer_with,
+    every_rule,
+    every_rule_alike,
+)
 
 ROWS, WIDTH = 12, 3
 # Repeated within a batch; rows 8 to 11 never come.
@@ -116,7 +121,7 @@ def _fit_both(new_optimizer, rng, jit_compile):
     return model.get_weights(), twin.get_weights()
 
 
-@every_optimizer_with("jit_compile", [True, False])
+@every_optimizer_with("jit_compile", [True, False], alike=True)
 def test_fit_of_an_embedding_equals_its_dense_twin(case, jit_compile, rng):
     received, expected = _fit_both(lambda: case(learning_rate=0.05), rng, jit_compile)
     for a, b in zip(received, expected, strict=True):
@@ -145,7 +150,7 @@ def _custom_step(optimizer, table, sparse):
     return step
 
 
-@every_optimizer_with("compiled", ["xla", "graph", "eager"])
+@every_optimizer_with("compiled", ["xla", "graph", "eager"], alike=True)
 def test_custom_loop_over_an_embedding_equals_the_dense_gradient(case, compiled, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
     tables = []
@@ -207,7 +212,7 @@ def test_lazy_mode_updates_present_rows_by_the_rule(case, rng, float64):
     np.testing.assert_allclose(table.numpy(), expected, rtol=0, atol=1e-12)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_lazy_mode_decays_the_present_rows(case, rng, float64):
     start, values = rng.normal(size=(4, 3)), rng.normal(size=(2, 3))
     table = keras.Variable(start)
@@ -260,7 +265,7 @@ def test_lazy_refuses_accumulation():
         gdopt.Adam(lazy=True, gradient_accumulation_steps=2)
 
 
-@every_rule
+@every_rule_alike
 def test_only_an_embedding_trains(case, rng):
     """A step without any dense gradient."""
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")

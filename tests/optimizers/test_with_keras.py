@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.optimizer_cases import every_optimizer, every_rule
+from tests.optimizer_cases import every_optimizer, every_optimizer_alike, every_rule
 
 callbacks = keras.callbacks
 
@@ -37,7 +37,7 @@ class _Epochs(callbacks.Callback):
 # --- callbacks -----------------------------------------------------------------------
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_early_stopping_restores_the_best_epoch_and_training_goes_on(case, data):
     model, epochs = _model(case.brisk(0.05)), _Epochs()
     # The worst epoch counts as the best: it is not the last one.
@@ -53,7 +53,7 @@ def test_early_stopping_restores_the_best_epoch_and_training_goes_on(case, data)
     assert model.evaluate(*data, verbose=0) < before
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_callbacks_set_the_learning_rate(case, data):
     model, epochs = _model(case(learning_rate=0.5)), _Epochs()
     reduce = callbacks.ReduceLROnPlateau("loss", mode="max", factor=0.5, patience=1, min_delta=9e9)
@@ -62,7 +62,7 @@ def test_callbacks_set_the_learning_rate(case, data):
     np.testing.assert_allclose(epochs.rates, [first, first / 2, first / 4], rtol=1e-6)
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_a_rate_that_a_callback_sets_holds_for_the_next_epoch(case, data):
     weights = []
     for later in (0.25, 0.125):
@@ -78,7 +78,7 @@ def test_a_rate_that_a_callback_sets_holds_for_the_next_epoch(case, data):
     assert np.all(weights[0][1] != weights[1][1])
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_swap_ema_weights_evaluates_the_average(case, data):
     model = _model(case(learning_rate=0.05, use_ema=True, ema_momentum=0.5))
     model.fit(*data, batch_size=8, verbose=0)
@@ -96,7 +96,7 @@ def test_swap_ema_weights_evaluates_the_average(case, data):
 # --- wrappers ------------------------------------------------------------------------
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_multi_optimizer_gives_each_layer_its_own(case, rng, float64):
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         pytest.skip("this version of Keras has no MultiOptimizer")
