@@ -1,6 +1,7 @@
-"""Callbacks that listen to the optimizers and write TensorBoard event files."""
+"""Callbacks that listen to training: for TensorBoard, and to stop where it has converged."""
 
+from keras_gdopt.callbacks.convergence_stopping import ConvergenceStopping
 from keras_gdopt.callbacks.optimizer_tensorboard import OptimizerTensorBoard
 from keras_gdopt.callbacks.population_tensorboard import PopulationTensorBoard
 
-__all__ = ["OptimizerTensorBoard", "PopulationTensorBoard"]
+__all__ = ["ConvergenceStopping", "OptimizerTensorBoard", "PopulationTensorBoard"]

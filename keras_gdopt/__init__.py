@@ -4,6 +4,7 @@ import importlib
 from importlib.metadata import version
 from types import ModuleType
 
+from keras_gdopt import initializers, losses
 from keras_gdopt.closures.conjugate_gradient import ConjugateGradient
 from keras_gdopt.closures.lbfgs import LBFGS
 from keras_gdopt.closures.newton import Newton
@@ -41,6 +42,8 @@ __all__ = [
     "RayEngine",
     "__version__",
     "callbacks",
+    "initializers",
+    "losses",
 ]
 
 

@@ -21,6 +21,7 @@ RULES = [Path(inspect.getfile(cls)) for cls in optimizer_classes()]
 # Floors of the house: a room may import from the floors below.
 FLOORS = [
     ["keras_gdopt.optimizers", "keras_gdopt.functional"],
+    ["keras_gdopt.losses", "keras_gdopt.initializers"],
     ["keras_gdopt.closures", "keras_gdopt.gadam"],
     ["keras_gdopt.callbacks"],
 ]
@@ -63,9 +64,15 @@ def test_public_names():
         "RayEngine",
         "__version__",
         "callbacks",
+        "initializers",
+        "losses",
     ]
     assert all(hasattr(gdopt, name) for name in gdopt.__all__)
-    assert gdopt.callbacks.__all__ == ["OptimizerTensorBoard", "PopulationTensorBoard"]
+    assert gdopt.callbacks.__all__ == [
+        "ConvergenceStopping",
+        "OptimizerTensorBoard",
+        "PopulationTensorBoard",
+    ]
     with pytest.raises(AttributeError, match="no attribute 'Magic'"):
         _ = gdopt.Magic
 
@@ -121,6 +128,10 @@ def test_examples_in_docstrings(name):
         *optimizer_classes(),
         *closure_classes(),
         gdopt.GradientOptimizer,
+        gdopt.losses.MulticlassHinge,
+        gdopt.initializers.SparseNormal,
+        gdopt.initializers.ClassPriorBias,
+        gdopt.callbacks.ConvergenceStopping,
         gdopt.callbacks.OptimizerTensorBoard,
         gdopt.callbacks.PopulationTensorBoard,
         gdopt.Gadam,

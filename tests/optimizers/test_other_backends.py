@@ -1,4 +1,4 @@
-"""The rules contain no TensorFlow: with JAX and torch they run through Keras's own path."""
+"""What contains no TensorFlow: with JAX and torch it runs through Keras's own path."""
 
 import importlib.util
 import os
@@ -54,6 +54,16 @@ for case in CASES:
             assert "TensorFlow backend" in str(message)
         else:
             raise AssertionError(f"{case}: no {error}")
+
+# The paper's example of the hinge loss, and the initializers.
+loss = gdopt.losses.MulticlassHinge(reduction="none")
+losses = loss([0, 1], [[0.49, 0.43, 0.08], [0.45, 0.53, 0.02]])
+np.testing.assert_allclose(keras.ops.convert_to_numpy(losses), [1.53, 1.41], rtol=1e-6)
+kernel = keras.ops.convert_to_numpy(gdopt.initializers.SparseNormal(2, seed=1)((5, 3)))
+assert np.count_nonzero(kernel, axis=0).tolist() == [2, 2, 2]
+bias = keras.ops.convert_to_numpy(gdopt.initializers.ClassPriorBias([1, 3])((2,)))
+np.testing.assert_allclose(np.exp(bias), [0.25, 0.75], rtol=1e-6)
+
 import sys
 assert "keras_gdopt.optimizers.tensorflow_step" not in sys.modules
 print("all", len(CASES))

@@ -1,0 +1,182 @@
+"""Stops training where it has converged: Zhang 2019, section 2.1."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_gdopt.optimizers.argument_checks import checked_count, checked_flag, checked_number
+
+
+class ConvergenceStopping(keras.callbacks.Callback):
+    r"""Stops training where it has converged.
+
+    After epoch τ, with the monitored loss $L_\tau$ and the weights $\theta_\tau$, the
+    conditions are
+
+    $$|L_\tau - L_{\tau-1}| \le \delta_L \qquad
+    \max_i |\theta_{\tau,i} - \theta_{\tau-1,i}| \le \delta_\theta$$
+
+    and, with `relative=True`, both against $\max(|L_\tau|, |L_{\tau-1}|)$ and
+    $\max_i |\theta_{\tau,i}|$. A third one holds where the optimizer itself says that it has
+    `converged`, as `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon as
+    one of them has held for `patience` epochs in a row. The weights stay as they are.
+
+    The paper's iteration is an epoch here: with `batch_size=len(x)` both are one update.
+    With mini-batches `loss` is the mean over an epoch in which the weights move, and
+    `converged` tells of the epoch's last batch. In `Gadam.fit` an epoch is a generation, and
+    the weights are the best member's. A loss that is not finite is no convergence. The third
+    condition of the paper, a number of rounds, is `epochs`.
+
+    `keras.callbacks.EarlyStopping` stops where a quantity no longer *improves*: it goes on
+    as long as the loss falls, by however little `min_delta` lets through, and stops where
+    the loss rises. It does not look at weights.
+
+    Args:
+        loss_change: $\delta_L$, not negative, in units of the loss (or, with `relative`,
+            a part of it). Defaults to `None`: the loss is not looked at.
+        weight_change: $\delta_\theta$, not negative, for the largest change of an entry of
+            the trainable weights in an epoch (or, with `relative`, as a part of the largest
+            entry). Defaults to `None`: the weights are not looked at. Keeps one copy of
+            the weights in memory.
+        relative: Whether both thresholds are parts. Defaults to False.
+        patience: Epochs in a row for which a condition must hold, at least 1. Defaults to 1.
+        monitor: The loss: a name in the epoch's logs, such as `"val_loss"` or, with Gadam,
+            `"fitness"`. Defaults to `"loss"`. In an epoch without it a warning says so.
+        verbose: 1 prints why training stopped. Defaults to 0.
+
+    Raises:
+        ValueError: If an argument is out of range; before training starts, if no threshold
+            is given and the optimizer does not tell whether it has converged.
+
+    Attributes:
+        stopped_epoch: The epoch, counted from 0, after which training stopped; `None` if it
+            did not.
+        reason: Why, in words; `None` if it did not.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> import keras_gdopt as gdopt
+    >>> x = np.linspace(-1, 1, 32).reshape(32, 1)
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(gdopt.GradientDescent(0.3), "mse")
+    >>> stopping = gdopt.callbacks.ConvergenceStopping(loss_change=1e-6)
+    >>> history = model.fit(
+    ...     x, 2 * x, batch_size=32, epochs=1000, verbose=0, callbacks=[stopping]
+    ... )
+    >>> stopping.stopped_epoch < 100
+    True
+
+    Source: Zhang 2019, *Gradient Descent based Optimization Algorithms for Deep Learning
+    Models Training* (arXiv 1903.03614), section 2.1.
+    """
+
+    def __init__(
+        self,
+        loss_change: float | None = None,
+        weight_change: float | None = None,
+        relative: bool = False,
+        patience: int = 1,
+        monitor: str = "loss",
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        self.loss_change = _checked_threshold("loss_change", loss_change)
+        self.weight_change = _checked_threshold("weight_change", weight_change)
+        self.relative = checked_flag("relative", relative)
+        self.patience = checked_count("patience", patience, minimum=1)
+        self.monitor = monitor
+        self.verbose = checked_count("verbose", verbose, minimum=0)
+        self.stopped_epoch: int | None = None
+        self.reason: str | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.stopped_epoch = self.reason = None
+        self._loss: float | None = None
+        self._weights: list[np.ndarray] = []
+        self._held = {"loss": 0, "weights": 0, "optimizer": 0}
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Notes the weights that training starts from."""
+        self._start()
+        if self.weight_change is not None:
+            self._weights = self._copied_weights()
+        elif self.loss_change is None and self._optimizer_converged() is None:
+            raise ValueError(
+                "ConvergenceStopping has nothing to look at. Expected `loss_change`, "
+                "`weight_change` or an optimizer with an attribute `converged`, such as "
+                f"keras_gdopt.LBFGS(). Received: {getattr(self.model, 'optimizer', None)!r}"
+            )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stops training if a condition has held for long enough."""
+        reasons = {
+            "loss": self._loss_has_settled(logs or {}),
+            "weights": self._weights_have_settled(),
+            "optimizer": "the optimizer has converged" if self._optimizer_converged() else None,
+        }
+        for name, reason in reasons.items():
+            self._held[name] = self._held[name] + 1 if reason else 0
+            if self._held[name] >= self.patience and self.stopped_epoch is None:
+                self.stopped_epoch, self.reason = epoch, reason
+                self.model.stop_training = True
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Says why training stopped."""
+        self._weights = []
+        if self.stopped_epoch is not None and self.verbose:
+            print(f"Epoch {self.stopped_epoch + 1}: stopped, as {self.reason}")
+
+    # --- the conditions ------------------------------------------------------
+
+    def _loss_has_settled(self, logs: dict[str, Any]) -> str | None:
+        """In words, or `None`."""
+        if self.loss_change is None:
+            return None
+        if self.monitor not in logs:
+            warnings.warn(
+                f"ConvergenceStopping looks at `{self.monitor}`, which this epoch's logs do not "
+                f"have. Available: {', '.join(logs)}",
+                stacklevel=2,
+            )
+            return None
+        before, self._loss = self._loss, float(logs[self.monitor])
+        if before is None:
+            return None
+        change = abs(self._loss - before)
+        size = max(abs(self._loss), abs(before)) if self.relative else 1.0
+        return self._in_words(f"`{self.monitor}`", change, size, self.loss_change)
+
+    def _weights_have_settled(self) -> str | None:
+        """In words, or `None`."""
+        if self.weight_change is None:
+            return None
+        before, self._weights = self._weights, self._copied_weights()
+        changes = [new - old for new, old in zip(self._weights, before, strict=True)]
+        size = _largest(self._weights) if self.relative else 1.0
+        return self._in_words("the weights", _largest(changes), size, self.weight_change)
+
+    def _in_words(self, what: str, change: float, size: float, threshold: float) -> str | None:
+        if not change <= threshold * size:  # NaN is no convergence
+            return None
+        part = f" of {size:.3g}" if self.relative else ""
+        return f"{what} changed by {change:.3g}{part} (threshold {threshold:g})"
+
+    def _optimizer_converged(self) -> bool | None:
+        """What the optimizer says; `None` if it does not say."""
+        return getattr(getattr(self.model, "optimizer", None), "converged", None)
+
+    def _copied_weights(self) -> list[np.ndarray]:
+        return [np.array(keras.ops.convert_to_numpy(v)) for v in self.model.trainable_variables]
+
+
+def _largest(arrays: list[np.ndarray]) -> float:
+    """The largest absolute value of all entries; NaN if there is one."""
+    return float(np.max([0.0, *(np.max(np.abs(array), initial=0) for array in arrays)]))
+
+
+def _checked_threshold(name: str, value: Any) -> float | None:
+    return None if value is None else checked_number(name, value)
