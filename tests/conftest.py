@@ -1,5 +1,7 @@
 """Two logical CPU devices for strategies, and Keras's global settings put back."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,12 @@ import tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: `clear_session`, after each test, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
