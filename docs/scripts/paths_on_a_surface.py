@@ -39,7 +39,7 @@ DESCENT = Path("GradientDescent(0.3)", lambda: gdopt.GradientDescent(0.3))
 PATHS: dict[str, Sequence[Path]] = {
     "gradient_descent": [
         Path("GradientDescent(0.05)", lambda: gdopt.GradientDescent(0.05)),
-        Path("GradientDescent(0.48)", lambda: gdopt.GradientDescent(0.48)),
+        Path("GradientDescent(0.65)", lambda: gdopt.GradientDescent(0.65)),
     ],
     "momentum": [
         Path("Momentum(0.3)", lambda: gdopt.Momentum(0.3)),
