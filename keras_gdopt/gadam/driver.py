@@ -26,8 +26,6 @@ from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
 
 ENGINES = ("auto", "stacked", "unrolled")
 _FITNESS_SAMPLES = 1024
-# Parents, children, what training makes of them, and clones or copies to train in.
-_TIMES_HELD = 4
 
 
 class PopulationCallback(keras.callbacks.Callback):
@@ -190,7 +188,7 @@ class Gadam:
         self._identities: list[int] = []
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
-        times = _TIMES_HELD if self._cluster is None else self._cluster.times_held_here
+        times = _times_held_here(self._cluster)
         population.check_fits_in_memory(model, model.optimizer, self.population_size, times)
         self.engine = self._chosen_engine()
 
@@ -635,6 +633,14 @@ def _check_precision(model: keras.Model) -> None:
             "members whose gradients overflow would skip steps. Use `mixed_bfloat16` or "
             f"float32. Received: layers in float16: {layers[:5]}"
         )
+
+
+def _times_held_here(cluster: RayEngine | None) -> int:
+    """How often this machine holds a member."""
+    # Parents, children, what training makes of them, and clones or copies to train in.
+    where_trained = 4 if cluster is None or cluster.address is None else 0
+    copied = cluster is not None and cluster.safekeeping == "driver"
+    return where_trained + copied
 
 
 def _why_better_unrolled(model: keras.Model) -> str | None:

@@ -81,9 +81,3 @@ class RayEngine:
         self.task_timeout = checked_number("task_timeout", task_timeout, above=0.0)
         self.safekeeping = checked_choice("safekeeping", safekeeping, ("driver", "checkpoint_dir"))
         self.safekeeping_freq = checked_count("safekeeping_freq", safekeeping_freq, minimum=1)
-
-    @property
-    def times_held_here(self) -> int:
-        """How often this machine holds a member."""
-        of_workers = 4 if self.address is None else 0
-        return of_workers + (self.safekeeping == "driver")
