@@ -29,7 +29,7 @@ METHODS = ["train_parents", "fitness", "train_children"]
 def cluster():
     from keras_gdopt.gadam.cluster.pool import connect
 
-    connect(None, cpus=4)
+    connect(None, cpus=12)  # as populations of other tests may still have theirs
     yield
     ray.shutdown()
 

@@ -104,7 +104,16 @@ class Pool:
         self._workers: dict[int, _Running] = {}
         starting = [self._actor.remote(threads) for _ in range(workers)]
         for number, handle in enumerate(starting):
-            self._workers[number] = self._started(number, handle)
+            try:
+                self._workers[number] = self._started(number, handle)
+            except exceptions.GetTimeoutError as error:
+                for handle in starting:
+                    _kill(handle)
+                raise RuntimeError(
+                    f"Worker {number} of {workers} did not start: {error} Its resources, "
+                    f"{self._needed}, may be in use, by another population for example. "
+                    f"Available are {ray.available_resources()}"
+                ) from error
 
     @property
     def processes(self) -> dict[int, int]:
