@@ -160,7 +160,9 @@ def test_validation_is_reported_and_never_selected_on(data):
 
 
 def test_it_stops_when_the_sum_of_losses_hardly_changes(data):
-    frozen = _gadam(_model(optimizer=gdopt.GradientDescent(0.0)), mutation_rate=0.0, tolerance=0.0)
+    """Parents' and survivors' sums are of one batch, and each generation has another."""
+    model = _model(optimizer=gdopt.GradientDescent(0.0))
+    frozen = _gadam(model, mutation_rate=0.0, tolerance=0.0, fitness_batch_size=8)
     history = _fit(frozen, data, generations=9)
     assert history.history["children_survived"][-1] == 0
     assert len(history.epoch) < 9
