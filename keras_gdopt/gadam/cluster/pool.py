@@ -292,6 +292,8 @@ def connect(address: str | None, cpus: int) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of what is lost with a node, which is made again: its readers' errors are not news.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if address is not None:
         ray.init(address=address, log_to_driver=False)
     else:
