@@ -15,11 +15,11 @@ import keras
 import numpy as np
 
 import keras_gdopt as gdopt
-from benchmarks.population import BATCH, STEPS, cnn, compiled, data
+from benchmarks.population import BATCH, cnn, compiled, data
 from benchmarks.side_by_side import HEADER, Contender, Work, environment, measure, rows
 from keras_gdopt.gadam.cluster import placement
 
-MEMBERS = 8
+MEMBERS, STEPS = 8, 20
 # The cluster that is estimated.
 NODES, POPULATION, WEIGHTS, GIGABITS = 100, 1_000, 10**8, 10
 # Of a worker in a generation: parents, their fitness, children, and two to choose survivors.
@@ -33,7 +33,8 @@ def generations_of_cnn(workers: int) -> Contender:
         x, y = data()
         engine = gdopt.RayEngine(workers)
         gadam = gdopt.Gadam(compiled(cnn, gdopt.Adam()), MEMBERS, seed=0, engine=engine)
-        return lambda: gadam.fit(x, y, generations=1, batch_size=BATCH, verbose=0)
+        settings = {"generations": 1, "steps_per_epoch": STEPS, "batch_size": BATCH, "verbose": 0}
+        return lambda: gadam.fit(x, y, **settings)
 
     name = f"{workers} worker{'s' * (workers > 1)} of one thread"
     return Contender(name, make, steps=2 * MEMBERS * STEPS)
