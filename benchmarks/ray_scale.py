@@ -18,6 +18,7 @@ import keras_gdopt as gdopt
 from benchmarks.population import BATCH, cnn, compiled, data
 from benchmarks.side_by_side import HEADER, Contender, Work, environment, measure, rows
 from keras_gdopt.gadam.cluster import placement
+from keras_gdopt.gadam.cluster.pool import connect
 
 MEMBERS, STEPS = 8, 20
 # The cluster that is estimated.
@@ -123,6 +124,7 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part named {sorted(unknown)}; expected any of {list(PARTS)}")
     print(f"{environment()}\n")
+    connect(None, cpus=9)  # room for all populations, of which one trains at a time
     for part in parts:
         PARTS[part]()
 

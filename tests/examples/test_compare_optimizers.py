@@ -1,30 +1,18 @@
 """The main job, run as its users run it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
 from tests.callbacks.test_optimizer_tensorboard import read
+from tests.examples import scripts
 from tests.optimizer_cases import optimizer_classes
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "compare_optimizers.py"
+SCRIPT = scripts.EXAMPLES / "compare_optimizers.py"
 
-
-def _run(*arguments, cwd):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 def _table(output):

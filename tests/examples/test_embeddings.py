@@ -1,29 +1,17 @@
 """The example of embeddings, run as its users run it."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "embeddings.py"
+from tests.examples import scripts
+
+SCRIPT = scripts.EXAMPLES / "embeddings.py"
 TRAIN = "earn\tprofit up profit\ncrude\toil price up\nearn\tnet profit\ncrude\toil oil\n"
 TEST = "crude\tthe oil\nearn\tprofit fell\nship\tnot a label to train on\n"
 
-
-def _run(*arguments, cwd):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 def _table(output):
@@ -34,12 +22,8 @@ def _table(output):
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("embeddings", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with scripts.imported(SCRIPT) as module:
+        yield module
 
 
 def test_ends_with_a_table_and_a_picture(tmp_path):

@@ -1,27 +1,15 @@
 """The example of Gadam, run as its users run it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from tests.callbacks.test_event_files import read
+from tests.examples import scripts
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "gadam_mnist.py"
+SCRIPT = scripts.EXAMPLES / "gadam_mnist.py"
 
-
-def _run(*arguments, cwd):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 def test_ends_with_a_table_and_a_picture(tmp_path):

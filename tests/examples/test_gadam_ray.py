@@ -1,29 +1,18 @@
-"""The example of a cluster, run as its users run it, and killed as a machine may be."""
+"""The example of a cluster, run as its users run it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from tests.callbacks.test_event_files import read
+from tests.examples import scripts
 
 pytest.importorskip("ray")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "gadam_ray.py"
+SCRIPT = scripts.EXAMPLES / "gadam_ray.py"
 SMALL = ("--population", 4, "--generations", 2, "--epochs", 1)
 
-
-def _run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 def test_ends_with_a_table_of_generations(tmp_path):

@@ -1,37 +1,21 @@
 """The example of the three variants, run as its users run it."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "gradient_descent.py"
+from tests.examples import scripts
 
+SCRIPT = scripts.EXAMPLES / "gradient_descent.py"
 
-def _run(*arguments, cwd):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("gradient_descent", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with scripts.imported(SCRIPT) as module:
+        yield module
 
 
 def _descended(data, start, rate, updates):

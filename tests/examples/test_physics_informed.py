@@ -1,38 +1,22 @@
 """The example of a physics-informed network, run as its users run it."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "physics_informed.py"
+from tests.examples import scripts
 
+SCRIPT = scripts.EXAMPLES / "physics_informed.py"
 
-def _run(*arguments, cwd):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("physics_informed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with scripts.imported(SCRIPT) as module:
+        yield module
 
 
 def _by_fourier_series(times, viscosity, count=1024):

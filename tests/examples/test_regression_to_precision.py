@@ -1,25 +1,14 @@
 """The example of optimizers that evaluate the loss themselves, run as its users run it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "regression_to_precision.py"
+from tests.examples import scripts
 
+SCRIPT = scripts.EXAMPLES / "regression_to_precision.py"
 
-def _run(*arguments, cwd):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+_run = partial(scripts.run, SCRIPT)
 
 
 def test_ends_with_a_table_and_a_picture(tmp_path):
