@@ -27,9 +27,12 @@ def imported(script):
     """As a module of this process, until the block ends."""
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
+    outside = sys.modules.get(spec.name)  # within another such block
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
         yield module
     finally:
         del sys.modules[spec.name]
+        if outside is not None:
+            sys.modules[spec.name] = outside
