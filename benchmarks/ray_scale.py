@@ -34,8 +34,9 @@ def generations_of_cnn(workers: int) -> Contender:
         x, y = data()
         engine = gdopt.RayEngine(workers)
         gadam = gdopt.Gadam(compiled(cnn, gdopt.Adam()), MEMBERS, seed=0, engine=engine)
-        settings = {"generations": 1, "steps_per_epoch": STEPS, "batch_size": BATCH, "verbose": 0}
-        return lambda: gadam.fit(x, y, **settings)
+        return lambda: gadam.fit(
+            x, y, generations=1, steps_per_epoch=STEPS, batch_size=BATCH, verbose=0
+        )
 
     name = f"{workers} worker{'s' * (workers > 1)} of one thread"
     return Contender(name, make, steps=2 * MEMBERS * STEPS)
