@@ -518,9 +518,11 @@ def test_a_population_callback_sees_the_whole_population(data):
     np.testing.assert_allclose(gadam.fitness, np.sort(both)[:SIZE], rtol=1e-6)
     assert logs["children_survived"] == np.sum(logs["survivors"] >= SIZE)
     assert abs(logs["selection_probabilities"].sum() - 1) < 1e-12
-    for identity in logs["identities"]:
-        individual = gadam.lineage[identity]
-        assert individual["selections"][-1][2] is True
+    of_slots = both[logs["survivors"]]
+    for fitness, identity in zip(of_slots, logs["identities"], strict=True):
+        generation, loss, survived = gadam.lineage[identity]["selections"][-1]
+        assert (generation, survived) == (1, True)
+        assert loss == fitness  # of the member in that slot
     children = [one for one in gadam.lineage if one["generation"] == 2]
     assert [one["mutated_entries"] for one in children] == logs["mutated_entries"].tolist()
     chosen = [list(map(float, logs["selection_probabilities"][pair])) for pair in logs["parents"]]
