@@ -92,7 +92,10 @@ def check_is_trainable_by_its_loss(model: Any) -> None:
             f"The model '{model.name}' must be compiled with a loss. Call "
             "`model.compile(optimizer=..., loss=...)` first."
         )
-    if type(model).train_step is not keras.Model.train_step or "train_step" in vars(model):
+    own_step = vars(model).get("train_step")  # a closure optimizer's, until another `compile`
+    if type(model).train_step is not keras.Model.train_step or getattr(
+        own_step, "is_in_effect", own_step is not None
+    ):
         raise ValueError(
             f"The model '{model.name}' has a `train_step` of its own, so what a step does "
             "cannot be told from its loss. Expected a model whose training is Keras's; a "

@@ -613,9 +613,15 @@ class _TrainStep:
         self._is_compiled = _is_compiled(model, optimizer.jit_compile)
         self._minimize = tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
 
+    @property
+    def is_in_effect(self) -> bool:
+        """Whether the model has not been compiled anew, with another optimizer."""
+        model, optimizer = self._both()
+        return model.optimizer is optimizer
+
     def __call__(self, data: Any) -> dict[str, Any]:
         model, optimizer = self._both()
-        if model.optimizer is not optimizer:  # compiled anew, with another one
+        if not self.is_in_effect:
             return type(model).train_step(model, data)
         if not model.built:
             model._symbolic_build(data_batch=data)

@@ -692,6 +692,16 @@ def test_models_that_cannot_be_populations(monkeypatch):
         _gadam()
 
 
+def test_a_model_that_a_closure_optimizer_trained_before(data):
+    model = _model()
+    model.compile(gdopt.LBFGS(), "mse")
+    model.optimizer.attach(model)
+    with pytest.raises(ValueError, match="LBFGS"):
+        _gadam(model)
+    model.compile(gdopt.Adam(), "mse")
+    _fit(_gadam(model), data, generations=1)
+
+
 def test_mixed_float16_is_refused_with_the_reason():
     keras.mixed_precision.set_global_policy("mixed_float16")
     with pytest.raises(ValueError, match="does not train in mixed float16: the loss scale"):
