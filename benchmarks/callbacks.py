@@ -81,12 +81,12 @@ def epochs(tier: str | None) -> Contender:
         rng = np.random.default_rng(0)
         x, y = rng.random((SAMPLES, 64), "float32"), rng.integers(0, 10, SAMPLES)
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).cache().prefetch(4)
-        model, directory = digits_mlp(), tempfile.mkdtemp()
+        model = digits_mlp()
 
         def step() -> object:
             callbacks = []
-            if tier is not None:
-                callbacks = [OptimizerTensorBoard(directory, tier=tier)]
+            if tier is not None:  # each `fit` is a run
+                callbacks = [OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
             return model.fit(data, epochs=EPOCHS, callbacks=callbacks, verbose=0)
 
         return step
@@ -114,14 +114,14 @@ def updates(tier: str | None) -> Contender:
     """Updates of the weights of ResNet-50 by Adam, 25.6 million, in `fit`."""
 
     def make() -> Callable[[], object]:
-        model, directory = _OfShapes(resnet50_shapes()), tempfile.mkdtemp()
+        model = _OfShapes(resnet50_shapes())
         model.compile(gdopt.Adam())
         data = tf.data.Dataset.range(UPDATES)
 
         def step() -> object:
             callbacks = []
             if tier is not None:
-                callbacks = [OptimizerTensorBoard(directory, tier=tier)]
+                callbacks = [OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
             return model.fit(data, callbacks=callbacks, verbose=0)
 
         return step
