@@ -18,11 +18,6 @@ from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from keras_gdopt.callbacks.event_files import EventFiles, scalar, write_layout
 from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
-from keras_gdopt.callbacks.watched_train_function import (
-    WatchedTrainFunction,
-    accumulated_batches,
-    updates,
-)
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import recording_optimizer
@@ -34,13 +29,12 @@ _HEALTHY = (-4.0, -2.0)
 class OptimizerTensorBoard(keras.callbacks.Callback):
     r"""Writes what the optimizer does, every few batches, for TensorBoard.
 
-    The optimizer records the metrics inside its compiled step, and only on the steps that
-    are written: for those there is a train function of its own, compiled when the first of
-    them comes, so that all others cost what they cost without the callback. Each write is
-    one event, flushed at once, so that the event file holds all of it also when training
-    dies. The step of everything that is written is `optimizer.iterations`, the count of
-    updates, so that a second `fit` goes on where the first one ended, and one that resumes
-    from a checkpoint where that was made (what had been written beyond it is taken back).
+    The optimizer records the metrics inside its compiled step, and only on the
+    steps that are written; each write is one event, flushed at once, so that the
+    event file holds all of it also when training dies. The step of everything that is
+    written is `optimizer.iterations`, the count of updates, so that a second `fit` goes
+    on where the first one ended, and one that resumes from a checkpoint where that was
+    made (what had been written beyond it is taken back).
 
     | tag | meaning |
     | --- | --- |
@@ -67,9 +61,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
     `jit_compile`, distribution strategies (only the chief writes) and
     `steps_per_execution`; with the last, only the last recording of an execution can be
-    seen, and each step looks for itself whether to record. Several may be used in one
-    `fit`, and beside `keras.callbacks.TensorBoard`. It watches `fit`: for a training loop
-    of your own, see `GradientOptimizer.record_step_metrics`.
+    seen. Several may be used in one `fit`, and beside `keras.callbacks.TensorBoard`.
 
     A disk that fills up ends the writing with one warning, not the training.
 
@@ -117,9 +109,11 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self.update_freq = checked_count("update_freq", update_freq, minimum=1)
         self.tier = checked_choice("tier", tier, TIERS)
         self._recording: Any = None  # the optimizer that records, if there is one
-        self._train_function: Any = None
         self._files: EventFiles | None = None
         self._has_begun = False
+        self._batches = 0
+        self._batches_before_epoch = 0
+        self._last_look = 0
         self._last_written = 0
         self._last_gradients = 0
 
@@ -145,19 +139,29 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._recording = recording_optimizer(optimizer)
         if self._recording is None:
             warnings.warn(_message_about(optimizer), stacklevel=2)
-        self._train_function = WatchedTrainFunction.of(self.model)
-        self._train_function.tell(self, self.update_freq, self.tier)
+        else:
+            if self._recording.record_step_metrics(self.update_freq, tier=self.tier, listener=self):
+                self.model.make_train_function(force=True)
         self._has_begun = False
         self._last_written = self._last_gradients = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes how many batches came before the epoch."""
-        made = updates(self.model.optimizer)
-        self._train_function.batches = made * accumulated_batches(self.model.optimizer)
         if not self._has_begun:  # after `BackupAndRestore` has restored what it does
             self._has_begun = True
-            if made and self._files is not None:
-                self._files.restart(made + 1)
+            updates = self._updates()
+            accumulated = _innermost(self.model.optimizer).gradient_accumulation_steps or 1
+            self._batches = self._last_look = updates * accumulated
+            if updates and self._files is not None:
+                self._files.restart(updates + 1)
+        self._batches_before_epoch = self._batches
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes, where a multiple of `update_freq` has been passed."""
+        self._batches = self._batches_before_epoch + batch + 1
+        if self._batches // self.update_freq > self._last_look // self.update_freq:
+            self._last_look = self._batches
+            self._write_step()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the epoch's logs, and histograms."""
@@ -167,25 +171,30 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._write(list(self._histograms()))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Ends the recording and closes the event files."""
-        self._train_function.tell(self, 0, self.tier)
+        """Writes what is left, ends the recording and closes the event files."""
+        self._write_step()
+        if self._recording is not None:
+            self._recording.record_step_metrics(0, listener=self)
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
             self._write(_values(ended))
             self._files.close()
 
-    # --- what the train function calls ---------------------------------------
+    # --- what is written -----------------------------------------------------
 
-    def on_step(self) -> None:
-        """Writes the last recorded step, unless it was written before."""
+    def _write(self, values: Any, *, step: int | None = None, run: str = "") -> None:
+        if self._files is not None and len(values):
+            self._files.write(self._updates() if step is None else step, values, run=run)
+
+    def _write_step(self) -> None:
+        """The last recorded step, unless it was written before."""
         if self._files is None:
             return
+        metrics = dict(self._recording.step_metrics) if self._recording is not None else {}
         if self._recording is None:
             metrics = _metrics_of_any(self.model)
-            step = updates(self.model.optimizer)
-        else:
-            metrics = dict(self._recording.step_metrics)
-            step = int(metrics.pop("iterations", 0))
+            metrics["iterations"] = self._updates()
+        step = int(metrics.pop("iterations", 0))
         if step == self._last_written:
             return
         self._last_written = step
@@ -204,12 +213,6 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         if self.tier != "scalars" and self._recording is not None:
             values += self._of_layers()
         self._write(values, step=step)
-
-    # --- what is written -----------------------------------------------------
-
-    def _write(self, values: Any, *, step: int | None = None) -> None:
-        if self._files is not None and len(values):
-            self._files.write(updates(self.model.optimizer) if step is None else step, values)
 
     def _of_layers(self) -> Iterator[Summary.Value]:
         for path, metrics in self._recording.variable_metrics.items():
@@ -236,6 +239,9 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             for path, gradient in self._recording.recorded_gradients.items():
                 yield from histogram(f"gradients/{path}", gradient)
 
+    def _updates(self) -> int:
+        return int(keras.ops.convert_to_numpy(_innermost(self.model.optimizer).iterations))
+
 
 def _values(summary: Any) -> list[Summary.Value]:
     """Of a summary of TensorFlow's class, which TensorBoard's plugins make."""
@@ -245,6 +251,13 @@ def _values(summary: Any) -> list[Summary.Value]:
 def _trial(log_dir: str) -> str:
     """A run's name in the HParams tab: the last two parts of its directory."""
     return "/".join(os.path.normpath(log_dir).split(os.sep)[-2:])
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer inside all wrappers: some of Keras's have a count that stays 0."""
+    while getattr(optimizer, "inner_optimizer", None) is not None:
+        optimizer = optimizer.inner_optimizer
+    return optimizer
 
 
 def _ratio_log10(metrics: dict[str, float]) -> float | None:

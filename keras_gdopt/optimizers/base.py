@@ -1,9 +1,8 @@
 """From a pure update rule to a Keras optimizer."""
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -17,9 +16,6 @@ from keras_gdopt.optimizers.argument_checks import (
 )
 from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
-
-if TYPE_CHECKING:
-    from keras_gdopt.optimizers.step_metrics import StepMetrics
 
 Slots = Mapping[str, Tensor]
 """One variable's slots by name."""
@@ -417,33 +413,12 @@ class GradientOptimizer(SavedStateOptimizer):
             RuntimeError: With another backend than TensorFlow.
         """
         every = checked_count("every", every, minimum=0)
-        return self._recorder().record_every(every, tier, listener)
-
-    @contextlib.contextmanager
-    def recording(self, tier: str = "scalars") -> Iterator[None]:
-        """Records the metrics of each training step that is made, or traced, within.
-
-        For a training loop that has a step of its own for those that are recorded, as
-        `OptimizerTensorBoard` gives `fit` one: a step that was asked by
-        `record_step_metrics` looks each time whether it is due.
-
-        Args:
-            tier: What to keep, as for `record_step_metrics`. Defaults to `"scalars"`.
-
-        Raises:
-            ValueError: If `tier` is unknown.
-            RuntimeError: With another backend than TensorFlow.
-        """
-        with self._recorder().of_every_step(tier):
-            yield
-
-    def _recorder(self) -> "StepMetrics":
         if self._tensorflow_step is None:
             raise RuntimeError(
                 "Step metrics need the TensorFlow backend. Received: "
                 f"keras.backend.backend() == '{keras.backend.backend()}'"
             )
-        return self._tensorflow_step.metrics
+        return self._tensorflow_step.metrics.record_every(every, tier, listener)
 
     @property
     def step_metrics(self) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """The metrics of recorded training steps, in variables that nobody saves."""
 
-import contextlib
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,36 +39,23 @@ class StepMetrics:
         self._latest: dict[str, tf.Variable] = {}
         self._names: tuple[str, ...] = ()
         self._variable_names: tuple[str, ...] = ()
-        self.always = False
-        """Whether a step that is made or traced now records, without looking if it is due."""
         self._tier = -1  # the highest that was ever asked for, by its place in TIERS
         self._last_traced_tier = len(TIERS)
 
     @property
     def asked_for(self) -> bool:
-        """Whether a step that is traced now can record: somebody asks, or once asked."""
-        return self.always or self._frequencies is not None
+        """Whether anybody ever asked; a step traced since then can record."""
+        return self._frequencies is not None
 
     @property
     def tier(self) -> int:
         """The place in `TIERS` of what a step that is traced now keeps; -1 for nothing."""
         return self._tier
 
-    @contextlib.contextmanager
-    def of_every_step(self, tier: str) -> Iterator[None]:
-        """Records each step that is made or traced within, whoever else asks."""
-        checked_choice("tier", tier, TIERS)
-        self._tier = max(self._tier, TIERS.index(tier))
-        before, self.always = self.always, True
-        try:
-            yield
-        finally:
-            self.always = before
-
     def note_trace(self) -> None:
-        """Notes that a step is traced now that is to look for itself whether to record."""
-        if not tf.executing_eagerly() and not self.always:
-            self._last_traced_tier = self._tier if self.asked_for else -1
+        """Notes that a step is traced now, where it does not run eagerly."""
+        if not tf.executing_eagerly():
+            self._last_traced_tier = self._tier
 
     def record_every(self, every: int, tier: str, listener: Any) -> bool:
         """Records every n-th step from now on for a listener; 0 records none for it.

@@ -145,8 +145,6 @@ class TensorFlowStep:
         def update() -> None:
             if not record or not self.metrics.asked_for:
                 run(update=True, record=False)
-            elif self.metrics.always:
-                run(update=True, record=True)
             elif not rows and not is_worth_compiling(self._computed_on(plain)):
                 # A condition around all of the update would cost more than what it saves.
                 run(update=True, record=True, when_due=True)

@@ -1,7 +1,6 @@
 """What an optimizer around another one leaves to it, and how both are saved."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -143,19 +142,6 @@ class WrappingOptimizer(SavedStateOptimizer):
         Raises:
             ValueError: If it is one that records no steps, as Keras's own are.
         """
-        return self._recorder().record_step_metrics(every, tier=tier, listener=listener)
-
-    @contextlib.contextmanager
-    def recording(self, tier: str = "scalars") -> Iterator[None]:
-        """Has the inner optimizer record, see `GradientOptimizer.recording`.
-
-        Raises:
-            ValueError: If it is one that records no steps, as Keras's own are.
-        """
-        with self._recorder().recording(tier):
-            yield
-
-    def _recorder(self) -> Any:
         inner = recording_optimizer(self.inner_optimizer)
         if inner is None:
             raise ValueError(
@@ -163,7 +149,7 @@ class WrappingOptimizer(SavedStateOptimizer):
                 f"{type(self).__name__} around {type(self.inner_optimizer).__name__} of "
                 f"{type(self.inner_optimizer).__module__}"
             )
-        return inner
+        return inner.record_step_metrics(every, tier=tier, listener=listener)
 
     @property
     def step_metrics(self) -> dict[str, float]:

@@ -350,43 +350,6 @@ def test_listeners_with_frequencies_of_their_own(variables, rng):
             optimizer.record_step_metrics(1, listener=listener)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_steps_made_or_traced_within_recording(jit_compile, variables, rng):
-    optimizer = gdopt.Lookahead(gdopt.Adam(), sync_period=2)
-    optimizer.build(variables)
-    gradients = [tf.constant(g) for g in _gradients(rng, variables)]
-    plain, recording = (
-        tf.function(lambda: optimizer.apply(gradients), jit_compile=jit_compile) for _ in range(2)
-    )
-    plain()
-    with optimizer.recording("layers"):
-        recording()
-        assert optimizer.step_metrics["iterations"] == 2
-        optimizer.apply(gradients)
-        assert optimizer.step_metrics["iterations"] == 3
-    assert len(optimizer.variable_metrics) == 3
-    optimizer.apply(gradients)
-    plain()
-    assert optimizer.step_metrics["iterations"] == 3
-    recording()
-    assert optimizer.step_metrics["iterations"] == 6
-    assert optimizer.step_metrics["syncs"] == 3
-    assert optimizer.record_step_metrics()  # what was traced to look for itself does not record
-
-
-def test_recording_what_cannot_be_recorded():
-    with (
-        pytest.raises(ValueError, match="`tier` must be one of"),
-        gdopt.Adam().recording("everything"),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match=r"Step metrics need an optimizer of keras_gdopt"),
-        gdopt.Lookahead("adam").recording(),
-    ):
-        pass
-
-
 def test_an_unknown_tier():
     with pytest.raises(ValueError, match=r"`tier` must be one of .*Received: tier='all'"):
         gdopt.Adam().record_step_metrics(tier="all")
