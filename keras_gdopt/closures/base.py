@@ -86,8 +86,8 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     $$\theta_{k+1} = \theta_k + \alpha_k d_k$$
 
-    A subclass states what it keeps (`memory_layout`) and two pure functions, `direction` and
-    `remember`; this class does the rest.
+    A subclass states what it keeps (`memory_layout`) and three pure functions, `direction`,
+    `remember` and `forget`; this class does the rest.
 
     The loss is the compiled one, with sample weights and the layers' own losses. Random
     layers keep one mask, and batch normalization the batch's statistics, all through a

@@ -517,9 +517,10 @@ class Gadam:
         if not np.any(np.isfinite(losses)):
             raise FloatingPointError(
                 f"In generation {generation} no member has a finite loss: all {len(losses)} "
-                f"{who} ({', '.join(map(str, range(len(losses))))}) are at {set(losses.tolist())}. "
-                "Lower the learning rate, clip the gradients, or look for broken samples. The "
-                "last checkpoint is kept."
+                f"{who} ({', '.join(map(str, range(len(losses))))}) are at "
+                f"{', '.join(sorted({str(loss) for loss in losses.tolist()}))}. Lower the learning "
+                "rate, clip the gradients, or look for broken samples. With a `checkpoint_dir`, "
+                "`fit` goes on from its last checkpoint."
             )
 
     def _note_lineage(

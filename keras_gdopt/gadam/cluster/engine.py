@@ -13,7 +13,7 @@ class RayEngine:
     Each worker trains a shard of the population: `population_size / num_workers` members,
     stacked or unrolled, as one machine would. Which member is trained where, and in what
     order workers finish, changes nothing in the result. A child is trained where one of
-    its parents is, so that only the other one's weights move.
+    its parents is, as far as there is room, so that only the other one's weights move.
 
     A worker that dies or hangs is replaced, and only what it was doing is done again. On a
     node that leaves the cluster others take over its shards, from a copy of the survivors.
