@@ -6,7 +6,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_gdopt.optimizers.argument_checks import checked_count, checked_flag, checked_number
+from keras_gdopt.optimizers.argument_checks import (
+    checked_choice,
+    checked_count,
+    checked_flag,
+    checked_number,
+)
 
 
 class ConvergenceStopping(keras.callbacks.Callback):
@@ -19,7 +24,8 @@ class ConvergenceStopping(keras.callbacks.Callback):
     \max_i |\theta_{\tau,i} - \theta_{\tau-1,i}| \le \delta_\theta$$
 
     and, with `relative=True`, both against $\max(|L_\tau|, |L_{\tau-1}|)$ and
-    $\max_i |\theta_{\tau,i}|$. A third one holds where the optimizer itself says that it has
+    $\max_i |\theta_{\tau,i}|$; with `norm="euclidean"`, $\|\cdot\|_2$ is in the place of both
+    maxima over the entries. A third one holds where the optimizer itself says that it has
     `converged`, as `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon as
     one of them has held for `patience` epochs in a row. The weights stay as they are.
 
@@ -36,12 +42,14 @@ class ConvergenceStopping(keras.callbacks.Callback):
     Args:
         loss_change: $\delta_L$, not negative, in units of the loss (or, with `relative`,
             a part of it). Defaults to `None`: the loss is not looked at.
-        weight_change: $\delta_\theta$, not negative, for the largest change of an entry of
-            the trainable weights in an epoch (or, with `relative`, as a part of the largest
-            entry). Defaults to `None`: the weights are not looked at. Keeps one copy of
-            the weights in memory.
+        weight_change: $\delta_\theta$, not negative, for the change of the trainable weights
+            in an epoch (or, with `relative`, as a part of the weights), by `norm`. Defaults
+            to `None`: the weights are not looked at. Keeps one copy of the weights in memory.
         relative: Whether both thresholds are parts. Defaults to False.
         patience: Epochs in a row for which a condition must hold, at least 1. Defaults to 1.
+        norm: How a change of the weights is measured: `"max"`, the largest of an entry, which
+            means the same for models of every size, or `"euclidean"`, the norm of all
+            entries together. Defaults to `"max"`.
         monitor: The loss: a name in the epoch's logs, such as `"val_loss"` or, with Gadam,
             `"fitness"`. Defaults to `"loss"`. In an epoch without it a warning says so.
         verbose: 1 prints why training stopped. Defaults to 0.
@@ -79,6 +87,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
         weight_change: float | None = None,
         relative: bool = False,
         patience: int = 1,
+        norm: str = "max",
         monitor: str = "loss",
         verbose: int = 0,
     ) -> None:
@@ -87,6 +96,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
         self.weight_change = _checked_threshold("weight_change", weight_change)
         self.relative = checked_flag("relative", relative)
         self.patience = checked_count("patience", patience, minimum=1)
+        self.norm = checked_choice("norm", norm, tuple(_NORMS))
         self.monitor = monitor
         self.verbose = checked_count("verbose", verbose, minimum=0)
         self.stopped_epoch: int | None = None
@@ -156,8 +166,9 @@ class ConvergenceStopping(keras.callbacks.Callback):
             return None
         before, self._weights = self._weights, self._copied_weights()
         changes = [new - old for new, old in zip(self._weights, before, strict=True)]
-        size = _largest(self._weights) if self.relative else 1.0
-        return self._in_words("the weights", _largest(changes), size, self.weight_change)
+        measure = _NORMS[self.norm]
+        size = measure(self._weights) if self.relative else 1.0
+        return self._in_words("the weights", measure(changes), size, self.weight_change)
 
     def _in_words(self, what: str, change: float, size: float, threshold: float) -> str | None:
         if not change <= threshold * size:  # NaN is no convergence
@@ -176,6 +187,14 @@ class ConvergenceStopping(keras.callbacks.Callback):
 def _largest(arrays: list[np.ndarray]) -> float:
     """The largest absolute value of all entries; NaN if there is one."""
     return float(np.max([0.0, *(np.max(np.abs(array), initial=0) for array in arrays)]))
+
+
+def _length(arrays: list[np.ndarray]) -> float:
+    """The Euclidean norm of all entries together; NaN if there is one."""
+    return float(np.linalg.norm([np.linalg.norm(array.astype("float64")) for array in arrays]))
+
+
+_NORMS = {"max": _largest, "euclidean": _length}
 
 
 def _checked_threshold(name: str, value: Any) -> float | None:

@@ -18,7 +18,11 @@ from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from keras_gdopt.callbacks.event_files import EventFiles, scalar, write_layout
 from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
-from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
+from keras_gdopt.optimizers.argument_checks import (
+    check_tensorflow,
+    checked_choice,
+    checked_count,
+)
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import recording_optimizer
 
@@ -80,6 +84,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         ValueError: If `update_freq` is no positive integer or `tier` is unknown; before
             training starts, if the directory cannot be written or the model is not
             compiled.
+        RuntimeError: With another backend than TensorFlow.
 
     With an optimizer that records no steps, as Keras's own do not, a warning says so, and
     learning rate, weight norm and the epochs' logs are all there is.
@@ -104,6 +109,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         update_freq: int = 100,
         tier: str = "scalars",
     ) -> None:
+        check_tensorflow(type(self).__name__)
         super().__init__()
         self.log_dir = os.fspath(log_dir)
         self.update_freq = checked_count("update_freq", update_freq, minimum=1)

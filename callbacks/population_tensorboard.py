@@ -25,7 +25,7 @@ from keras_gdopt.callbacks.event_files import (
     write_layout,
 )
 from keras_gdopt.gadam import PopulationCallback
-from keras_gdopt.optimizers.argument_checks import checked_count
+from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 
 _RUN = "population"
 # What a generation's logs have besides the best member's loss and metrics.
@@ -96,6 +96,7 @@ class PopulationTensorBoard(PopulationCallback):
     Raises:
         ValueError: If `tree_freq` is no integer of at least 0; before training starts, if
             the directory cannot be written to, or it is not `Gadam.fit` that trains.
+        RuntimeError: With another backend than TensorFlow.
 
     Example:
 
@@ -112,6 +113,7 @@ class PopulationTensorBoard(PopulationCallback):
     """
 
     def __init__(self, log_dir: str | os.PathLike[str], tree_freq: int = 50) -> None:
+        check_tensorflow(type(self).__name__)
         super().__init__()
         self.log_dir = os.fspath(log_dir)
         self.tree_freq = checked_count("tree_freq", tree_freq, minimum=0)

@@ -14,6 +14,7 @@ from keras_gdopt.closures.line_search import Found, Trial
 from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
 from keras_gdopt.optimizers.argument_checks import (
     BASE_ARGUMENTS,
+    check_tensorflow,
     checked_choice,
     checked_count,
     checked_flag,
@@ -145,7 +146,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_tensorflow(type(self).__name__)
+        check_tensorflow(type(self).__name__)
         self._refuse(kwargs)
         rate = checked_learning_rate(learning_rate)
         if isinstance(rate, float) and not rate:
@@ -680,14 +681,6 @@ def _check_chunks_add_up(model: keras.Model) -> None:
                 "`closure_chunks` needs losses that are means over the samples. Received: the "
                 f"loss {loss!r} with reduction={reduction!r}"
             )
-
-
-def _check_tensorflow(name: str) -> None:
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            f"{name} needs the TensorFlow backend. Received: keras.backend.backend() == "
-            f"'{keras.backend.backend()}'"
-        )
 
 
 def _size(variables: Sequence[Any]) -> int:

@@ -43,8 +43,8 @@ class ConjugateGradient(ClosureOptimizer):
         line_search: `"wolfe"`, `"armijo"` or `"exact"`; with `"exact"` a quadratic of n weights
             is minimized in n iterations. Defaults to `"wolfe"`.
         iterations_per_step: Iterations in a training step, at most. Defaults to 1.
-        **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance` and `name`, see
-            `ClosureOptimizer`.
+        **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance`, `jit_compile` and
+            `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here.

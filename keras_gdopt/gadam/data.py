@@ -371,9 +371,14 @@ def _dealt(batches: tf.data.Dataset, count: int, size: int, members: int) -> tf.
 
 
 def in_memory(
-    x: Any, y: Any = None, sample_weight: Any = None, class_weight: dict[int, float] | None = None
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    class_weight: dict[int, float] | None = None,
+    *,
+    what: str = "The training data",
 ) -> Data:
-    """Samples as tensors, checked.
+    """Samples as tensors, checked; an error calls them `what`.
 
     Raises:
         ValueError: If there are none, or the parts differ in their number.
@@ -391,17 +396,17 @@ def in_memory(
         }
         raise ValueError(
             "All inputs, targets and sample weights must have the same number of samples. "
-            f"Received: shapes {shapes}"
+            f"Received: {what[0].lower()}{what[1:]} with shapes {shapes}"
         )
     if not counts.pop():
-        raise ValueError("The training data is empty. Expected at least one sample.")
+        raise ValueError(f"{what} is empty. Expected at least one sample.")
     return _with_class_weight(data, class_weight)
 
 
 def _all_of(data: Any) -> Data:
     """All samples of fitness data, in memory."""
     if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
-        batches = list(as_dataset(data))
+        batches = list(as_dataset(data, what="`fitness_data`"))
         if not batches:
             raise ValueError("`fitness_data` is empty. Expected at least one batch.")
         return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
@@ -410,13 +415,18 @@ def _all_of(data: Any) -> Data:
             "`fitness_data` must be `(x, y)`, `(x, y, sample_weight)` or a dataset. Received: "
             f"{type(data).__name__}"
         )
-    return in_memory(*data)
+    return in_memory(*data, what="`fitness_data`")
 
 
-def as_dataset(dataset: Any, class_weight: dict[int, float] | None = None) -> tf.data.Dataset:
-    """A dataset of `Data`, from one of tuples or from a `PyDataset`."""
+def as_dataset(
+    dataset: Any,
+    class_weight: dict[int, float] | None = None,
+    *,
+    what: str = "The training data",
+) -> tf.data.Dataset:
+    """A dataset of `Data`, from one of tuples or from a `PyDataset`; errors call it `what`."""
     if isinstance(dataset, keras.utils.PyDataset):
-        dataset = _from_py_dataset(dataset)
+        dataset = _from_py_dataset(dataset, what)
 
     def named(*parts: Any) -> Data:
         if len(parts) == 1 and isinstance(parts[0], tuple):
@@ -428,7 +438,7 @@ def as_dataset(dataset: Any, class_weight: dict[int, float] | None = None) -> tf
     return dataset.map(named)
 
 
-def _from_py_dataset(source: keras.utils.PyDataset) -> tf.data.Dataset:
+def _from_py_dataset(source: keras.utils.PyDataset, what: str) -> tf.data.Dataset:
     """Its batches, in their order."""
     count = source.num_batches
     if count is None:
@@ -436,7 +446,7 @@ def _from_py_dataset(source: keras.utils.PyDataset) -> tf.data.Dataset:
             "Expected a `PyDataset` that tells its length. Received: one without `__len__`"
         )
     if not count:
-        raise ValueError("The training data is empty. Expected at least one batch.")
+        raise ValueError(f"{what} is empty. Expected at least one batch.")
     example = tf.nest.map_structure(_as_tensor, source[0])
     signature = tf.nest.map_structure(
         lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), example

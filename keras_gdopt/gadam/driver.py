@@ -22,7 +22,12 @@ from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.local_population import LocalPopulation
 from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.training import Training
-from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count, checked_number
+from keras_gdopt.optimizers.argument_checks import (
+    check_tensorflow,
+    checked_choice,
+    checked_count,
+    checked_number,
+)
 
 ENGINES = ("auto", "stacked", "unrolled")
 _FITNESS_SAMPLES = 1024
@@ -116,6 +121,7 @@ class Gadam:
     Raises:
         ValueError: If the model is not compiled, cannot be cloned, trains in mixed
             float16 or is too large; if an argument is out of range.
+        RuntimeError: With another backend than TensorFlow.
 
     Attributes:
         fitness: The members' fitness losses, the fittest first.
@@ -154,6 +160,7 @@ class Gadam:
         engine: "str | RayEngine" = "auto",
         seed: int | None = None,
     ) -> None:
+        check_tensorflow(type(self).__name__)
         _check_optimizer(model)
         check_is_trainable_by_its_loss(model)
         check_is_built(model)

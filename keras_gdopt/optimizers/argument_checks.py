@@ -121,6 +121,21 @@ def checked_count(name: str, value: Any, *, minimum: int) -> int:
     return int(value)
 
 
+def check_tensorflow(owner: str) -> None:
+    """Raises where Keras's backend is another one than TensorFlow.
+
+    Args:
+        owner: What needs it, for the message.
+    """
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise RuntimeError(
+            f"{owner} needs the TensorFlow backend: set the environment variable "
+            "KERAS_BACKEND=tensorflow before Keras is imported. Received: the backend "
+            f"'{backend}'"
+        )
+
+
 def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of `choices`, or raises."""
     if value not in choices:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import (
+    check_tensorflow,
     checked_base_arguments,
     checked_count,
     checked_flag,
@@ -409,15 +410,12 @@ class GradientOptimizer(SavedStateOptimizer):
             traced again: `model.make_train_function(force=True)`.
 
         Raises:
-            ValueError: If `every` is no integer or negative, or `tier` is unknown.
+            ValueError: If `every` is no integer or negative, `tier` is unknown, or there
+                are eight listeners already.
             RuntimeError: With another backend than TensorFlow.
         """
         every = checked_count("every", every, minimum=0)
-        if self._tensorflow_step is None:
-            raise RuntimeError(
-                "Step metrics need the TensorFlow backend. Received: "
-                f"keras.backend.backend() == '{keras.backend.backend()}'"
-            )
+        check_tensorflow("`record_step_metrics`")
         return self._tensorflow_step.metrics.record_every(every, tier, listener)
 
     @property

@@ -71,6 +71,36 @@ def test_stops_after_the_epoch_computed_by_hand(arguments, last, model):
     assert callback.stopped_epoch == last
 
 
+@pytest.mark.parametrize(
+    ("arguments", "last"),
+    [
+        # The weights change by (3, 4), (0.3, 0.4), (0, 0).
+        ({"norm": "max", "weight_change": 4.0}, 0),
+        ({"norm": "max", "weight_change": 0.41}, 1),
+        ({"norm": "euclidean", "weight_change": 4.9}, 1),
+        ({"norm": "euclidean", "weight_change": 5.01}, 0),
+        ({"norm": "euclidean", "weight_change": 0.49}, 2),
+        # Against (3, 4) and (3.3, 4.4): 1, then 1 / 11 by both norms.
+        ({"norm": "euclidean", "weight_change": 0.99, "relative": True}, 1),
+        ({"norm": "euclidean", "weight_change": 0.09, "relative": True}, 2),
+        ({"norm": "euclidean", "weight_change": 0.092, "relative": True}, 1),
+    ],
+)
+def test_norms_of_a_change_of_several_weights(arguments, last):
+    layers = [keras.layers.Dense(1, use_bias=False), keras.layers.Dense(1, use_bias=False)]
+    model = keras.Sequential([keras.Input((1,)), *layers])
+    callback = ConvergenceStopping(**arguments)
+    callback.set_model(model)
+    steps = [(0.0, 0.0), (3.0, 4.0), (3.3, 4.4), (3.3, 4.4)]
+    for epoch, weights in enumerate(steps, start=-1):
+        model.set_weights([np.full((1, 1), weight) for weight in weights])
+        if epoch < 0:
+            callback.on_train_begin()
+        elif callback.stopped_epoch is None:
+            callback.on_epoch_end(epoch, {"loss": 0.0})
+    assert callback.stopped_epoch == last
+
+
 @pytest.mark.parametrize("arguments", [{"loss_change": 0.74}, {"weight_change": 0.99}])
 def test_relative_changes_of_the_same_size_never_stop(arguments, model):
     callback = ConvergenceStopping(**arguments, relative=True)
@@ -223,6 +253,7 @@ def test_stops_gadam_after_a_generation(model):
         ({"weight_change": "small"}, "Received: weight_change='small' "),
         ({"loss_change": 1, "relative": 1}, "Received: relative=1 "),
         ({"loss_change": 1, "patience": 0}, "Received: patience=0 "),
+        ({"weight_change": 1, "norm": "l1"}, "Received: norm='l1'"),
         ({"loss_change": 1, "verbose": -1}, "Received: verbose=-1 "),
     ],
 )

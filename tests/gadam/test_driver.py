@@ -641,6 +641,9 @@ def test_arguments_out_of_range(arguments, message):
         ({"validation_split": 0.999}, "leaves nothing to train or to validate on"),
         ({"validation_split": 0.5, "validation_data": (1, 2)}, "Expected `validation_split` or"),
         ({"fitness_data": 3}, "`fitness_data` must be"),
+        ({"fitness_data": (np.zeros((0, 6)), np.zeros((0, 3)))}, "`fitness_data` is empty"),
+        ({"fitness_data": tf.data.Dataset.range(0).batch(2)}, "`fitness_data` is empty"),
+        ({"fitness_data": (np.zeros((2, 6)), np.zeros((3, 3)))}, "Received: `fitness_data` with"),
         ({"x": tf.data.Dataset.range(0).batch(2), "y": None, "batch_size": None}, "is empty"),
         (
             {"x": tf.data.Dataset.range(4).batch(2).repeat(), "y": None, "batch_size": None},

@@ -55,6 +55,21 @@ for case in CASES:
         else:
             raise AssertionError(f"{case}: no {error}")
 
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+model.compile(gdopt.Adam(), "mse")
+for make in (
+    lambda: gdopt.Gadam(model),
+    gdopt.LBFGS,
+    lambda: gdopt.callbacks.OptimizerTensorBoard(tempfile.mkdtemp()),
+    lambda: gdopt.callbacks.PopulationTensorBoard(tempfile.mkdtemp()),
+):
+    try:
+        make()
+    except RuntimeError as message:
+        assert "needs the TensorFlow backend" in str(message)
+    else:
+        raise AssertionError("no RuntimeError")
+
 # The paper's example of the hinge loss, and the initializers.
 loss = gdopt.losses.MulticlassHinge(reduction="none")
 losses = loss([0, 1], [[0.49, 0.43, 0.08], [0.45, 0.53, 0.02]])
