@@ -24,7 +24,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_count,
 )
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
-from keras_gdopt.optimizers.wrapping_optimizer import recording_optimizer
+from keras_gdopt.optimizers.wrapping_optimizer import chain, recording_optimizer
 
 # Of log10 of update norm to weight norm.
 _HEALTHY = (-4.0, -2.0)
@@ -261,9 +261,7 @@ def _trial(log_dir: str) -> str:
 
 def _innermost(optimizer: Any) -> Any:
     """The optimizer inside all wrappers: some of Keras's have a count that stays 0."""
-    while getattr(optimizer, "inner_optimizer", None) is not None:
-        optimizer = optimizer.inner_optimizer
-    return optimizer
+    return chain(optimizer)[-1]
 
 
 def _ratio_log10(metrics: dict[str, float]) -> float | None:
@@ -273,10 +271,9 @@ def _ratio_log10(metrics: dict[str, float]) -> float | None:
 
 
 def _loss_scale(optimizer: Any) -> float | None:
-    while optimizer is not None:
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built:
-            return float(keras.ops.convert_to_numpy(optimizer.dynamic_scale))
-        optimizer = getattr(optimizer, "inner_optimizer", None)
+    for each in chain(optimizer):
+        if isinstance(each, keras.optimizers.LossScaleOptimizer) and each.built:
+            return float(keras.ops.convert_to_numpy(each.dynamic_scale))
     return None
 
 
@@ -288,10 +285,7 @@ def _metrics_of_any(model: keras.Model) -> dict[str, float]:
 
 
 def _message_about(optimizer: Any) -> str:
-    names = []
-    while optimizer is not None:
-        names.append(f"{type(optimizer).__module__}.{type(optimizer).__name__}")
-        optimizer = getattr(optimizer, "inner_optimizer", None)
+    names = [f"{type(each).__module__}.{type(each).__name__}" for each in chain(optimizer)]
     return (
         f"{' around '.join(names)} records no step metrics, so "
         "OptimizerTensorBoard writes learning rate, weight norm and the epochs' logs alone. "

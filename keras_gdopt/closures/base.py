@@ -263,6 +263,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         asks = every > 0 and tier == "histograms" and not self._keeps_gradient
         if asks:
             object.__setattr__(self, "_keeps_gradient", True)
+            if self._report is not None:
+                self._make_room_for_gradient()
         return asks
 
     @property
@@ -300,6 +302,8 @@ class ClosureOptimizer(SavedStateOptimizer):
     def recorded_gradients(self) -> dict[str, np.ndarray]:
         """The gradients where the last step ended, if asked for, by the variable's path."""
         if self._report is None or "gradient" not in self._report:
+            return {}
+        if not self._report["has_gradient"].numpy():  # asked for, and no step made since
             return {}
         flat = self._report["gradient"].numpy()
         variables = self._trainable_variables
@@ -504,6 +508,15 @@ class ClosureOptimizer(SavedStateOptimizer):
             }
             report = {name: tf.Variable(v, trainable=False) for name, v in values.items()}
         object.__setattr__(self, "_report", report)
+        if self._keeps_gradient:
+            self._make_room_for_gradient()
+
+    def _make_room_for_gradient(self) -> None:
+        variables = self._trainable_variables
+        with tf.init_scope():
+            zeros = tf.zeros((_size(variables),), _dtype(variables))
+            self._report["gradient"] = tf.Variable(zeros, trainable=False)
+            self._report["has_gradient"] = tf.Variable(False, trainable=False)
 
     def _report_on(
         self, run: "_Run", start: Tensor, learning_rate: Tensor, loss: BatchLoss
@@ -525,12 +538,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         report["converged"].assign(run.converged)
         report["iterations"].assign(tf.cast(self._iterations, tf.int64))
         if self._keeps_gradient:
-            if "gradient" not in report:
-                with tf.init_scope():
-                    report["gradient"] = tf.Variable(
-                        tf.zeros(point.gradient.shape, point.gradient.dtype), trainable=False
-                    )
             report["gradient"].assign(point.gradient)
+            report["has_gradient"].assign(True)
 
     # --- checks --------------------------------------------------------------
 
@@ -630,14 +639,18 @@ class _TrainStep:
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         batch = {"x": x, "y": y, "sample_weight": sample_weight}
-        loss = self._minimize({name: part for name, part in batch.items() if part is not None})
+        loss = self._minimize(
+            {name: part for name, part in batch.items() if part is not None},
+            keeps_gradient=optimizer._keeps_gradient,
+        )
         arguments = {"training": True} if model._call_has_training_arg else {}
         y_pred = model(x, **arguments)  # moves the model's state
         count = tf.shape(tf.nest.flatten(x)[0])[0]
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data) -> Tensor:
+    def _traced(self, data: Data, *, keeps_gradient: bool) -> Tensor:
+        del keeps_gradient  # another trace for each, as the optimizer reads it there
         model, optimizer = self._both()
         function = ModelFunction(model)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)

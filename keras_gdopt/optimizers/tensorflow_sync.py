@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_gdopt.optimizers.arithmetic import global_norm
 from keras_gdopt.optimizers.step_metrics import StepMetrics
 from keras_gdopt.optimizers.tensorflow_step import compiled, is_distributed, on_every_device
+from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 if TYPE_CHECKING:
     from keras_gdopt.optimizers.lookahead import Lookahead
@@ -93,7 +94,5 @@ class TensorFlowSync:
 
 def _step_metrics(optimizer: Any) -> StepMetrics | None:
     """Those of the innermost optimizer, if it is one of ours."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    step = getattr(optimizer, "_tensorflow_step", None)
+    step = getattr(chain(optimizer)[-1], "_tensorflow_step", None)
     return None if step is None else step.metrics

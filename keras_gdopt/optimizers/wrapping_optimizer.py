@@ -198,15 +198,13 @@ class WrappingOptimizer(SavedStateOptimizer):
             ValueError: If the state does not fit, or Keras would drop the inner
                 optimizer's.
         """
-        inner = self.inner_optimizer
-        while inner is not None:
+        for inner in chain(self.inner_optimizer):
             if not inner.built and not isinstance(inner, SavedStateOptimizer):
                 raise ValueError(
                     f"{type(inner).__name__} of Keras loads its state only once it is built. "
                     "Call `model.optimizer.build(model.trainable_variables)` before "
                     "`model.load_weights`."
                 )
-            inner = getattr(inner, "inner_optimizer", None)
         super().load_own_variables(store)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -240,6 +238,15 @@ class WrappingOptimizer(SavedStateOptimizer):
 
     def _own_variables(self) -> list[Any]:
         return list(self._variables[self._unused :])
+
+
+def chain(optimizer: Any) -> list[Any]:
+    """An optimizer, the one that it wraps, and so on; Keras's wrappers included."""
+    optimizers = []
+    while optimizer is not None:
+        optimizers.append(optimizer)
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizers
 
 
 def recording_optimizer(optimizer: Any) -> Any:

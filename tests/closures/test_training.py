@@ -108,6 +108,21 @@ def test_metrics_are_those_of_weights_and_gradients(cls):
 
 
 @every_closure
+def test_gradients_can_be_asked_for_after_a_training(cls):
+    model = _model(_plain(cls))
+    _fit(model)
+    assert model.optimizer.recorded_gradients == {}
+    assert model.optimizer.record_step_metrics(1, tier="histograms")
+    assert model.optimizer.recorded_gradients == {}
+    model.make_train_function(force=True)
+    _fit(model)
+    gradients = [g.numpy() for g in _gradient(model, *_data())]
+    recorded = model.optimizer.recorded_gradients.values()
+    for received, expected in zip(recorded, gradients, strict=True):
+        np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-5)
+
+
+@every_closure
 def test_iterations_in_one_step_are_those_of_as_many_steps(cls):
     one = _model(_plain(cls, iterations_per_step=3))
     _fit(one)
