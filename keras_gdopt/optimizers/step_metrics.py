@@ -185,10 +185,12 @@ class StepMetrics:
 
     def latest(self) -> dict[str, float]:
         """The metrics of the last recorded step, or nothing."""
-        if not self._latest_update():
+        update = self._latest_update()
+        if not update:
             return {}
-        values = self._latest["model"].numpy().tolist()
-        return {"iterations": self._latest_update(), **dict(zip(self._names, values, strict=True))}
+        # `Variable.numpy()` copies on the device first, which takes as long as the read.
+        values = self._latest["model"].value().numpy().tolist()
+        return {"iterations": update, **dict(zip(self._names, values, strict=True))}
 
     def of_variables(self) -> dict[str, dict[str, float]]:
         """The metrics of each variable in the last recorded step, by its path."""
@@ -209,7 +211,7 @@ class StepMetrics:
         return {paths[i]: gradient.numpy() for i, gradient in kept.items() if gradient is not None}
 
     def _latest_update(self) -> int:
-        return 0 if self._latest_iterations is None else int(self._latest_iterations.numpy())
+        return 0 if self._latest_iterations is None else int(self._latest_iterations.value())
 
     def _paths(self) -> list[str]:
         return distinct_paths(self._optimizer._trainable_variables)

@@ -191,6 +191,20 @@ def test_inside_a_loss_scale_optimizer(jit_compile, rng, tmp_path):
     assert all(value < 100 for value in written["optimizer/grad_norm"].values())
 
 
+@pytest.mark.parametrize("update_freq", [1, 3])
+def test_batches_that_a_loss_scale_skips(update_freq, rng, tmp_path):
+    """The first gradients are infinite: batches and updates count differently."""
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    optimizer = keras.optimizers.LossScaleOptimizer(gdopt.Momentum(0.01), initial_scale=2.0**19)
+    model = _model(optimizer)
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=update_freq)
+    model.fit(*_data(rng), batch_size=4, epochs=2, verbose=0, callbacks=[callback])
+    updates = int(optimizer.inner_optimizer.iterations)
+    assert 0 < updates < 20
+    steps = list(range(update_freq, updates + 1, update_freq))
+    assert list(read(tmp_path)["optimizer/grad_norm"]) == steps
+
+
 def test_accumulation_counts_updates(rng, tmp_path):
     model = _model(gdopt.Adam(gradient_accumulation_steps=5))
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=5)
