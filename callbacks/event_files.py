@@ -6,6 +6,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -131,6 +132,14 @@ def scalar(tag: str, value: float) -> Summary.Value:
     return Summary.Value(tag=tag, metadata=_SCALAR, tensor=tensor)
 
 
+def values_of(summary: Any) -> list[Summary.Value]:
+    """For `EventFiles.write`, from a summary of TensorFlow's class.
+
+    Some of TensorBoard's plugins make that, others TensorBoard's own.
+    """
+    return list(Summary.FromString(summary.SerializeToString()).value)
+
+
 def write_layout(log_dir: str, layout: layout_pb2.Layout, *, owner: str) -> None:
     """Writes a layout of charts for TensorBoard's custom scalars.
 
@@ -147,8 +156,7 @@ def write_layout(log_dir: str, layout: layout_pb2.Layout, *, owner: str) -> None
         ValueError: If the directory cannot be made or written to.
     """
     writer = _opened(log_dir, f"events.out.tfevents.0.{owner}.layout", log_dir, owner)
-    # The plugin makes TensorFlow's class of the message, not TensorBoard's.
-    summary = Summary.FromString(custom_scalar.pb(layout).SerializeToString())
+    summary = Summary(value=values_of(custom_scalar.pb(layout)))
     event = Event(wall_time=time.time(), step=0, summary=summary)
     try:
         writer.write(event.SerializeToString())

@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams import summary as hparams_session
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 
-from keras_gdopt.callbacks.event_files import EventFiles, scalar, write_layout
+from keras_gdopt.callbacks.event_files import EventFiles, scalar, values_of, write_layout
 from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
 from keras_gdopt.optimizers.argument_checks import (
@@ -141,7 +141,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             session = hparams_summary.hparams_pb(
                 hyperparameters(optimizer), trial_id=_trial(self.log_dir)
             )
-            self._write(_values(session))
+            self._write(values_of(session))
         self._recording = recording_optimizer(optimizer)
         if self._recording is None:
             warnings.warn(_message_about(optimizer), stacklevel=2)
@@ -184,7 +184,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._recording.record_step_metrics(0, listener=self)
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
-            self._write(_values(ended))
+            self._write(values_of(ended))
             self._files.close()
 
     # --- what is written -----------------------------------------------------
@@ -249,11 +249,6 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     def _updates(self) -> int:
         # In half the time that `convert_to_numpy` takes.
         return int(tf.convert_to_tensor(_innermost(self.model.optimizer).iterations))
-
-
-def _values(summary: Any) -> list[Summary.Value]:
-    """Of a summary of TensorFlow's class, which TensorBoard's plugins make."""
-    return list(Summary.FromString(summary.SerializeToString()).value)
 
 
 def _trial(log_dir: str) -> str:

@@ -12,7 +12,6 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.text.summary_v2 import text_pb
 
@@ -24,6 +23,7 @@ from keras_gdopt.callbacks.event_files import (
     unwritable,
     write_layout,
 )
+from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 
@@ -213,7 +213,7 @@ class PopulationTensorBoard(PopulationCallback):
         if np.isnan(logs["diversity"]):  # where no process has all members
             del figures["diversity"]
         values = [scalar(f"population/{name}", value) for name, value in figures.items()]
-        return [*values, *histogram_pb("population/fitness_losses", finite).value]
+        return [*values, *histogram("population/fitness_losses", finite)]
 
     def _family_tree(self) -> list[Summary.Value]:
         lineage, generations = self.gadam.lineage, list(self._generations)

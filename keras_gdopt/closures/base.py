@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.closures.line_search import Found, Trial
+from keras_gdopt.closures.line_search import Found, Trial, select
 from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
 from keras_gdopt.optimizers.argument_checks import (
     BASE_ARGUMENTS,
@@ -21,6 +21,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_learning_rate,
     checked_number,
 )
+from keras_gdopt.optimizers.arithmetic import common_dtype
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
 
@@ -337,7 +338,7 @@ class ClosureOptimizer(SavedStateOptimizer):
                     f"variable '{variable_path(variable)}' of dtype {variable.dtype}"
                 )
         super().build(variables)
-        dtype = _dtype(variables)
+        dtype = common_dtype(variables)
         for name, (shape, initial) in self.memory_layout(_size(variables)).items():
             self._memory[name] = self.add_variable(
                 shape,
@@ -426,9 +427,9 @@ class ClosureOptimizer(SavedStateOptimizer):
             after = Point(
                 point.weights + trial.step * proposal.direction, trial.loss, trial.gradient
             )
-            after = _where(failed, point, after)
+            after = select(failed, point, after)
             memory = self.remember(proposal.memory, point, after, proposal)
-            memory = _where(failed, self.forget(proposal.memory), memory)
+            memory = select(failed, self.forget(proposal.memory), memory)
             failures = tf.where(failed, run.failures + 1, 0)
             change = tf.abs(after.loss - point.loss)
             largest = tf.maximum(tf.abs(after.loss), tf.abs(point.loss))
@@ -480,7 +481,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             first_step_downhill(point.gradient, learning_rate),
             self.forget(proposal.memory),
         )
-        proposal = _where(descends, proposal, steepest)
+        proposal = select(descends, proposal, steepest)
         return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
 
     def _line_search(self) -> Callable[..., Found]:
@@ -497,7 +498,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         variables = self._trainable_variables
         count = len(_METRICS) + len(self.own_metrics)
         rows = (len(variables), len(_METRICS_OF_VARIABLES))
-        dtype = _dtype(variables)
+        dtype = common_dtype(variables)
         with tf.init_scope():
             values = {
                 "iterations": tf.constant(0, tf.int64),
@@ -514,7 +515,7 @@ class ClosureOptimizer(SavedStateOptimizer):
     def _make_room_for_gradient(self) -> None:
         variables = self._trainable_variables
         with tf.init_scope():
-            zeros = tf.zeros((_size(variables),), _dtype(variables))
+            zeros = tf.zeros((_size(variables),), common_dtype(variables))
             self._report["gradient"] = tf.Variable(zeros, trainable=False)
             self._report["has_gradient"] = tf.Variable(False, trainable=False)
 
@@ -700,17 +701,5 @@ def _size(variables: Sequence[Any]) -> int:
     return sum(int(np.prod(variable.shape)) for variable in variables)
 
 
-def _dtype(variables: Sequence[Any]) -> str:
-    dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in variables}
-    return "float64" if "float64" in dtypes else "float32"
-
-
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     return tf.reduce_sum(one * other)
-
-
-def _where(condition: Tensor, one: Any, other: Any) -> Any:
-    """One structure or another; what is the same tensor in both stays as it is."""
-    return tf.nest.map_structure(
-        lambda a, b: a if a is b else tf.where(condition, a, b), one, other
-    )

@@ -247,7 +247,7 @@ def _noted(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
     flatter = (search.best.loss > most) | (tf.abs(trial.slope) < tf.abs(search.best.slope))
     better = finite & (trial.loss <= most) & flatter
     return search._replace(
-        best=_select(accepted | better, trial, search.best),
+        best=select(accepted | better, trial, search.best),
         lowest=lowest,
         accepted=accepted,
         any_finite=search.any_finite | finite,
@@ -262,7 +262,7 @@ def _found(search: _Search, start: Trial) -> Found:
         ACCEPTED,
         tf.where(decreased, DECREASED, tf.where(search.any_finite, NO_DECREASE, NOT_FINITE)),
     )
-    trial = _select(search.accepted | decreased, search.best, start)
+    trial = select(search.accepted | decreased, search.best, start)
     return Found(trial, search.evaluations, status)
 
 
@@ -303,8 +303,8 @@ def _closed_in(
         )
         # Downhill from here lies the other end of the interval, or the low one.
         turned = tf.sign(trial.slope) * tf.sign(high.step - low.step) >= 0
-        new_high = _select(too_far, here, _select(turned, low, high))
-        new_low = _select(too_far, low, here)
+        new_high = select(too_far, here, select(turned, low, high))
+        new_low = select(too_far, low, here)
 
         bracketed = tf.math.is_finite(new_high.step)
         distance = new_high.step - new_low.step
@@ -408,8 +408,11 @@ def _clipped(value: Tensor, least: Any, most: Any) -> Tensor:
     return tf.minimum(tf.maximum(value, least), most)
 
 
-def _select(condition: Tensor, one: Any, other: Any) -> Any:
-    return tf.nest.map_structure(lambda a, b: tf.where(condition, a, b), one, other)
+def select(condition: Tensor, one: Any, other: Any) -> Any:
+    """One structure or another; what is the same tensor in both stays as it is."""
+    return tf.nest.map_structure(
+        lambda a, b: a if a is b else tf.where(condition, a, b), one, other
+    )
 
 
 def _is_finite(trial: Trial) -> Tensor:

@@ -322,7 +322,7 @@ class Gadam:
 
         checkpoint = record = None
         if checkpoint_dir is not None:
-            checkpoint = PopulationCheckpoint(checkpoint_dir, self._identity())
+            checkpoint = PopulationCheckpoint(checkpoint_dir, self._run_identity())
             record = self._population.restore(checkpoint)
             if record is not None:
                 self._resume(record)
@@ -469,7 +469,7 @@ class Gadam:
         size = self.population_size
         if self._cluster is None:
             starts = [
-                population.first_member(self.model, place, self.seed, self.initializer)
+                population.new_member(self.model, place, self.seed, self.initializer)
                 for place in range(size)
             ]
             training = Training(
@@ -560,7 +560,7 @@ class Gadam:
 
     # --- checkpoints ---------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
+    def _run_identity(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that stopped."""
         optimizer = [
             type(self.model.optimizer).__name__,

@@ -165,7 +165,7 @@ def _reseed(layer: Any, drawn: np.random.Generator) -> None:
                 value.seed = int(drawn.integers(2**31))
 
 
-def first_member(
+def new_member(
     model: keras.Model, place: int, seed: int, initializer: Any = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The weights and the state that a member starts from.

@@ -1,7 +1,7 @@
 """Arithmetic that update rules share, and the dtype it is done in."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -36,8 +36,7 @@ def moving_average(average: Tensor, value: Tensor, decay: float) -> Tensor:
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors together, which may differ in dtype."""
-    dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors}
-    dtype = "float64" if "float64" in dtypes else "float32"
+    dtype = common_dtype(tensors)
     return ops.sqrt(sum(sum_of_squares(ops.cast(tensor, dtype)) for tensor in tensors))
 
 
@@ -56,6 +55,12 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     length = size // parts
     total = ops.sum(sum(squares[i * length : (i + 1) * length] for i in range(parts)))
     return total + ops.sum(squares[parts * length :]) if size % parts else total
+
+
+def common_dtype(arrays: Iterable[Any]) -> str:
+    """What several tensors or variables are computed with together in: float64 or float32."""
+    dtypes = {keras.backend.standardize_dtype(array.dtype) for array in arrays}
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def computation_dtype(variable_dtype: Any) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.optimizers.argument_checks import checked_choice
-from keras_gdopt.optimizers.arithmetic import computation_dtype, global_norm
+from keras_gdopt.optimizers.arithmetic import common_dtype, global_norm
 from keras_gdopt.optimizers.saved_state import variable_path
 
 if TYPE_CHECKING:
@@ -241,8 +241,7 @@ def _sampled(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     total = sum(sizes)
     places = np.linspace(0, total - 1, min(total, _SAMPLED_ENTRIES)).astype("int64")
     starts = np.cumsum([0, *sizes])
-    dtypes = {computation_dtype(tensor.dtype) for tensor in tensors}
-    dtype = "float64" if "float64" in dtypes else "float32"
+    dtype = common_dtype(tensors)
     parts = []
     for tensor, start, end in zip(tensors, starts[:-1], starts[1:], strict=True):
         own = places[(places >= start) & (places < end)] - start

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import computation_dtype, sum_of_squares
+from keras_gdopt.optimizers.arithmetic import common_dtype, computation_dtype, sum_of_squares
 from keras_gdopt.optimizers.step_metrics import TIERS, StepMetrics
 
 if TYPE_CHECKING:
@@ -573,8 +573,7 @@ class TensorFlowStep:
 
     @functools.cached_property
     def _norm_dtype(self) -> tf.DType:
-        dtypes = {computation_dtype(v.dtype) for v in self._optimizer._trainable_variables}
-        return tf.float64 if "float64" in dtypes else tf.float32
+        return tf.as_dtype(common_dtype(self._optimizer._trainable_variables))
 
     def _unscaled(self, gradient: Any) -> Any:
         factor = self._optimizer.loss_scale_factor

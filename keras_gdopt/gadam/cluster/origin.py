@@ -38,7 +38,7 @@ class FromKeys:
 
     def held(self, places: Sequence[int]) -> list[Held]:
         """Some of the members, in the cluster."""
-        return _made_by_workers(self._pool, "first_members", lambda own: [own], self._homes, places)
+        return _made_by_workers(self._pool, "new_members", lambda own: [own], self._homes, places)
 
 
 class InDriver:

@@ -75,7 +75,7 @@ class RayPopulation:
         model: Compiled and built.
         inner_engine: `"stacked"` or `"unrolled"`.
         size: How many members there are.
-        initializer: See `population.first_member`.
+        initializer: See `population.new_member`.
         breeding: The arguments of `Breeding`, but for the seed.
         seed: Of the run.
     """

@@ -84,12 +84,12 @@ class Worker:
 
     # --- members from elsewhere ------------------------------------------------
 
-    def first_members(self, places: Sequence[int]) -> tuple[Any, ...]:
+    def new_members(self, places: Sequence[int]) -> tuple[Any, ...]:
         """The members that a run starts from in some places; `None` comes first."""
         fresh = self._fresh()
         returned: list[Any] = [None]
         for place in places:
-            start = population.first_member(self._model, place, self._seed, self._initializer)
+            start = population.new_member(self._model, place, self._seed, self._initializer)
             returned += [*start, fresh]
         return tuple(returned)
 
