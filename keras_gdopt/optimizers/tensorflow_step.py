@@ -240,7 +240,14 @@ class TensorFlowStep:
                 return self._recorded(plan, learning_rate, step, squares, values, new_slots, dense)
 
             if plan.when_due:
-                tf.cond(self.metrics.due(), lambda: self.metrics.store(record()), lambda: None)
+                # One operation, which costs little where it is not due; inlined, each of
+                # its hundreds would be looked at.
+                store = tf.function(
+                    lambda: self.metrics.store(record()),
+                    autograph=False,
+                    experimental_attributes={"_noinline": True},
+                )
+                tf.cond(self.metrics.due(), store, lambda: None)
             else:
                 recorded = record()
         if optimizer.use_ema:
