@@ -247,7 +247,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
                 yield from histogram(f"gradients/{path}", gradient)
 
     def _updates(self) -> int:
-        # In half the time that `convert_to_numpy` takes.
+        # Not by `convert_to_numpy`, which takes longer.
         return int(tf.convert_to_tensor(_innermost(self.model.optimizer).iterations))
 
 

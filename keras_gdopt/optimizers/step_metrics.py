@@ -188,7 +188,7 @@ class StepMetrics:
         update = self._latest_update()
         if not update:
             return {}
-        # `Variable.numpy()` copies on the device first, which takes as long as the read.
+        # Not by `Variable.numpy()`, which copies on the device first.
         values = self._latest["model"].value().numpy().tolist()
         return {"iterations": update, **dict(zip(self._names, values, strict=True))}
 
