@@ -1,11 +1,19 @@
-"""Two logical CPU devices for strategies, and Keras's global settings put back."""
+"""Fast compilation, two logical CPU devices for strategies, Keras's global settings put back."""
 
 import gc
+import importlib.util
+import os
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+# XLA reads them at its first compilation, here and in the processes that tests start. `.ci/slow`
+# sets `XLA_FLAGS` to nothing, so that its tests compile as users do.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+)
 
 # Before anything initializes TensorFlow's runtime.
 tf.config.set_logical_device_configuration(
@@ -14,7 +22,7 @@ tf.config.set_logical_device_configuration(
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: `clear_session`, after each test, need not look at it."""
+    """What is imported by now stays: the garbage collector need not look at it again."""
     gc.collect()
     gc.freeze()
 
@@ -25,7 +33,7 @@ def _keras_settings_put_back():
     yield
     keras.backend.set_floatx("float32")
     keras.mixed_precision.set_global_policy("float32")
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # a collection takes longer than most tests
 
 
 @pytest.fixture
@@ -36,6 +44,20 @@ def rng():
 @pytest.fixture
 def float64():
     keras.backend.set_floatx("float64")
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Ray on this machine, started once in this process."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    import ray
+
+    from keras_gdopt.gadam.cluster.pool import connect
+
+    connect(None, cpus=12)  # as populations of other tests may still have theirs
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -152,31 +152,31 @@ def _is_slow(case, *, alike: bool) -> bool:
 
 
 def every_optimizer_with(name: str, values, *, alike: bool = False) -> pytest.MarkDecorator:
-    """Each optimizer with the first of the values, and a few with all of them.
+    """Each optimizer with the first of the values, and a few with the others.
 
-    What a setting does is up to the base class, and not to the rule. For `alike`, see
+    What a setting does is up to the base class, and not to the rule: `.ci/run` tests each of
+    the other values with one of the few in turn, `.ci/slow` with all of them. For `alike`, see
     `every_optimizer_alike`.
     """
-    values = list(values)
-    pairs = [(case, value) for case in CASES for value in values[:1]]
-    pairs += [(case, value) for case in A_FEW for value in values[1:]]
-    return pytest.mark.parametrize(
-        ("case", name),
-        [
-            pytest.param(case, value, marks=_marks(case, alike), id=f"{case}-{value}")
-            for case, value in pairs
-        ],
-    )
+    first, *others = values
+    parameters = [_param(case, first, is_slow=_is_slow(case, alike=alike)) for case in CASES]
+    for turn, value in enumerate(others):
+        parameters += [
+            _param(case, value, is_slow=index != turn % len(A_FEW))
+            for index, case in enumerate(A_FEW)
+        ]
+    return pytest.mark.parametrize(("case", name), parameters)
+
+
+def _param(case, *values, is_slow: bool) -> Any:
+    marks = [pytest.mark.slow] if is_slow else []
+    return pytest.param(case, *values, marks=marks, id="-".join(map(str, [case, *values])))
 
 
 def _each(cases, *, alike: bool = False) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
-        "case", [pytest.param(case, marks=_marks(case, alike), id=str(case)) for case in cases]
+        "case", [_param(case, is_slow=_is_slow(case, alike=alike)) for case in cases]
     )
-
-
-def _marks(case, alike: bool) -> list:
-    return [pytest.mark.slow] if _is_slow(case, alike=alike) else []
 
 
 every_variant = pytest.mark.parametrize("case", VARIANTS, ids=str)

@@ -15,7 +15,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.step_metrics import TIERS
-from tests.optimizer_cases import CASES, RULES, every_optimizer_with
+from tests.optimizer_cases import A_FEW, CASES, RULES, every_optimizer_with
+from tests.parameters import slow
 
 TAGS = ["learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
 
@@ -330,8 +331,14 @@ OWN = {
 }
 
 
+# By every change those with metrics that no other one has.
 every_class = pytest.mark.parametrize(
-    "case", {case.cls: case for case in reversed(CASES)}.values(), ids=str
+    "case",
+    [
+        case if cls.__name__ in OWN or case in A_FEW else slow(case)
+        for cls, case in {case.cls: case for case in reversed(CASES)}.items()
+    ],
+    ids=str,
 )
 
 

@@ -21,6 +21,7 @@ from keras_gdopt.gadam import Lineage, PopulationCallback
 from tests.callbacks.conftest import eventually
 from tests.callbacks.test_event_files import _open_files, read
 from tests.gadam import models
+from tests.parameters import slow
 
 SIZE, GENERATIONS = 4, 5
 SLOTS = [f"slot_{place:02}" for place in range(SIZE)]
@@ -276,7 +277,7 @@ def test_the_margin_chart(run):
     assert [series.lower, series.value, series.upper] == names
 
 
-@pytest.mark.parametrize("load_fast", ["true", "false"])
+@pytest.mark.parametrize("load_fast", ["true", slow("false")])
 def test_a_real_tensorboard_shows_it(load_fast, run, serving):
     runs = ["population", *SLOTS]
     with serving(run.log_dir, runs, "--load_fast", load_fast) as server:

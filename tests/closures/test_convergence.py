@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from tests.closures.problems import PROBLEMS, gradient, hessian_times, model_of, point_of, step
+from tests.parameters import slow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -33,7 +34,7 @@ def _quadratic(size, rng, condition=5.0):
     return function, hessian, minimum
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 20])
+@pytest.mark.parametrize("size", [1, slow(2), 8, slow(20)])
 @pytest.mark.parametrize(
     ("make", "more"),
     [
@@ -65,8 +66,17 @@ def test_both_betas_go_the_same_way_on_a_quadratic(rng):
     np.testing.assert_allclose(ways[0], ways[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
-@pytest.mark.parametrize("line_search", ["wolfe", "armijo", "exact"])
+@pytest.mark.parametrize(
+    ("line_search", "jit_compile"),
+    [
+        ("wolfe", True),
+        ("armijo", False),
+        ("exact", False),
+        slow("wolfe", False),
+        slow("armijo", True),
+        slow("exact", True),
+    ],
+)
 def test_newton_takes_one_iteration_on_a_quadratic(line_search, jit_compile, rng):
     function, _, minimum = _quadratic(12, rng)
     start = rng.normal(size=12)
@@ -279,7 +289,7 @@ def _evaluations_of_scipy(problem, method, options):
     ("make", "method", "options"),
     [
         (gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}),
-        (lambda **kw: gdopt.Newton(solver="exact", **kw), "Newton-CG", {"xtol": 1e-14}),
+        slow(lambda **kw: gdopt.Newton(solver="exact", **kw), "Newton-CG", {"xtol": 1e-14}),
         (lambda **kw: gdopt.Newton(solver="cg", **kw), "Newton-CG", {"xtol": 1e-14}),
         (gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}),
     ],

@@ -23,6 +23,7 @@ from keras_gdopt.closures.line_search import (
     exact,
     strong_wolfe,
 )
+from tests.parameters import slow
 
 
 @pytest.fixture(autouse=True)
@@ -437,8 +438,14 @@ def test_units_of_the_loss_and_the_step_make_no_difference(name, dtype):
 # --- compiled, and compared --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype) if (name == "wolfe") == (dtype == "float32") else slow(name, dtype)
+        for name in SEARCHES
+        for dtype in DTYPES
+    ],
+)
 def test_eager_traced_and_compiled_searches_are_the_same(name, dtype):
     cases = [QUADRATIC, MORE_THUENTE[0], MORE_THUENTE[2], NOT_FINITE_BEYOND[1]]
     first_step = tf.constant(7.0, dtype)

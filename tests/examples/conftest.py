@@ -1,8 +1,26 @@
-"""Examples that end before they begin, run in this process to save its imports."""
+"""Runs examples in this process, which saves their imports.
+
+One of them runs in a process of its own (`test_gradient_descent.py`); by `.ci/slow` all do, in
+environments of their own.
+"""
 
 import pytest
 
 from tests.examples import scripts
+
+
+@pytest.fixture
+def output_of(tmp_path, monkeypatch, capsys):
+    """What an example prints, run in `tmp_path`."""
+
+    def run(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MPLBACKEND", "agg")
+        with scripts.imported(script) as module:
+            module.main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture

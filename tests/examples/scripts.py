@@ -10,8 +10,8 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script, *arguments, cwd):
-    """As its users run it, in a process of its own."""
+def run_as_a_process(script, *arguments, cwd):
+    """As its users run it."""
     return subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         cwd=cwd,

@@ -1,6 +1,4 @@
-"""The main job, run as its users run it."""
-
-from functools import partial
+"""The main job, from its arguments to its table and picture."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -11,8 +9,6 @@ from tests.examples import scripts
 from tests.optimizer_cases import optimizer_classes
 
 SCRIPT = scripts.EXAMPLES / "compare_optimizers.py"
-
-_run = partial(scripts.run, SCRIPT)
 
 
 def _table(output):
@@ -30,11 +26,10 @@ def _hparams(log_dir):
     return metadata.parse_session_start_info_plugin_data(content).hparams
 
 
-def test_races_every_optimizer_of_the_package(tmp_path):
+def test_races_every_optimizer_of_the_package(tmp_path, output_of):
     pytest.importorskip("sklearn")
-    done = _run("--epochs", 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = _table(done.stdout)
+    output = output_of(SCRIPT, "--epochs", 2)
+    table = _table(output)
     assert set(table) == {cls.__name__ for cls in optimizer_classes()}
     (folder,) = (tmp_path / "runs").iterdir()
     for name, (loss, accuracy, milliseconds) in table.items():
@@ -50,15 +45,16 @@ def test_races_every_optimizer_of_the_package(tmp_path):
     assert (folder / "losses.png").stat().st_size > 10_000
 
 
-def test_same_weights_and_batches_for_everyone(tmp_path):
+def test_same_weights_and_batches_for_everyone(tmp_path, output_of):
     """A second race with the same seed, in another order, gives the same losses."""
     pytest.importorskip("sklearn")
     losses = []
     for i, order in enumerate((["Adam", "Momentum"], ["momentum", "adam"])):
         arguments = ["--data", "breast_cancer", "--epochs", 1, "--seed", 3]
-        done = _run(*arguments, "--logdir", tmp_path / str(i), "--optimizers", *order, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        losses.append({name: numbers[0] for name, numbers in _table(done.stdout).items()})
+        output = output_of(
+            SCRIPT, *arguments, "--logdir", tmp_path / str(i), "--optimizers", *order
+        )
+        losses.append({name: numbers[0] for name, numbers in _table(output).items()})
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
 

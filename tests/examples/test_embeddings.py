@@ -1,6 +1,4 @@
-"""The example of embeddings, run as its users run it."""
-
-from functools import partial
+"""The example of embeddings, from its arguments to its table and picture."""
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ from tests.examples import scripts
 SCRIPT = scripts.EXAMPLES / "embeddings.py"
 TRAIN = "earn\tprofit up profit\ncrude\toil price up\nearn\tnet profit\ncrude\toil oil\n"
 TEST = "crude\tthe oil\nearn\tprofit fell\nship\tnot a label to train on\n"
-
-_run = partial(scripts.run, SCRIPT)
 
 
 def _table(output):
@@ -26,14 +22,13 @@ def example():
         yield module
 
 
-def test_ends_with_a_table_and_a_picture(tmp_path):
+def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     """On the built-in texts; exact equals dense gradients, the others do not."""
     pytest.importorskip("sklearn")
     small = ("--epochs", 2, "--texts", 600, "--words", 300, "--steps", 4)
-    run = _run(*small, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "600 texts to train on" in run.stdout and " 300 words\n" in run.stdout
-    table = _table(run.stdout)
+    output = output_of(SCRIPT, *small)
+    assert "600 texts to train on" in output and " 300 words\n" in output
+    table = _table(output)
     assert list(table) == ["Adam, exact", "Adam, lazy", "Adam, Keras"]
     for accuracy, loss, milliseconds, _ in table.values():
         assert 0.25 < accuracy < 1

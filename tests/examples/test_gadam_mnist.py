@@ -1,6 +1,4 @@
-"""The example of Gadam, run as its users run it."""
-
-from functools import partial
+"""The example of Gadam, from its arguments to its table and picture."""
 
 import pytest
 
@@ -9,14 +7,11 @@ from tests.examples import scripts
 
 SCRIPT = scripts.EXAMPLES / "gadam_mnist.py"
 
-_run = partial(scripts.run, SCRIPT)
 
-
-def test_ends_with_a_table_and_a_picture(tmp_path):
+def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     small = ("--seeds", 1, "--members", 2, "--generations", 1, "--epochs", 1)
-    run = _run(*small, "--output", "races.png", "--logdir", "runs", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    table = run.stdout[run.stdout.index("test accuracy  ") :].splitlines()[1:7]
+    output = output_of(SCRIPT, *small, "--output", "races.png", "--logdir", "runs")
+    table = output[output.index("test accuracy  ") :].splitlines()[1:7]
     assert [line[:32].strip() for line in table] == [
         "Gadam (mutation from U(0, 1))",
         "Gadam, mutation='normal'",

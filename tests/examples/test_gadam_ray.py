@@ -1,24 +1,24 @@
-"""The example of a cluster, run as its users run it."""
-
-from functools import partial
+"""The example of a cluster, from its arguments to its table."""
 
 import pytest
 
 from tests.callbacks.test_event_files import read
 from tests.examples import scripts
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 
 SCRIPT = scripts.EXAMPLES / "gadam_ray.py"
 SMALL = ("--population", 4, "--generations", 2, "--epochs", 1)
 
-_run = partial(scripts.run, SCRIPT)
 
-
-def test_ends_with_a_table_of_generations(tmp_path):
-    run = _run(*SMALL, "--workers", 2, "--checkpoint-dir", "saved", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+def test_ends_with_a_table_of_generations(tmp_path, monkeypatch, capsys, cluster):
+    monkeypatch.chdir(tmp_path)
+    with scripts.imported(SCRIPT) as example:
+        ray.cloudpickle.register_pickle_by_value(example)  # the workers cannot import it
+        example.main([*map(str, SMALL), "--workers", "2", "--checkpoint-dir", "saved"])
+        ray.cloudpickle.unregister_pickle_by_value(example)
+    output = capsys.readouterr().out
+    lines = output.splitlines()
     (head,) = [index for index, line in enumerate(lines) if line.endswith("MB kept")]
     table = [line.split() for line in lines[head + 1 : head + 3]]
     assert [row[0] for row in table] == ["1", "2"]

@@ -9,7 +9,7 @@ from tests.examples import scripts
 
 SCRIPT = scripts.EXAMPLES / "gradient_descent.py"
 
-_run = partial(scripts.run, SCRIPT)
+_run = partial(scripts.run_as_a_process, SCRIPT)
 
 
 @pytest.fixture(scope="module")

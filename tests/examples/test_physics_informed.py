@@ -1,6 +1,4 @@
-"""The example of a physics-informed network, run as its users run it."""
-
-from functools import partial
+"""The example of a physics-informed network, from its arguments to its table and picture."""
 
 import numpy as np
 import pytest
@@ -9,8 +7,6 @@ import tensorflow as tf
 from tests.examples import scripts
 
 SCRIPT = scripts.EXAMPLES / "physics_informed.py"
-
-_run = partial(scripts.run, SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +51,10 @@ def test_the_residual_is_that_of_burgers_equation(example, float64):
     np.testing.assert_allclose(residual, expected, rtol=1e-14)
 
 
-def test_ends_with_a_table_and_a_picture(tmp_path):
+def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     small = ("--units", 8, "--layers", 2, "--points", 256)
-    run = _run(*small, "--adam-steps", 100, "--lbfgs-iterations", 150, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout[run.stdout.index("relative L2 error") :].splitlines()[1:4]
+    output = output_of(SCRIPT, *small, "--adam-steps", 100, "--lbfgs-iterations", 150)
+    lines = output[output.index("relative L2 error") :].splitlines()[1:4]
     table = {
         line[:18].strip(): [float(n.replace(",", "")) for n in line[18:].split()] for line in lines
     }

@@ -1,6 +1,4 @@
-"""The example of optimizers that evaluate the loss themselves, run as its users run it."""
-
-from functools import partial
+"""The example of closure optimizers, from its arguments to its table and picture."""
 
 import pytest
 
@@ -8,15 +6,12 @@ from tests.examples import scripts
 
 SCRIPT = scripts.EXAMPLES / "regression_to_precision.py"
 
-_run = partial(scripts.run, SCRIPT)
 
-
-def test_ends_with_a_table_and_a_picture(tmp_path):
+def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     pytest.importorskip("sklearn")
     # So strong a regularizer leaves one minimum; two units, little to compile.
-    run = _run("--units", 2, "--l2", 0.1, "--evaluations", 600, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout[run.stdout.index("final loss") :].splitlines()[1:5]
+    output = output_of(SCRIPT, "--units", 2, "--l2", 0.1, "--evaluations", 600)
+    lines = output[output.index("final loss") :].splitlines()[1:5]
     table = {
         name: [float(n.replace(",", "")) for n in rest] for name, *rest in map(str.split, lines)
     }
@@ -29,7 +24,7 @@ def test_ends_with_a_table_and_a_picture(tmp_path):
         assert gradient_norm < 1e-9
         assert evaluations <= 600
         assert seconds > 0
-    products = int(run.stdout.split("Newton(solver='cg'): ")[-1].split()[0])
+    products = int(output.split("Newton(solver='cg'): ")[-1].split()[0])
     assert 0 < products < table["Newton(solver='cg')"][3]
     assert (tmp_path / "runs" / "regression_to_precision.png").read_bytes()[1:4] == b"PNG"
 

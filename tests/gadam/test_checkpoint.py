@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from tests.gadam import models
+from tests.parameters import slow
 
 SIZE = 3
 
@@ -33,6 +35,10 @@ def _data(rng, kind):
     return {"x": tf.data.Dataset.from_tensor_slices((x, y)).shuffle(40, seed=1).batch(16)}
 
 
+def _arrays():
+    return _data(np.random.default_rng(0), "arrays")
+
+
 def _assert_same_run(one, other):
     for a, b in zip(
         tf.nest.flatten(one._population.members),
@@ -46,8 +52,15 @@ def _assert_same_run(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
-@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("arrays", "stacked"),
+        ("dataset", "unrolled"),
+        slow("arrays", "unrolled"),
+        slow("dataset", "stacked"),
+    ],
+)
 def test_a_resumed_run_equals_one_that_was_not_stopped(kind, engine, rng, tmp_path):
     """Dropout included: the seeds of its generators come from the keys."""
     draw = rng.integers(1000)
@@ -66,14 +79,26 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(kind, engine, rng, tmp_pa
     assert history.epoch == expected.epoch == [0, 1, 2]
 
 
-def test_nothing_is_done_where_all_is_done(rng, tmp_path):
-    data = _data(rng, "arrays")
-    one = _gadam()
-    one.fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of three generations that was not stopped, in `whole.directory`."""
+    gadam = _gadam()
+    gadam.directory = tmp_path_factory.mktemp("whole")
+    gadam.fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=gadam.directory)
+    return gadam
+
+
+@pytest.fixture
+def directory(whole, tmp_path):
+    """A copy of what the whole run left, to go on from or to damage."""
+    return shutil.copytree(whole.directory, tmp_path / "checkpoints")
+
+
+def test_nothing_is_done_where_all_is_done(whole, directory):
     other = _gadam()
-    history = other.fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
-    _assert_same_run(other, one)
-    assert history.epoch == [0, 1]
+    history = other.fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=directory)
+    _assert_same_run(other, whole)
+    assert history.epoch == [0, 1, 2]
 
 
 def test_a_changed_learning_rate_is_remembered(rng, tmp_path):
@@ -106,11 +131,9 @@ def test_only_some_generations_are_saved(rng, tmp_path):
         ({"engine": "unrolled"}, "engine was 'stacked' and is 'unrolled'"),
     ],
 )
-def test_a_directory_of_another_run_is_refused(other, message, rng, tmp_path):
-    data = _data(rng, "arrays")
-    _gadam().fit(**data, generations=1, verbose=0, checkpoint_dir=tmp_path)
+def test_a_directory_of_another_run_is_refused(other, message, directory):
     with pytest.raises(ValueError, match=rf"holds another run.*Received: {message}"):
-        _gadam(**other).fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+        _gadam(**other).fit(**_arrays(), generations=4, verbose=0, checkpoint_dir=directory)
 
 
 @pytest.mark.parametrize(
@@ -118,22 +141,14 @@ def test_a_directory_of_another_run_is_refused(other, message, rng, tmp_path):
     [
         ("data-00000-of-00001", "cut"),
         ("index", "gone"),
-        *[
-            pytest.param(part, damage, marks=pytest.mark.slow)
-            for part, damage in [
-                ("data-00000-of-00001", "garbled"),
-                ("data-00000-of-00001", "gone"),
-                ("index", "cut"),
-                ("index", "garbled"),
-            ]
-        ],
+        slow("data-00000-of-00001", "garbled"),
+        slow("data-00000-of-00001", "gone"),
+        slow("index", "cut"),
+        slow("index", "garbled"),
     ],
 )
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(part, damage, rng, tmp_path):
-    data = _data(rng, "arrays")
-    whole = _gadam()
-    whole.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
-    path = tmp_path / f"ckpt-3.{part}"
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(part, damage, whole, directory):
+    path = directory / f"ckpt-3.{part}"
     content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
@@ -144,27 +159,23 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(part, damage, 
         path.unlink()
     resumed = _gadam()
     with pytest.warns(UserWarning, match=r"A checkpoint is damaged.*ckpt-2"):
-        resumed.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+        resumed.fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=directory)
     _assert_same_run(resumed, whole)
 
 
-def test_a_damaged_list_of_checkpoints_loses_none(rng, tmp_path):
-    data = _data(rng, "arrays")
-    whole = _gadam()
-    whole.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
-    (tmp_path / "checkpoint").write_text("model_checkpoint_path: ")
+def test_a_damaged_list_of_checkpoints_loses_none(whole, directory):
+    (directory / "checkpoint").write_text("model_checkpoint_path: ")
     resumed = _gadam()
     with pytest.warns(UserWarning, match=r"A checkpoint is damaged.*ckpt-3"):
-        resumed.fit(**data, generations=3, verbose=0, checkpoint_dir=tmp_path)
+        resumed.fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=directory)
     _assert_same_run(resumed, whole)
 
 
-def test_a_directory_in_which_nothing_can_be_read(rng, tmp_path):
-    data = _data(rng, "arrays")
-    _gadam().fit(**data, generations=1, verbose=0, checkpoint_dir=tmp_path)
-    (tmp_path / "ckpt-1.data-00000-of-00001").write_bytes(b"")
+def test_a_directory_in_which_nothing_can_be_read(directory):
+    for path in directory.glob("ckpt-*.data-00000-of-00001"):
+        path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"No checkpoint in .* can be read"):
-        _gadam().fit(**data, generations=2, verbose=0, checkpoint_dir=tmp_path)
+        _gadam().fit(**_arrays(), generations=4, verbose=0, checkpoint_dir=directory)
 
 
 SCRIPT = """

@@ -19,19 +19,10 @@ from keras_gdopt.gadam.data import DataArguments
 from tests.callbacks.test_event_files import read
 from tests.gadam import models
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 
 SIZE, SEED, GENERATIONS = 6, 3, 3
 METHODS = ["train_parents", "fitness", "train_children"]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    from keras_gdopt.gadam.cluster.pool import connect
-
-    connect(None, cpus=12)  # as populations of other tests may still have theirs
-    yield
-    ray.shutdown()
 
 
 class Noted(PopulationCallback):

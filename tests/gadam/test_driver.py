@@ -15,6 +15,7 @@ from keras_gdopt.gadam import PopulationCallback, population
 from keras_gdopt.gadam.data import ArrayData, GenerationData, StreamData
 from keras_gdopt.gadam.keys import Phase
 from tests.gadam import models
+from tests.parameters import slow
 
 SIZE = 4
 
@@ -346,22 +347,34 @@ class _PyDataset(keras.utils.PyDataset):
         return self.x[rows], self.y[rows]
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+KINDS_OF_DATA = {
+    "numpy": lambda x, y: (x, y),
+    "tensors": lambda x, y: (tf.constant(x), tf.constant(y)),
+    "lists": lambda x, y: (x.astype("float64"), y.tolist()),
+    "dataset": lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y)).batch(16),),
+    "shuffled": lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y)).shuffle(48, 1).batch(20),),
+    "weighted": lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y, np.ones(48))).batch(16),),
+    "py_dataset": lambda x, y: (_PyDataset(x, y),),
+}
+STREAMS = ("shuffled", "weighted", "py_dataset")
+
+
+# An engine sees arrays or a stream, whatever they were made of.
 @pytest.mark.parametrize(
-    "make",
+    ("kind", "engine"),
     [
-        lambda x, y: (x, y),
-        lambda x, y: (tf.constant(x), tf.constant(y)),
-        lambda x, y: (x.astype("float64"), y.tolist()),
-        lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y)).batch(16),),
-        lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y)).shuffle(48, 1).batch(20),),
-        lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y, np.ones(48))).batch(16),),
-        lambda x, y: (_PyDataset(x, y),),
+        *(
+            (kind, "stacked") if kind in STREAMS else slow(kind, "stacked")
+            for kind in KINDS_OF_DATA
+        ),
+        *(
+            slow(kind, "unrolled") if kind in STREAMS else (kind, "unrolled")
+            for kind in KINDS_OF_DATA
+        ),
     ],
-    ids=["numpy", "tensors", "lists", "dataset", "shuffled", "weighted", "py_dataset"],
 )
-def test_kinds_of_data(make, engine, data):
-    arrays = make(*data)
+def test_kinds_of_data(kind, engine, data):
+    arrays = KINDS_OF_DATA[kind](*data)
     gadam = _gadam(engine=engine)
     batch_size = 16 if len(arrays) == 2 else None
     history = _fit(gadam, arrays, batch_size=batch_size)
@@ -371,21 +384,25 @@ def test_kinds_of_data(make, engine, data):
     assert _trace_counts(gadam) == traces
 
 
-def test_class_weights_weigh_samples(rng):
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        (lambda classes: np.eye(3)[classes], keras.losses.CategoricalCrossentropy),
+        slow(lambda classes: classes, keras.losses.SparseCategoricalCrossentropy),
+    ],
+    ids=["one_hot", "integers"],
+)
+def test_class_weights_weigh_samples(labels, loss, rng):
     x, classes = rng.normal(size=(40, 6)).astype("float32"), np.arange(40) % 3
     weights = {0: 0.5, 1: 3.0, 2: 1.0}
     by_hand = np.array([weights[c] for c in classes], "float32")
-    for y, loss in (
-        (classes, keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
-        (np.eye(3)[classes], keras.losses.CategoricalCrossentropy(from_logits=True)),
-    ):
-        start, results = models.dense().get_weights(), []
-        for extra in ({"class_weight": weights}, {"sample_weight": by_hand}):
-            model = _model(loss=loss)
-            model.set_weights(start)
-            _fit(_gadam(model), (x, y), **extra)
-            results.append(model.get_weights()[0])
-        np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+    start, results = models.dense().get_weights(), []
+    for extra in ({"class_weight": weights}, {"sample_weight": by_hand}):
+        model = _model(loss=loss(from_logits=True))
+        model.set_weights(start)
+        _fit(_gadam(model), (x, labels(classes)), generations=1, **extra)
+        results.append(model.get_weights()[0])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
 
 
 def test_fitness_data_of_ones_own(data):
@@ -440,7 +457,7 @@ def test_csv_logger_writes_a_line_a_generation(data, tmp_path):
     np.testing.assert_allclose(written, history.history["fitness"])
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
 def test_reduce_lr_on_plateau_slows_the_members(engine, data):
     """To nothing, so that training, but for its genetics, stands still."""
     reduce = keras.callbacks.ReduceLROnPlateau(
@@ -544,7 +561,8 @@ def test_an_individuals_fitness_is_that_of_the_member_in_its_slot(data):
 
 
 def test_what_is_printed(data, capsys):
-    _fit(_gadam(), data, verbose=2)
+    gadam = _gadam()
+    _fit(gadam, data, verbose=2)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"Gadam: 4 members of 'sequential\S*', engine 'stacked' \(all", lines[0])
     assert re.match(r"Generation 1/2 - [\d.]+s - loss: .* - children_survived: \d", lines[1])
@@ -554,7 +572,7 @@ def test_what_is_printed(data, capsys):
     assert "Generation 2/2" in printed
     assert "6/6" in printed
     assert "fitness" in printed
-    _fit(_gadam(), data, verbose=0)
+    _fit(gadam, data, verbose=0)
     assert capsys.readouterr().out == ""
 
 
@@ -575,7 +593,7 @@ def test_an_interrupted_fit_leaves_the_best_member_so_far(data):
 # --- what must not happen ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
 def test_nothing_is_traced_again_over_fifty_generations(engine, data):
     gadam = _gadam(engine=engine)
     _fit(gadam, data, generations=1)
@@ -711,7 +729,7 @@ def test_mixed_float16_is_refused_with_the_reason():
         _gadam()
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
 def test_mixed_bfloat16_trains(engine, data):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     gadam = _gadam(engine=engine)
@@ -756,7 +774,7 @@ class _OwnMetric(keras.metrics.Mean):
         super().update_state(keras.ops.abs(y - prediction))
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
 def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, data):
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(3, activation="tanh")(inputs)
@@ -774,7 +792,7 @@ def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, da
     assert model.compiled
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "unrolled"])
 def test_adapted_layers_stay_adapted(engine, data):
     x, y = 5 * data[0] + 30, data[1]
     normalization = keras.layers.Normalization()
@@ -807,7 +825,7 @@ def test_a_model_compiled_anew_needs_a_new_population(data):
         _fit(gadam, data)
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "unrolled"])
 def test_an_interrupted_fit_keeps_the_learning_rate_of_callbacks(engine, data):
     def act(epoch, logs):
         if epoch == 1:

@@ -12,6 +12,7 @@ from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.progress import Progress
 from tests.gadam import models
 from tests.optimizer_cases import every_optimizer_with
+from tests.parameters import slow
 
 STACKED = ["dense", "convolution", "normalization", "unrolled_recurrent", "embedding", "dropout"]
 UNROLLED = [*STACKED, "recurrent"]
@@ -77,10 +78,16 @@ def _assert_members_equal_models(gadam, trained, losses, before, data, twin, rto
 
 @pytest.mark.parametrize(
     ("engine", "name"),
-    [("stacked", name) for name in STACKED if name != "dropout"]
+    [
+        ("stacked", name) if name in ("normalization", "embedding") else slow("stacked", name)
+        for name in STACKED
+        if name != "dropout"
+    ]
     + [
         # By every change those that are unrolled unless asked for otherwise, and dropout.
-        pytest.param("unrolled", name, marks=[pytest.mark.slow] * (name in STACKED[2:-1]))
+        ("unrolled", name)
+        if name in ("convolution", "dropout", "recurrent")
+        else slow("unrolled", name)
         for name in UNROLLED
     ],
 )
@@ -101,7 +108,7 @@ def test_each_member_is_trained_as_keras_would(engine, name, rng, float64):
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
 def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64):
     x, y = models.samples_of_two(rng)
     loss = {"one": "mse", "other": "mae"}
@@ -170,7 +177,7 @@ def test_members_drop_different_units(engine, rng):
     assert len({round(float(loss), 5) for of_phase in losses for loss in of_phase}) == 6
 
 
-@pytest.mark.parametrize("name", ["dense", "normalization", "embedding"])
+@pytest.mark.parametrize("name", [slow("dense"), "normalization", slow("embedding")])
 def test_both_engines_agree_over_three_generations(name, rng, float64):
     x, y = models.samples(rng, count=40)
     runs = []

@@ -7,11 +7,19 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
-from tests.optimizer_cases import A_FEW, CASES, every_optimizer, every_optimizer_with, every_rule
+from tests.optimizer_cases import (
+    A_FEW,
+    CASES,
+    every_optimizer_alike,
+    every_optimizer_with,
+    every_rule,
+)
+from tests.parameters import slow
 
 # XLA writes a file for each module it compiles; only a new process heeds the flag.
 _COUNT = """
@@ -24,7 +32,7 @@ def compilations():
     names = os.listdir(dump) if os.path.isdir(dump) else []
     return len({name.split(".")[0] for name in names})
 
-def counts(optimizer):
+def counts(optimizer, jit_compile):
     # Large enough for a cluster.
     dense = keras.layers.Dense
     model = keras.Sequential([keras.Input((4,)), dense(SMALLEST_CLUSTER // 4), dense(1)])
@@ -42,28 +50,38 @@ def counts(optimizer):
     fit(10, 2)  # the last batch has 2 samples
     return history
 
-dump, jit_compile = sys.argv[1], json.loads(sys.argv[2])
+dump, names = sys.argv[1], json.loads(sys.argv[2])
 x, y = np.ones((10, 4), "float32"), np.ones((10, 1), "float32")
 everything = {"weight_decay": 0.1, "global_clipnorm": 1.0, "use_ema": True}
-print(json.dumps({
-    "keras": counts(keras.optimizers.Adam()),
-    "ours": {
-        **{f"{c}": counts(c()) for c in CASES},
-        **{f"{c} with everything": counts(c(**everything)) for c in A_FEW},
-    },
-}))
+ours = {name: case for case in CASES if (name := str(case)) in names}
+ours |= {f"{case} with everything": lambda c=case: c(**everything) for case in A_FEW}
+print(json.dumps([
+    {
+        "keras": counts(keras.optimizers.Adam(), jit_compile),
+        "ours": {name: counts(new(), jit_compile) for name, new in ours.items()},
+    }
+    for jit_compile in ("auto", True)
+]))
 """
 
 
-def _counts(jit_compile, tmp_path):
-    """Traces of the train step and compilations, so far, after each of four `fit`s."""
+@pytest.fixture(
+    scope="module", params=[A_FEW[:1], slow(CASES)], ids=["with everything", "all optimizers"]
+)
+def counts(request, tmp_path_factory):
+    """Traces of the train step and compilations, so far, after each of four `fit`s.
+
+    First where Keras does not compile, then under `jit_compile=True`.
+    """
+    dump = tmp_path_factory.mktemp("xla")
+    names = [str(case) for case in request.param]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": f"--xla_dump_to={tmp_path}/xla --xla_dump_hlo_as_text",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump} --xla_dump_hlo_as_text",
     }
     done = subprocess.run(
-        [sys.executable, "-c", _COUNT, f"{tmp_path}/xla", json.dumps(jit_compile)],
+        [sys.executable, "-c", _COUNT, str(dump), json.dumps(names)],
         capture_output=True,
         text=True,
         env=env,
@@ -71,16 +89,16 @@ def _counts(jit_compile, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert len(counts["ours"]) == len(CASES) + len(A_FEW)
+    assert len(counts[0]["ours"]) == len(counts[1]["ours"]) == len(names) + len(A_FEW)
     return counts
 
 
-def test_nothing_is_compiled_again_where_keras_does_not_compile(tmp_path):
+def test_nothing_is_compiled_again_where_keras_does_not_compile(counts):
     """One compilation of the cluster; one more trace of the model for a partial batch.
 
     TensorFlow traces a step that creates variables (slots) twice.
     """
-    counts = _counts("auto", tmp_path)
+    counts, _ = counts
     assert [traces for traces, _ in counts["keras"]] == [2, 2, 2, 3]
     for name, history in counts["ours"].items():
         traces = [traces for traces, _ in history]
@@ -90,9 +108,9 @@ def test_nothing_is_compiled_again_where_keras_does_not_compile(tmp_path):
         assert [compiled for _, compiled in history] == [clusters] * 4, name
 
 
-def test_nothing_is_compiled_again_under_jit_compile(tmp_path):
+def test_nothing_is_compiled_again_under_jit_compile(counts):
     """XLA's shapes are static: a partial batch is another computation for any model."""
-    counts = _counts(True, tmp_path)
+    _, counts = counts
     compiled_by_keras = [compiled for _, compiled in counts["keras"]]
     assert compiled_by_keras[:3] == [1, 1, 1]
     for name, history in counts["ours"].items():
@@ -115,7 +133,7 @@ def test_fit_lowers_the_loss(case, jit_compile, rng):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@every_optimizer
+@every_optimizer_alike
 def test_compiled_and_eager_steps_agree(case, rng):
     """The cluster, the inlined cluster and plain TensorFlow compute the same."""
     x, y = _regression(rng)

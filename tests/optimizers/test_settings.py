@@ -375,7 +375,7 @@ STRATEGY_SETTINGS = {
 }
 
 
-@every_optimizer_with("setting", STRATEGY_SETTINGS)
+@every_optimizer_with("setting", STRATEGY_SETTINGS, alike=True)
 def test_two_devices_equal_one(case, setting, two_devices, rng):
     data = _data(rng)
     start = _mlp().get_weights()
