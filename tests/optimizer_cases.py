@@ -151,12 +151,14 @@ def _is_slow(case, *, alike: bool) -> bool:
     return has_options or (alike and case not in A_FEW)
 
 
-def every_optimizer_with(name: str, values, *, alike: bool = False) -> pytest.MarkDecorator:
+def every_optimizer_with(
+    name: str, values, *, alike: bool = False, slow_values=()
+) -> pytest.MarkDecorator:
     """Each optimizer with the first of the values, and a few with the others.
 
     What a setting does is up to the base class, and not to the rule: `.ci/run` tests each of
-    the other values with one of the few in turn, `.ci/slow` with all of them. For `alike`, see
-    `every_optimizer_alike`.
+    the other values with one of the few in turn, `.ci/slow` with all of them. The slow values are
+    left to `.ci/slow`. For `alike`, see `every_optimizer_alike`.
     """
     first, *others = values
     parameters = [_param(case, first, is_slow=_is_slow(case, alike=alike)) for case in CASES]
@@ -165,6 +167,7 @@ def every_optimizer_with(name: str, values, *, alike: bool = False) -> pytest.Ma
             _param(case, value, is_slow=index != turn % len(A_FEW))
             for index, case in enumerate(A_FEW)
         ]
+    parameters += [_param(case, value, is_slow=True) for case in A_FEW for value in slow_values]
     return pytest.mark.parametrize(("case", name), parameters)
 
 
@@ -179,7 +182,6 @@ def _each(cases, *, alike: bool = False) -> pytest.MarkDecorator:
     )
 
 
-every_variant = pytest.mark.parametrize("case", VARIANTS, ids=str)
 every_optimizer = _each(CASES)
 every_rule = _each(RULES)
 

@@ -297,6 +297,11 @@ class Gadam:
         for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
             if value is not None:
                 checked_count(name, value, minimum=1)
+        if self._cluster and self._cluster.safekeeping == "checkpoint_dir" and not checkpoint_dir:
+            raise ValueError(
+                "`RayEngine(safekeeping='checkpoint_dir')` keeps the survivors in files. Expected "
+                f"a `checkpoint_dir` that all nodes share. Received: {checkpoint_dir=}"
+            )
         if validation_split:
             if validation_data is not None:
                 raise ValueError("Expected `validation_split` or `validation_data`. Received: both")

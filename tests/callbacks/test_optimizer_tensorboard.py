@@ -80,7 +80,7 @@ def _expected(after, x, y, batch_size):
     return expected
 
 
-@every_optimizer_with("jit_compile", [True, False])
+@every_optimizer_with("jit_compile", [False, True])
 def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
     x, y = _data(rng)
     model = _model(case(learning_rate=0.01), jit_compile=jit_compile)

@@ -288,9 +288,9 @@ def _evaluations_of_scipy(problem, method, options):
 @pytest.mark.parametrize(
     ("make", "method", "options"),
     [
-        (gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}),
+        slow(gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}),
         slow(lambda **kw: gdopt.Newton(solver="exact", **kw), "Newton-CG", {"xtol": 1e-14}),
-        (lambda **kw: gdopt.Newton(solver="cg", **kw), "Newton-CG", {"xtol": 1e-14}),
+        slow(lambda **kw: gdopt.Newton(solver="cg", **kw), "Newton-CG", {"xtol": 1e-14}),
         (gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}),
     ],
     ids=["cg", "newton", "newton_cg", "lbfgs"],

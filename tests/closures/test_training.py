@@ -18,6 +18,13 @@ from tests.parameters import slow
 
 every_closure = pytest.mark.parametrize("cls", closure_classes(), ids=lambda cls: cls.__name__)
 
+# For what the base class does alike for all.
+every_closure_alike = pytest.mark.parametrize(
+    "cls",
+    [cls if cls is gdopt.LBFGS else slow(cls) for cls in closure_classes()],
+    ids=lambda cls: cls.__name__,
+)
+
 
 def _data(samples=24):
     rng = np.random.default_rng(3)
@@ -88,7 +95,7 @@ def _gradient(model, x, y):
     return tape.gradient(loss, [v.value for v in model.trainable_variables])
 
 
-@every_closure
+@every_closure_alike
 def test_metrics_are_those_of_weights_and_gradients(cls):
     optimizer = _plain(cls, iterations_per_step=2)
     optimizer.record_step_metrics(1, tier="histograms")
@@ -113,7 +120,7 @@ def test_metrics_are_those_of_weights_and_gradients(cls):
         np.testing.assert_allclose(recorded, wanted, rtol=1e-3, atol=1e-5)
 
 
-@every_closure
+@every_closure_alike
 def test_gradients_can_be_asked_for_after_a_training(cls):
     model = _model(_plain(cls))
     _fit(model)
@@ -198,7 +205,7 @@ def test_state_of_another_size_is_refused(cls, tmp_path):
 # --- the model stays what it was ------------------------------------------------------------
 
 
-@every_closure
+@every_closure_alike
 def test_the_optimizer_does_not_keep_the_model_alive(cls):
     optimizer = _plain(cls)
     model = _model(optimizer)
@@ -225,7 +232,7 @@ def test_attach_changes_nothing_that_is_seen():
     assert not np.array_equal(model.get_weights()[0], before)
 
 
-@every_closure
+@every_closure_alike
 def test_nothing_is_traced_again(cls):
     traces = []
 

@@ -412,7 +412,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         gdopt.RayEngine(2)
 
 
-def test_files_need_a_directory(cluster):
+def test_files_need_a_directory():
     with pytest.raises(ValueError, match="Expected a `checkpoint_dir`"):
         _run(gdopt.RayEngine(2, safekeeping="checkpoint_dir"))
 
@@ -454,7 +454,7 @@ def test_the_user_s_error_comes_once_and_names_the_worker(cluster):
         return models.samples(np.random.default_rng(0), count=40)
 
     with pytest.raises(KeyError, match="no such file") as caught:
-        _run(gdopt.RayEngine(2, data_fn=breaks), data={})
+        _run(gdopt.RayEngine(1, data_fn=breaks), data={})
     (note,) = caught.value.__notes__
     assert "worker" in note
 

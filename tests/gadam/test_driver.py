@@ -3,6 +3,7 @@
 import csv
 import gc
 import re
+import types
 import weakref
 
 import keras
@@ -49,25 +50,126 @@ def _trace_counts(gadam):
     return [function.experimental_get_tracing_count() for function in functions]
 
 
-# --- what comes out ----------------------------------------------------------------------
+# --- one run, looked at from all sides ---------------------------------------------------
 
 
-def test_the_model_holds_the_best_member(data):
+class _Population(PopulationCallback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_generation_begin(self, generation, logs=None):
+        self.seen.append(generation)
+
+    def on_generation_end(self, generation, logs=None):
+        self.seen.append(logs)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Five generations with metrics and callbacks."""
+    keras.utils.set_random_seed(0)
+    x, y = models.samples(np.random.default_rng(0), count=48)
+    data = x.astype("float32"), y.astype("float32")
     model = _model(metrics=["mae"])
-    gadam = _gadam(model, fitness_batch_size=48)
-    history = _fit(gadam, data, generations=3)
-    assert list(gadam.fitness) == sorted(gadam.fitness)
-    assert len(gadam.fitness) == SIZE
-    loss, mae = model.evaluate(*data, verbose=0)
-    np.testing.assert_allclose(loss, gadam.fitness[0], rtol=1e-5)
-    np.testing.assert_allclose(history.history["fitness"][-1], gadam.fitness[0], rtol=1e-6)
-    np.testing.assert_allclose(history.history["mae"][-1], mae, rtol=1e-5)
-    np.testing.assert_allclose(history.history["fitness_worst"][-1], gadam.fitness[-1], rtol=1e-6)
-    np.testing.assert_allclose(
-        history.history["fitness_mean"][-1], np.mean(gadam.fitness), rtol=1e-6
+    gadam = _gadam(model, fitness_batch_size=48, mutation_rate=0.1)
+    directory, population, calls = tmp_path_factory.mktemp("run"), _Population(), []
+    note = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: calls.append("begin"),
+        on_epoch_begin=lambda epoch, logs: calls.append(epoch),
+        on_epoch_end=lambda epoch, logs: calls.append(sorted(logs)),
+        on_train_end=lambda logs: calls.append("end"),
     )
-    assert history.epoch == [0, 1, 2]
-    assert history is model.history
+    saved = keras.callbacks.ModelCheckpoint(
+        str(directory / "best.keras"), monitor="fitness", mode="min"
+    )
+    table = keras.callbacks.CSVLogger(directory / "log.csv")
+    history = _fit(gadam, data, generations=5, callbacks=[population, note, saved, table])
+    return types.SimpleNamespace(
+        gadam=gadam, model=model, data=data, history=history, directory=directory,
+        population=population, calls=calls,
+    )  # fmt: skip
+
+
+def test_the_model_holds_the_best_member(run):
+    history, fitness = run.history.history, run.gadam.fitness
+    assert list(fitness) == sorted(fitness)
+    assert len(fitness) == SIZE
+    loss, mae = run.model.evaluate(*run.data, verbose=0)
+    np.testing.assert_allclose(loss, fitness[0], rtol=1e-5)
+    np.testing.assert_allclose(history["fitness"][-1], fitness[0], rtol=1e-6)
+    np.testing.assert_allclose(history["mae"][-1], mae, rtol=1e-5)
+    np.testing.assert_allclose(history["fitness_worst"][-1], fitness[-1], rtol=1e-6)
+    np.testing.assert_allclose(history["fitness_mean"][-1], np.mean(fitness), rtol=1e-6)
+    assert run.history.epoch == [0, 1, 2, 3, 4]
+    assert run.history is run.model.history
+
+
+def test_the_best_optimizer_is_in_the_model_so_that_training_goes_on(run):
+    best = run.gadam.member(0)
+    for a, b in zip(run.model.optimizer.variables, best.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_a_checkpointed_model_loads_and_predicts_the_same(run):
+    loaded = keras.models.load_model(run.directory / "best.keras")
+    x, _ = run.data
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), run.model.predict(x, verbose=0))
+    assert int(loaded.optimizer.iterations) == int(run.model.optimizer.iterations) > 0
+
+
+def test_csv_logger_writes_a_line_a_generation(run):
+    with (run.directory / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3", "4"]
+    written = [float(row["fitness"]) for row in rows]
+    np.testing.assert_allclose(written, run.history.history["fitness"])
+
+
+def test_lambda_callback_sees_generations_as_epochs(run):
+    names = ["children_survived", "diversity", "fitness", "fitness_mean", "fitness_worst"]
+    names += ["loss", "mae", "members_not_finite"]
+    of_generations = [call for epoch in range(5) for call in (epoch, names)]
+    assert run.calls == ["begin", *of_generations, "end"]
+
+
+def test_a_population_callback_sees_the_whole_population(run):
+    gadam, seen = run.gadam, run.population.seen
+    assert run.population.gadam is gadam
+    assert seen[::2] == [0, 1, 2, 3, 4]
+    logs = seen[-1]
+    for name in ("parent_losses", "child_losses", "parent_fitness", "child_fitness",
+                 "selection_probabilities", "mutated_entries", "identities"):  # fmt: skip
+        assert logs[name].shape == (SIZE,), name
+    both = np.concatenate([logs["parent_fitness"], logs["child_fitness"]])
+    np.testing.assert_array_equal(np.sort(both[logs["survivors"]]), np.sort(both)[:SIZE])
+    np.testing.assert_allclose(gadam.fitness, np.sort(both)[:SIZE], rtol=1e-6)
+    assert logs["children_survived"] == np.sum(logs["survivors"] >= SIZE)
+    assert abs(logs["selection_probabilities"].sum() - 1) < 1e-12
+    for identity in logs["identities"]:
+        individual = gadam.lineage[identity]
+        assert individual["selections"][-1][2] is True
+    children = [one for one in gadam.lineage if one["generation"] == 5]
+    assert [one["mutated_entries"] for one in children] == logs["mutated_entries"].tolist()
+    assert any(logs["mutated_entries"])
+    chosen = [list(map(float, logs["selection_probabilities"][pair])) for pair in logs["parents"]]
+    assert [one["selection_probabilities"] for one in children] == chosen
+
+
+def test_an_individuals_fitness_is_that_of_the_member_in_its_slot(run):
+    out_of_order = 0
+    for generation, logs in enumerate(run.population.seen[1::2]):
+        both = np.concatenate([logs["parent_fitness"], logs["child_fitness"]])
+        selections = [
+            {g: loss for g, loss, _ in run.gadam.lineage[identity]["selections"]}[generation]
+            for identity in logs["identities"]
+        ]
+        np.testing.assert_array_equal(selections, both[logs["survivors"]])
+        out_of_order += bool(np.any(np.diff(logs["identities"]) < 0))
+    assert out_of_order  # a child in a slot before a parent's, so that it can go wrong
+
+
+# --- what comes out ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["stacked", "unrolled"])
@@ -87,15 +189,6 @@ def test_each_member_is_a_model_with_its_optimizer(engine, data):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(IndexError):
         gadam.member(SIZE)
-
-
-def test_the_best_optimizer_is_in_the_model_so_that_training_goes_on(data):
-    model = _model()
-    gadam = _gadam(model)
-    _fit(gadam, data)
-    best = gadam.member(0)
-    for a, b in zip(model.optimizer.variables, best.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
 def test_diversity_is_the_mean_distance_of_two_members(rng):
@@ -435,28 +528,6 @@ def test_early_stopping_restores_the_best_of_all_generations(data):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_checkpointed_model_loads_and_predicts_the_same(data, tmp_path):
-    model = _model()
-    path = str(tmp_path / "best.keras")
-    checkpoint = keras.callbacks.ModelCheckpoint(path, monitor="fitness", mode="min")
-    _fit(_gadam(model), data, callbacks=[checkpoint])
-    loaded = keras.models.load_model(path)
-    np.testing.assert_array_equal(
-        loaded.predict(data[0], verbose=0), model.predict(data[0], verbose=0)
-    )
-    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations) > 0
-
-
-def test_csv_logger_writes_a_line_a_generation(data, tmp_path):
-    path = tmp_path / "log.csv"
-    history = _fit(_gadam(), data, generations=3, callbacks=[keras.callbacks.CSVLogger(path)])
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    written = [float(row["fitness"]) for row in rows]
-    np.testing.assert_allclose(written, history.history["fitness"])
-
-
 @pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
 def test_reduce_lr_on_plateau_slows_the_members(engine, data):
     """To nothing, so that training, but for its genetics, stands still."""
@@ -492,72 +563,6 @@ def test_terminate_on_nan_sees_that_no_member_is_finite(data):
     history = _fit(gadam, (x, y), callbacks=[keras.callbacks.TerminateOnNaN()])
     assert history.epoch == [0, 1]
     assert history.history["members_not_finite"][0] >= 3
-
-
-def test_lambda_callback_sees_generations_as_epochs(data):
-    calls = []
-    note = keras.callbacks.LambdaCallback(
-        on_train_begin=lambda logs: calls.append("begin"),
-        on_epoch_begin=lambda epoch, logs: calls.append(epoch),
-        on_epoch_end=lambda epoch, logs: calls.append(sorted(logs)),
-        on_train_end=lambda logs: calls.append("end"),
-    )
-    _fit(_gadam(_model(metrics=["mae"])), data, generations=1, callbacks=[note])
-    names = ["children_survived", "diversity", "fitness", "fitness_mean", "fitness_worst"]
-    assert calls == ["begin", 0, [*names, "loss", "mae", "members_not_finite"], "end"]
-
-
-class _Population(PopulationCallback):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def on_generation_begin(self, generation, logs=None):
-        self.seen.append(generation)
-
-    def on_generation_end(self, generation, logs=None):
-        self.seen.append(logs)
-
-
-def test_a_population_callback_sees_the_whole_population(data):
-    listener = _Population()
-    gadam = _gadam(mutation_rate=0.5)
-    _fit(gadam, data, generations=2, callbacks=[listener])
-    assert listener.gadam is gadam
-    assert listener.seen[0] == 0
-    assert listener.seen[2] == 1
-    logs = listener.seen[3]
-    for name in ("parent_losses", "child_losses", "parent_fitness", "child_fitness",
-                 "selection_probabilities", "mutated_entries", "identities"):  # fmt: skip
-        assert logs[name].shape == (SIZE,), name
-    both = np.concatenate([logs["parent_fitness"], logs["child_fitness"]])
-    np.testing.assert_array_equal(np.sort(both[logs["survivors"]]), np.sort(both)[:SIZE])
-    np.testing.assert_allclose(gadam.fitness, np.sort(both)[:SIZE], rtol=1e-6)
-    assert logs["children_survived"] == np.sum(logs["survivors"] >= SIZE)
-    assert abs(logs["selection_probabilities"].sum() - 1) < 1e-12
-    for identity in logs["identities"]:
-        individual = gadam.lineage[identity]
-        assert individual["selections"][-1][2] is True
-    children = [one for one in gadam.lineage if one["generation"] == 2]
-    assert [one["mutated_entries"] for one in children] == logs["mutated_entries"].tolist()
-    chosen = [list(map(float, logs["selection_probabilities"][pair])) for pair in logs["parents"]]
-    assert [one["selection_probabilities"] for one in children] == chosen
-
-
-def test_an_individuals_fitness_is_that_of_the_member_in_its_slot(data):
-    listener = _Population()
-    gadam = _gadam(mutation_rate=0.0)
-    _fit(gadam, data, generations=5, callbacks=[listener])
-    out_of_order = 0
-    for generation, logs in enumerate(listener.seen[1::2]):
-        both = np.concatenate([logs["parent_fitness"], logs["child_fitness"]])
-        selections = [
-            {g: loss for g, loss, _ in gadam.lineage[identity]["selections"]}[generation]
-            for identity in logs["identities"]
-        ]
-        np.testing.assert_array_equal(selections, both[logs["survivors"]])
-        out_of_order += bool(np.any(np.diff(logs["identities"]) < 0))
-    assert out_of_order  # a child in a slot before a parent's, so that it can go wrong
 
 
 def test_what_is_printed(data, capsys):

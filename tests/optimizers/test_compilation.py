@@ -66,7 +66,7 @@ print(json.dumps([
 
 
 @pytest.fixture(
-    scope="module", params=[A_FEW[:1], slow(CASES)], ids=["with everything", "all optimizers"]
+    scope="module", params=[[], slow(CASES)], ids=["a few with everything", "all optimizers"]
 )
 def counts(request, tmp_path_factory):
     """Traces of the train step and compilations, so far, after each of four `fit`s.

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from tests.parameters import slow
 from tests.reference import adam, momentum, radam
 
 PERIOD, ALPHA = 3, 0.25
@@ -88,8 +89,14 @@ def test_equals_its_transcription_over_three_synchronizations(inner, start, grad
     np.testing.assert_allclose(variable.numpy(), slow_weights[-1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@every_inner
+@pytest.mark.parametrize(
+    ("inner", "compiled"),
+    [
+        (inner, compiled) if compiled or inner == "Adam" else slow(inner, compiled)
+        for inner in INNER
+        for compiled in (True, False)
+    ],
+)
 def test_equals_its_transcription_on_two_devices(
     inner, compiled, two_devices, start, gradients, float64
 ):
@@ -137,8 +144,14 @@ def _train(model, gradients):
         model.train_on_batch(g[None], np.zeros(1))
 
 
-@pytest.mark.parametrize("way", ["weights", "weights into built", "checkpoint"])
-@every_inner
+@pytest.mark.parametrize(
+    ("inner", "way"),
+    [
+        (inner, way) if way == "weights" or inner == "Adam" else slow(inner, way)
+        for inner in INNER
+        for way in ("weights", "weights into built", "checkpoint")
+    ],
+)
 def test_goes_on_between_two_synchronizations(inner, way, start, gradients, tmp_path, float64):
     weights, slow_weights = _transcribed(inner, start, gradients)
     model = _model(_lookahead(inner), start)

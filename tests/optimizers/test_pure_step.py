@@ -33,7 +33,7 @@ def _variables(rng):
     ]
 
 
-@every_optimizer_with("setting", SETTINGS)
+@every_optimizer_with("setting", SETTINGS, alike=True)
 def test_equals_apply_and_finalize(case, setting, rng, float64):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.2, 3, 0.7)
     optimizer = case(learning_rate=schedule, **SETTINGS[setting])

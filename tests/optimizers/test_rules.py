@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
-from tests.optimizer_cases import RULES, every_optimizer, every_rule, every_variant
+from tests.optimizer_cases import CASES, RULES, VARIANTS, every_optimizer, every_rule
 
 SHAPES = [(), (3,), (2, 3), (2, 3, 2), (2, 2, 3, 2)]
 STEPS = 50
@@ -26,8 +26,22 @@ def _run(optimizer, weights, gradients):
     return trajectory
 
 
-@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "scheduled"])
-@every_variant
+@pytest.mark.parametrize(
+    ("case", "scheduled"),
+    [
+        *(pytest.param(case, False, id=f"{case}-constant") for case in VARIANTS),
+        # The rate is an argument of the rule, whatever its hyper-parameters.
+        *(
+            pytest.param(
+                case,
+                True,
+                id=f"{case}-scheduled",
+                marks=[] if case in CASES else pytest.mark.slow,
+            )
+            for case in VARIANTS
+        ),
+    ],
+)
 def test_equals_its_equation_in_float64(case, scheduled, rng, float64):
     weights = [rng.normal(size=shape) for shape in SHAPES]
     gradients = [[rng.normal(size=shape) for shape in SHAPES] for _ in range(STEPS)]

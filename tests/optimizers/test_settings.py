@@ -12,6 +12,7 @@ from tests.optimizer_cases import (
     every_optimizer_with,
     every_rule_alike,
 )
+from tests.parameters import slow
 
 
 def _data(rng, samples=48):
@@ -375,7 +376,12 @@ STRATEGY_SETTINGS = {
 }
 
 
-@every_optimizer_with("setting", STRATEGY_SETTINGS, alike=True)
+@every_optimizer_with(
+    "setting",
+    ["everything", "accumulation"],
+    alike=True,
+    slow_values=["plain", "schedule", "clipnorm", "global_clipnorm", "averages"],
+)
 def test_two_devices_equal_one(case, setting, two_devices, rng):
     data = _data(rng)
     start = _mlp().get_weights()
@@ -421,7 +427,7 @@ def test_two_devices_sum_repeated_rows(case, lazy, two_devices, rng):
     _assert_close(two, one)
 
 
-@pytest.mark.parametrize("case", A_FEW, ids=str)
+@pytest.mark.parametrize("case", [A_FEW[0], *map(slow, A_FEW[1:])], ids=str)
 def test_two_devices_in_mixed_float16(case, two_devices, rng):
     keras.mixed_precision.set_global_policy("mixed_float16")
     data = _data(rng)

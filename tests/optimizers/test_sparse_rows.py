@@ -8,11 +8,14 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.tensorflow_step import _sum_of_squares
 from tests.optimizer_cases import (
+    A_FEW,
+    RULES,
     every_optimizer_alike,
     every_optimizer_with,
     every_rule,
     every_rule_alike,
 )
+from tests.parameters import slow
 
 ROWS, WIDTH = 12, 3
 # Repeated within a batch; rows 8 to 11 never come.
@@ -166,8 +169,15 @@ def test_custom_loop_over_an_embedding_equals_the_dense_gradient(case, compiled,
     np.testing.assert_allclose(*tables, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", ["plain", "clipnorm", "global_clipnorm", "weight_decay"])
-@every_rule
+@pytest.mark.parametrize(
+    ("case", "setting"),
+    [
+        (case, setting) if setting == "plain" or case in A_FEW else slow(case, setting)
+        for case in RULES
+        for setting in ("plain", "clipnorm", "global_clipnorm", "weight_decay")
+    ],
+    ids=str,
+)
 def test_lazy_mode_leaves_absent_rows_alone(case, setting, rng):
     start = rng.normal(size=(ROWS, WIDTH)).astype("float32")
     sparse, _ = _gradients(rng)

@@ -183,11 +183,6 @@ class RayPopulation:
     ) -> None:
         """Trains and judges with this data from now on."""
         del data  # is for this process
-        if self._in_files and directory is None:
-            raise ValueError(
-                "`RayEngine(safekeeping='checkpoint_dir')` keeps the survivors in files. Expected "
-                "a `checkpoint_dir` that all nodes share. Received: checkpoint_dir=None"
-            )
         if self._past:
             self._keep()  # as it could not be made again with other data
         self._directory = str(directory)
