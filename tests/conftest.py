@@ -21,10 +21,16 @@ tf.config.set_logical_device_configuration(
 )
 
 
+# Filtering the tracebacks of all calls takes a tenth of the time that tracing does.
+keras.config.disable_traceback_filtering()
+tf.debugging.disable_traceback_filtering()
+
+
 def pytest_collection_finish():
     """What is imported by now stays: the garbage collector need not look at it again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 50)  # tracing makes many objects and little garbage
 
 
 @pytest.fixture(autouse=True)

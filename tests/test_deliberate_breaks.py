@@ -329,7 +329,7 @@ def test_the_default_run_catches(broken, copy):
         "that caught it is gone, or is marked slow"
     )
     assert run.returncode == 1, f"{tests} could not run (exit status {run.returncode}):\n{shown}"
-    # With -x, an error of an import or a fixture has this exit status, too.
+    # A fixture that raises has this exit status, too.
     failed = re.search(r"^FAILED (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
     assert failed, f"No test of {tests} failed, but something before it:\n{shown}"
     again = _pytest(copy, failed[1])

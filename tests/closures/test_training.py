@@ -158,7 +158,7 @@ def _assert_same(model, expected):
 
 # How state comes back is up to the base class, what it is to each.
 WAYS = [(cls, "keras") for cls in closure_classes()]
-WAYS += [(gdopt.LBFGS, way) for way in ("weights", "pickle", "deepcopy")]
+WAYS += [(gdopt.LBFGS, "weights"), (gdopt.LBFGS, "pickle"), slow(gdopt.LBFGS, "deepcopy")]
 
 
 @pytest.mark.parametrize(("cls", "way"), WAYS, ids=lambda value: getattr(value, "__name__", value))

@@ -15,7 +15,7 @@ def test_ends_with_a_table_of_generations(tmp_path, monkeypatch, capsys, cluster
     monkeypatch.chdir(tmp_path)
     with scripts.imported(SCRIPT) as example:
         ray.cloudpickle.register_pickle_by_value(example)  # the workers cannot import it
-        example.main([*map(str, SMALL), "--workers", "2", "--checkpoint-dir", "saved"])
+        example.main([*map(str, SMALL), "--workers", "1", "--checkpoint-dir", "saved"])
         ray.cloudpickle.unregister_pickle_by_value(example)
     output = capsys.readouterr().out
     lines = output.splitlines()

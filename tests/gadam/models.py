@@ -11,6 +11,10 @@ def dense():
     )
 
 
+def linear():
+    return keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+
+
 def wide():
     """Its weights take 320 KB."""
     return keras.Sequential(

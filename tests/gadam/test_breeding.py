@@ -68,6 +68,13 @@ def test_state_comes_whole_from_the_fitter_parent():
     assert len(found) >= 4  # either parent was the fitter one, in either order
 
 
+def test_state_comes_from_the_first_of_parents_that_are_as_fit():
+    breeding = Breeding(mutation_rate=0.0, mutation="uniform", mutation_stddev=0.01, seed=7)
+    plan = breeding.plan([2.0] * SIZE, 3)
+    assert any(first != second for first, second in plan.parents)
+    np.testing.assert_array_equal(plan.fitter, plan.parents[:, 0])
+
+
 def test_the_masks_of_variables_and_of_children_differ():
     brood = _brood(mutation_rate=1.0)
     masks = [np.stack([w[child].numpy().flatten() < 10.0 for w in brood.weights])
@@ -103,18 +110,20 @@ def test_a_child_can_be_made_from_its_own_key_alone():
 
 
 def test_the_masks_are_those_of_the_children_s_keys():
-    brood, child = _brood(mutation_rate=0.0), 2
-    first, second = (float(parent) + 10.0 for parent in brood.plan.parents[child])
-    key = tf.constant(keys.key(7, 3, Phase.CROSS_OVER, child))
-    for index, weight in enumerate(brood.weights):
-        shape = weight.shape[1:]
-        alone = genetics.crossover(
-            tf.fill(shape, first),
-            tf.fill(shape, second),
-            brood.plan.crossover_probabilities[child],
-            genetics.another_key(key, (index + 1) << 4),
-        )
-        np.testing.assert_array_equal(weight[child], alone)
+    brood = _brood(mutation_rate=0.0)
+    assert any(first != second for first, second in brood.plan.parents)  # else any mask would do
+    for child in range(SIZE):
+        first, second = (float(parent) + 10.0 for parent in brood.plan.parents[child])
+        key = tf.constant(keys.key(7, 3, Phase.CROSS_OVER, child))
+        for index, weight in enumerate(brood.weights):
+            shape = weight.shape[1:]
+            alone = genetics.crossover(
+                tf.fill(shape, first),
+                tf.fill(shape, second),
+                brood.plan.crossover_probabilities[child],
+                genetics.another_key(key, (index + 1) << 4),
+            )
+            np.testing.assert_array_equal(weight[child], alone)
 
 
 def test_normal_mutations_have_the_given_deviation():

@@ -27,7 +27,7 @@ def data(rng):
     return x.astype("float32"), y.astype("float32")
 
 
-def _model(build=models.dense, optimizer=None, **kwargs):
+def _model(build=models.linear, optimizer=None, **kwargs):
     model = build()
     model.compile(optimizer or gdopt.Adam(0.02), kwargs.pop("loss", "mse"), **kwargs)
     return model
@@ -210,7 +210,7 @@ def test_training_makes_the_best_member_better(data):
 
 def test_one_seed_gives_one_result_and_another_another(data):
     results = []
-    start = models.dense().get_weights()
+    start = models.linear().get_weights()
     for seed in (1, 1, 2):
         model = _model()
         model.set_weights(start)
@@ -236,7 +236,7 @@ def test_a_second_fit_goes_on_with_the_population(data):
 
 def test_validation_is_reported_and_never_selected_on(data):
     x, y = data
-    start = models.dense().get_weights()
+    start = models.linear().get_weights()
     results = []
     for extra in ({}, {"validation_data": (x[:8], -y[:8])}):
         model = _model()
@@ -450,6 +450,7 @@ KINDS_OF_DATA = {
     "py_dataset": lambda x, y: (_PyDataset(x, y),),
 }
 STREAMS = ("shuffled", "weighted", "py_dataset")
+REPRESENTED = ("numpy", "tensors")  # by lists, and all other tests
 
 
 # An engine sees arrays or a stream, whatever they were made of.
@@ -489,7 +490,7 @@ def test_class_weights_weigh_samples(labels, loss, rng):
     x, classes = rng.normal(size=(40, 6)).astype("float32"), np.arange(40) % 3
     weights = {0: 0.5, 1: 3.0, 2: 1.0}
     by_hand = np.array([weights[c] for c in classes], "float32")
-    start, results = models.dense().get_weights(), []
+    start, results = models.linear().get_weights(), []
     for extra in ({"class_weight": weights}, {"sample_weight": by_hand}):
         model = _model(loss=loss(from_logits=True))
         model.set_weights(start)

@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
+from tests.parameters import slow
+
 _SCRIPT = """
 import copy, os, tempfile
 import keras, numpy as np
 import keras_gdopt as gdopt
-from tests.optimizer_cases import CASES
+from tests.optimizer_cases import A_FEW, CASES
 
 rng = np.random.default_rng(0)
 for case in CASES:
@@ -24,6 +26,19 @@ for case in CASES:
     received = keras.ops.convert_to_numpy(variable)
     np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-5)
 
+    # What needs TensorFlow says so.
+    rule = case.rule(optimizer)
+    assert rule.step_metrics == {}
+    recording = (rule.record_step_metrics, RuntimeError)
+    for call, error in (recording, (lambda: case(lazy=True), ValueError)):
+        try:
+            call()
+        except error as message:
+            assert "TensorFlow backend" in str(message)
+        else:
+            raise AssertionError(f"{case}: no {error}")
+
+for case in CASES if os.environ["FIT"] == "all" else A_FEW:
     # In `fit`, with Keras's base arguments, saved and loaded.
     keras.utils.set_random_seed(0)  # other weights may need more epochs
     x = rng.normal(size=(32, 4)).astype("float32")
@@ -43,18 +58,6 @@ for case in CASES:
             np.testing.assert_array_equal(
                 keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
             )
-
-    # What needs TensorFlow says so.
-    rule = case.rule(optimizer)
-    assert rule.step_metrics == {}
-    recording = (rule.record_step_metrics, RuntimeError)
-    for call, error in (recording, (lambda: case(lazy=True), ValueError)):
-        try:
-            call()
-        except error as message:
-            assert "TensorFlow backend" in str(message)
-        else:
-            raise AssertionError(f"{case}: no {error}")
 
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
 model.compile(gdopt.Adam(), "mse")
@@ -86,8 +89,9 @@ print("all", len(CASES))
 """
 
 
+@pytest.mark.parametrize("fit", ["a few", slow("all")])
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_rules_work_with_another_backend(backend):
+def test_rules_work_with_another_backend(backend, fit):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     env = {
@@ -95,6 +99,7 @@ def test_rules_work_with_another_backend(backend):
         "PYTHONPATH": os.pathsep.join(sys.path),
         "KERAS_BACKEND": backend,
         "JAX_PLATFORMS": "cpu",
+        "FIT": fit,
     }
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT], env=env, capture_output=True, text=True, check=False

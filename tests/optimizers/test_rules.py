@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
-from tests.optimizer_cases import CASES, RULES, VARIANTS, every_optimizer, every_rule
+from tests.optimizer_cases import A_FEW, RULES, VARIANTS, every_optimizer, every_rule
 
 SHAPES = [(), (3,), (2, 3), (2, 3, 2), (2, 2, 3, 2)]
 STEPS = 50
@@ -36,7 +36,7 @@ def _run(optimizer, weights, gradients):
                 case,
                 True,
                 id=f"{case}-scheduled",
-                marks=[] if case in CASES else pytest.mark.slow,
+                marks=[] if case in A_FEW else pytest.mark.slow,
             )
             for case in VARIANTS
         ),

@@ -123,6 +123,20 @@ def test_weight_decay_equals_numpy(case, start, gradients, float64):
         np.testing.assert_allclose(received[i].numpy(), weight, rtol=0, atol=1e-12)
 
 
+def test_a_name_excludes_from_weight_decay_wherever_it_stands_in_a_path():
+    optimizer = gdopt.GradientDescent(0.5, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="first")])
+    assert model.trainable_variables[1].path.endswith("/first/bias")
+    for variable in model.trainable_variables:
+        variable.assign(tf.ones_like(variable))
+    zeros = [tf.zeros(v.shape) for v in model.trainable_variables]
+    optimizer.apply(zeros, model.trainable_variables)
+    kernel, bias = model.get_weights()
+    np.testing.assert_array_equal(kernel, np.full((4, 2), 0.75))
+    np.testing.assert_array_equal(bias, np.ones(2))
+
+
 @pytest.mark.parametrize("frequency", [None, 3])
 @every_rule_alike
 def test_moving_average_equals_numpy(case, frequency, start, gradients, float64):
