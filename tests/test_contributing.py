@@ -36,16 +36,21 @@ def _files():
     return {path: textwrap.dedent(code) for _, path, code in blocks}
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The project with the page's optimizer in it, as a contributor would add it."""
-    root = tmp_path_factory.mktemp("project")
+def copy_project(root):
+    """What tests need of the project, where it can be changed."""
     for source, place in COPIED.items():
         if (ROOT / source).is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / source, root / place, ignore=ignored)
         else:
             shutil.copy(ROOT / source, root / place)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The project with the page's optimizer in it, as a contributor would add it."""
+    root = tmp_path_factory.mktemp("project")
+    copy_project(root)
     for path, code in _files().items():
         (root / path).write_text(code)
     init = root / "keras_gdopt/__init__.py"

@@ -7,7 +7,6 @@ notice must fail there, and pass without it.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_contributing import COPIED
+from tests.test_contributing import COPIED, copy_project
 
 pytestmark = pytest.mark.slow
 
@@ -265,12 +264,7 @@ BREAKS = [
 def copy(tmp_path_factory):
     """The project, where it can be broken."""
     root = tmp_path_factory.mktemp("project")
-    for source, place in COPIED.items():
-        if (ROOT / source).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / source, root / place, ignore=ignored)
-        else:
-            shutil.copy(ROOT / source, root / place)
+    copy_project(root)
     return root
 
 

@@ -450,7 +450,6 @@ KINDS_OF_DATA = {
     "py_dataset": lambda x, y: (_PyDataset(x, y),),
 }
 STREAMS = ("shuffled", "weighted", "py_dataset")
-REPRESENTED = ("numpy", "tensors")  # by lists, and all other tests
 
 
 # An engine sees arrays or a stream, whatever they were made of.
