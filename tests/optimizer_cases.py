@@ -114,6 +114,11 @@ def rule_classes() -> list[type]:
     return [cls for cls in optimizer_classes() if issubclass(cls, gdopt.GradientOptimizer)]
 
 
+def wrapper_classes() -> list[type]:
+    """Those that wrap another one."""
+    return [cls for cls in optimizer_classes() if cls not in rule_classes()]
+
+
 def _variants(cls) -> list[Case]:
     """The algorithm with each set of arguments that its transcription names."""
     kind = Case if cls in rule_classes() else WrapperCase

@@ -34,7 +34,8 @@ class Adadelta(GradientOptimizer):
             `keras.optimizers.schedules.LearningRateSchedule` or a callable without
             arguments. Defaults to 1.
         rho: The decay ρ of both averages, in [0, 1). Defaults to 0.95.
-        epsilon: Added to both roots, not negative. Defaults to 0.
+        epsilon: Added to both roots, not negative. Defaults to 0. (Keras's
+            `epsilon` is under both roots: it is `epsilon_root` here.)
         epsilon_root: Added under both roots, not negative. Defaults to 1e-6. At
             least one of both epsilons must be above 0.
         lazy: Whether embedding rows absent from the batch, and their averages, are

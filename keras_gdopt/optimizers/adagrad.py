@@ -31,7 +31,8 @@ class Adagrad(GradientOptimizer):
             arguments. Defaults to 0.01.
         initial_accumulator_value: Where each entry of G starts, not negative.
             Defaults to 0.
-        epsilon: Added to the root, not negative. Defaults to 0.
+        epsilon: Added to the root, not negative. Defaults to 0. (Keras's
+            `epsilon` is under the root: it is `epsilon_root` here.)
         epsilon_root: Added under the root, not negative. Defaults to 1e-8. At least
             one of both epsilons must be above 0, unless G starts above 0.
         lazy: Without effect on the rule, which leaves rows absent from the batch

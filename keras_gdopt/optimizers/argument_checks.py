@@ -121,6 +121,29 @@ def checked_count(name: str, value: Any, *, minimum: int) -> int:
     return int(value)
 
 
+def check_is_floating(owner: str, path: str, dtype: Any) -> None:
+    """Raises if a variable's dtype is none in which an update can be made.
+
+    Args:
+        owner: Name of the optimizer's class, for the message.
+        path: Of the variable, for the message.
+        dtype: Of the variable.
+
+    Raises:
+        ValueError: If the dtype is complex, an integer's, or another one that is not floating.
+    """
+    name = keras.backend.standardize_dtype(dtype)
+    if keras.backend.is_float_dtype(name):
+        return
+    advice = "Make it with `trainable=False`, or in a floating dtype."
+    if name.startswith("complex"):
+        advice = "Use two real variables, one for each part."
+    raise ValueError(
+        f"{owner} updates variables in float32, float64 and bfloat16: the change of any other "
+        f"would be cut to its dtype. {advice} Received: variable '{path}' of dtype {name}"
+    )
+
+
 def check_tensorflow(owner: str) -> None:
     """Raises where Keras's backend is another one than TensorFlow.
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import (
+    check_is_floating,
     check_tensorflow,
     checked_base_arguments,
     checked_count,
@@ -80,8 +81,8 @@ class GradientOptimizer(SavedStateOptimizer):
         ValueError: If an argument is unknown, has the wrong type or is out of
             range; in `build`, if a variable is in float16 (an epsilon of 1e-8 is 0
             there: use the `mixed_float16` policy, which keeps the weights in
-            float32); in `apply`, if a gradient does not fit its variable or the
-            optimizer was not built for a variable.
+            float32); in `apply`, if a gradient does not fit its variable, is for one of a
+            complex or integer dtype, or the optimizer was not built for a variable.
 
     Variables in bfloat16 are updated in float32; their slots, moving averages and
     accumulators are in float32.
@@ -263,7 +264,11 @@ class GradientOptimizer(SavedStateOptimizer):
             gradient: Dense, or a `tf.IndexedSlices` that may repeat rows.
             variable: A variable the optimizer was built with.
             learning_rate: Scalar.
+
+        Raises:
+            ValueError: If the variable is of a complex or integer dtype.
         """
+        check_is_floating(type(self).__name__, variable_path(variable), variable.dtype)
         if self._tensorflow_step is not None:
             self._tensorflow_step.update_variable(gradient, variable, learning_rate)
             return
@@ -291,8 +296,8 @@ class GradientOptimizer(SavedStateOptimizer):
                 is built. Builds the optimizer on the first call.
 
         Raises:
-            ValueError: If a gradient does not fit its variable, or the optimizer
-                was not built for a variable.
+            ValueError: If a gradient does not fit its variable, is for a variable of a
+                complex or integer dtype, or the optimizer was not built for a variable.
         """
         grads = [
             ops.convert_to_tensor(g) if isinstance(g, (list, tuple, float, int)) else g
@@ -310,6 +315,9 @@ class GradientOptimizer(SavedStateOptimizer):
             trainable_variables = self._trainable_variables
         variables = list(trainable_variables)
         _check_gradients_fit(grads, variables)
+        for gradient, variable in zip(grads, variables, strict=True):
+            if gradient is not None:  # one that the loss does not depend on stays as it is
+                check_is_floating(type(self).__name__, variable_path(variable), variable.dtype)
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)

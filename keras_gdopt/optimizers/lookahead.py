@@ -52,7 +52,8 @@ class Lookahead(WrappingOptimizer):
         name: Defaults to "lookahead".
 
     Raises:
-        ValueError: If an argument has the wrong type or is out of range; when state
+        ValueError: If an argument has the wrong type or is out of range, or the inner
+            optimizer evaluates the loss itself, as `LBFGS` does; when state
             is loaded into an inner optimizer of Keras that is not built, for Keras
             would drop it.
 
@@ -159,8 +160,11 @@ class Lookahead(WrappingOptimizer):
             object.__setattr__(self, "_tensorflow_sync", self._new_tensorflow_sync())
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Weights and slow weights; without integers, which no gradient ever moves."""
         pairs = zip(self._trainable_variables, self._slots.get("slow", ()), strict=True)
-        return (pair for pair in pairs if pair[1] is not None)
+        for weight, slow in pairs:
+            if slow is not None and keras.backend.is_float_dtype(slow.dtype):
+                yield weight, slow
 
     def _own_metrics(self) -> dict[str, float]:
         return self._tensorflow_sync.recorded() if self._tensorflow_sync is not None else {}

@@ -47,7 +47,8 @@ class RMSprop(GradientOptimizer):
         rho: The decay ρ of the averages, in [0, 1). Defaults to 0.9.
         momentum: The decay μ of the gathered steps, in [0, 1); 0 gathers none.
             Defaults to 0.
-        epsilon: Added to the root, not negative. Defaults to 0.
+        epsilon: Added to the root, not negative. Defaults to 0. (Keras's
+            `epsilon` is under the root: it is `epsilon_root` here.)
         epsilon_root: Added under the root, not negative. Defaults to 1e-6. At least
             one of both epsilons must be above 0.
         centered: Whether the variance divides. Defaults to False.

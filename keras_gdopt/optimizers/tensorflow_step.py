@@ -361,7 +361,7 @@ class TensorFlowStep:
             change, new_slots[index] = self._rule(variable.dtype)(
                 gradient, slots[index], learning_rate, step
             )
-            value = tf.cast(weight, change.dtype)
+            value = tf.cast(tf.convert_to_tensor(weight), change.dtype)
             if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
                 value -= value * self._decay(learning_rate, value.dtype)
             values[index] = value + change
@@ -386,6 +386,9 @@ class TensorFlowStep:
         for index, (average, weight) in averages.items():
             dtype = computation_dtype(optimizer._trainable_variables[index].dtype)
             value = tf.cast(weight, dtype)
+            if not value.dtype.is_floating:  # no gradient ever moves it
+                moved[index] = value
+                continue
             # The first average is the weight itself.
             momentum = tf.constant(optimizer.ema_momentum, dtype) * tf.cast(step > 1, dtype)
             moved[index] = momentum * tf.cast(average, dtype) + (1 - momentum) * value

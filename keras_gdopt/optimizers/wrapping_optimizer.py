@@ -275,6 +275,13 @@ def _resolved(optimizer: Any) -> Any:
             "config or the name of one of Keras's. "
             f"Received: optimizer={optimizer!r} (of type {type(optimizer).__name__})"
         )
+    for each in chain(resolved):
+        if not getattr(each, "takes_gradients", True):
+            raise ValueError(
+                "Argument `optimizer` must be an optimizer that makes a step from gradients. "
+                f"{type(each).__name__} evaluates the loss itself: compile with it and `attach` "
+                f"it, without a wrapper. Received: optimizer={type(optimizer).__name__}"
+            )
     return resolved
 
 

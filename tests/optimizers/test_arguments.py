@@ -6,7 +6,13 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import every_optimizer, rule_classes
+from tests.optimizer_cases import (
+    closure_classes,
+    every_optimizer,
+    every_rule,
+    rule_classes,
+    wrapper_classes,
+)
 
 NOT_A_RATE = [-0.1, float("nan"), float("inf"), "fast", None, True, [0.1]]
 NOT_A_FRACTION = [-0.1, 1.0, 1.5, float("nan"), "0.9", None, True]
@@ -116,6 +122,39 @@ def test_float16_variables_are_refused(case):
         ValueError, match=r"mixed_float16.*Received: variable 'half' of dtype float16"
     ):
         case().build([keras.Variable([1.0], dtype="float16", name="half")])
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [([1 + 2j], "complex64"), ([3], "int32"), ([True], "bool")]
+)
+@every_optimizer
+def test_only_floating_variables_are_updated(case, value, dtype):
+    variable = keras.Variable(np.array(value), dtype=dtype, name="no_float")
+    gradient = tf.cast(variable.value, dtype)
+    message = rf"float32, float64 and bfloat16.*Received: variable 'no_float' of dtype {dtype}"
+    with pytest.raises(ValueError, match=message):
+        case().apply([gradient], [variable])
+
+
+@every_rule
+def test_only_floating_variables_are_updated_by_themselves(case):
+    variable = keras.Variable([3], dtype="int32", name="no_float")
+    optimizer = case()
+    optimizer.build([variable])
+    with pytest.raises(ValueError, match="Received: variable 'no_float' of dtype int32"):
+        optimizer.update_step(tf.constant([1]), variable, 0.1)
+
+
+@pytest.mark.parametrize("cls", closure_classes())
+@pytest.mark.parametrize(
+    "around",
+    [lambda inner: inner, keras.optimizers.LossScaleOptimizer],
+    ids=["itself", "LossScaleOptimizer"],
+)
+def test_no_wrapper_around_an_optimizer_that_evaluates_the_loss(cls, around):
+    for wrapper in wrapper_classes():
+        with pytest.raises(ValueError, match=f"from gradients.*{cls.__name__} evaluates the loss"):
+            wrapper(around(cls()))
 
 
 @every_optimizer

@@ -59,8 +59,8 @@ def _transcribed_run(case, optimizer, start, gradients, *, before=None, after=No
     return weights
 
 
-def _applied(optimizer, start, gradients):
-    variables = [keras.Variable(w, name=f"v{i}") for i, w in enumerate(start)]
+def _applied(optimizer, start, gradients, variable_class=keras.Variable):
+    variables = [variable_class(w, name=f"v{i}") for i, w in enumerate(start)]
     for step in gradients:
         optimizer.apply([tf.constant(g) for g in step], variables)
     return variables
@@ -106,12 +106,17 @@ def test_clipping_equals_numpy(case, kind, start, gradients, float64):
     _assert_close([v.numpy() for v in received], expected, rtol=0, atol=1e-12)
 
 
+# In a loop of one's own, variables are TensorFlow's.
+either_variable = pytest.mark.parametrize("variable_class", [keras.Variable, tf.Variable])
+
+
+@either_variable
 @every_rule_alike
-def test_weight_decay_equals_numpy(case, start, gradients, float64):
+def test_weight_decay_equals_numpy(case, variable_class, start, gradients, float64):
     """Decoupled, before the update, and not on what is excluded."""
     optimizer = case(learning_rate=0.1, weight_decay=0.3)
     optimizer.exclude_from_weight_decay(var_names=["v1"])
-    received = _applied(optimizer, start, gradients)
+    received = _applied(optimizer, start, gradients, variable_class)
 
     hyperparameters = case.hyperparameters(optimizer)
     for i, decay in enumerate((0.3, 0.0)):
@@ -205,7 +210,8 @@ def test_accumulation_equals_the_mean_gradient(case, start, gradients, float64):
     assert int(optimizer.iterations) == 3
 
 
-def test_everything_together_equals_keras(start, gradients, float64):
+@either_variable
+def test_everything_together_equals_keras(variable_class, start, gradients, float64):
     """Classical momentum is Keras's SGD, so its whole `apply` must be Keras's too."""
     setting = {
         "momentum": 0.5,
@@ -217,7 +223,9 @@ def test_everything_together_equals_keras(start, gradients, float64):
         "gradient_accumulation_steps": 3,
         "loss_scale_factor": 4.0,
     }
-    ours = _applied(gdopt.Momentum(0.125, classical=True, **setting), start, gradients)
+    ours = _applied(
+        gdopt.Momentum(0.125, classical=True, **setting), start, gradients, variable_class
+    )
     keras_s = _applied(keras.optimizers.SGD(0.125, **setting), start, gradients)
     _assert_close([v.numpy() for v in ours], [v.numpy() for v in keras_s], rtol=0, atol=1e-12)
 
@@ -311,6 +319,33 @@ def test_a_changed_setting_holds_from_the_next_eager_step(name):
             optimizer.apply([tf.constant([2.0])], [variable])
         weights.append(variable.numpy()[0])
     assert weights[0] == weights[1]
+
+
+@every_optimizer_with(
+    "setting", [{"weight_decay": 0.25}, {"use_ema": True, "ema_overwrite_frequency": 2}]
+)
+def test_an_integer_among_the_weights_stays_as_it_is(case, setting):
+    """A counter for which somebody forgot `trainable=False`: Keras trains the rest."""
+    optimizer = case.brisk(0.1, **setting)
+    weight, counter = keras.Variable([1.0]), keras.Variable([7], dtype="int32")
+    for _ in range(2):
+        optimizer.apply([tf.constant([0.5]), None], [weight, counter])
+    optimizer.finalize_variable_values([weight, counter])
+    assert weight.numpy() != 1.0
+    assert counter.numpy() == 7
+
+
+@every_rule_alike
+def test_lazy_rows_of_a_raw_variable_decay(case, float64):
+    """Of the rows in the batch alone; the step is that of the dense rule on them."""
+    start = np.array([[1.0, 2.0], [3.0, 4.0]])
+    table = tf.Variable(start)
+    optimizer = case(learning_rate=0.1, weight_decay=0.5, lazy=True)
+    gradient = np.array([[0.5, -1.0]])
+    optimizer.apply([tf.IndexedSlices(tf.constant(gradient), [1], (2, 2))], [table])
+    # The decay is of the weight before the step.
+    expected = case.transcribed(start[1:], [gradient], [0.1])[-1] - 0.05 * start[1:]
+    np.testing.assert_allclose(table.numpy(), [start[0], expected[0]], rtol=1e-12)
 
 
 def test_a_changed_learning_rate_compiles_nothing_again():
