@@ -73,8 +73,9 @@ class GradientOptimizer(SavedStateOptimizer):
             - `loss_scale_factor` (`None`): the loss is multiplied by it, the
               gradients are divided by it.
             - `gradient_accumulation_steps` (`None`): an update every so many
-              steps, with the mean of their gradients; bias corrections count
-              updates.
+              steps, with the mean of their gradients. Bias corrections count
+              updates; schedules and the moving average count steps, as in Keras, so
+              with n steps an update a schedule needs n times its number of steps.
             - `name`: defaults to the class's name in snake case.
 
     Raises:
