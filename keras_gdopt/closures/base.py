@@ -215,8 +215,11 @@ class ClosureOptimizer(SavedStateOptimizer):
             model: Compiled with this optimizer.
 
         Raises:
-            ValueError: If the model is not compiled with this optimizer, has a `train_step`
-                of its own, computes in half precision, or is distributed.
+            ValueError: If the model is not compiled with this optimizer or without a loss, has
+                a `train_step` of its own, no trainable weights, or some with a constraint,
+                computes in half precision, or is distributed; if the optimizer belongs to
+                other weights. What cannot be known of a model that is not built is checked
+                in its first step.
         """
         self._check_model(model)
         model.train_step = _TrainStep(model, self)
@@ -325,18 +328,13 @@ class ClosureOptimizer(SavedStateOptimizer):
             variables: The model's trainable variables.
 
         Raises:
-            ValueError: If a variable is in half precision, or loaded state does not fit.
+            ValueError: If there are no variables, one is not in float32 or float64 or has a
+                constraint, or loaded state does not fit.
         """
         if self.built:
             return
+        self._check_variables(variables)
         self._check_loaded_state_fits(variables)
-        for variable in variables:
-            if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
-                raise ValueError(
-                    f"{type(self).__name__} needs weights in float32 or float64, for a line "
-                    "search compares losses that differ in their last digits. Received: the "
-                    f"variable '{variable_path(variable)}' of dtype {variable.dtype}"
-                )
         super().build(variables)
         dtype = common_dtype(variables)
         for name, (shape, initial) in self.memory_layout(_size(variables)).items():
@@ -414,6 +412,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         def iteration(run: _Run) -> _Run:
             point = run.point
             proposal = self.direction(point, run.memory, learning_rate, loss)
+            # What is remembered may be from before a layer was frozen.
+            proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
             proposal, slope = self._descending(point, proposal, learning_rate)
 
             def evaluate(step: Tensor) -> Trial:
@@ -533,8 +533,11 @@ class ClosureOptimizer(SavedStateOptimizer):
             *(run.memory[name] for name in self.own_metrics),
         ]
         report["model"].assign(tf.stack([tf.cast(n, point.loss.dtype) for n in numbers]))
-        of_variables = [[tf.norm(part) for part in loss.parted(vector)] for vector in vectors]
-        report["variables"].assign(tf.cast(tf.transpose(tf.stack(of_variables)), point.loss.dtype))
+        of_variables = [
+            [tf.cast(tf.norm(part), point.loss.dtype) for part in loss.parted(vector)]
+            for vector in vectors
+        ]
+        report["variables"].assign(tf.transpose(tf.stack(of_variables)))
         report["status"].assign(run.status)
         report["converged"].assign(run.converged)
         report["iterations"].assign(tf.cast(self._iterations, tf.int64))
@@ -596,6 +599,43 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
         if self.closure_chunks > 1:
             _check_chunks_add_up(model)
+        if model.built:
+            self._check_variables(model.trainable_variables)
+
+    def _check_variables(self, variables: Sequence[Any]) -> None:
+        """Raises for variables that this optimizer cannot train, or was not built for."""
+        name = type(self).__name__
+        if not variables:
+            raise ValueError(
+                f"{name} needs trainable weights. Set `trainable = True` for a layer that has "
+                "weights. Received: a model without trainable weights"
+            )
+        for variable in variables:
+            if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
+                raise ValueError(
+                    f"{name} needs weights in float32 or float64, for a line search compares "
+                    "losses that differ in their last digits. Received: the variable "
+                    f"'{variable_path(variable)}' of dtype {variable.dtype}"
+                )
+            if variable.constraint is not None:
+                raise ValueError(
+                    f"{name} does not take constraints: a step that a constraint changes is not "
+                    "the one that the line search accepted. Remove the constraint, or use a "
+                    f"first-order optimizer. Received: the variable '{variable_path(variable)}' "
+                    f"with the constraint {variable.constraint!r}"
+                )
+        if not self.built:
+            return
+        known = {id(variable) for variable in self._trainable_variables}
+        for variable in variables:
+            if id(variable) not in known:
+                paths = [variable_path(v) for v in self._trainable_variables]
+                raise ValueError(
+                    f"{name} remembers the weights it was built for, and cannot train others. "
+                    "For another model, or after unfreezing layers, compile with a new "
+                    f"optimizer. Received: the variable '{variable_path(variable)}'; built for "
+                    f"{len(paths)} variable(s): {paths[:3]}{'...' if len(paths) > 3 else ''}"
+                )
 
 
 class _Run(NamedTuple):
@@ -634,26 +674,31 @@ class _TrainStep:
         model, optimizer = self._both()
         if not self.is_in_effect:
             return type(model).train_step(model, data)
-        if not model.built:
+        compiled_loss = getattr(model, "_compile_loss", None)
+        if not model.built or not (compiled_loss is None or compiled_loss.built):
             model._symbolic_build(data_batch=data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        optimizer._check_variables(model.trainable_variables)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         batch = {"x": x, "y": y, "sample_weight": sample_weight}
         loss = self._minimize(
             {name: part for name, part in batch.items() if part is not None},
             keeps_gradient=optimizer._keeps_gradient,
+            trained=frozenset(id(variable) for variable in model.trainable_variables),
         )
         arguments = {"training": True} if model._call_has_training_arg else {}
         y_pred = model(x, **arguments)  # moves the model's state
-        count = tf.shape(tf.nest.flatten(x)[0])[0]
+        # Moves what a loss tracks of itself, such as the loss of each output.
+        model._compute_loss(x, y, y_pred, sample_weight, training=True)
+        count = tf.shape(next(part for part in keras.tree.flatten(x) if part is not None))[0]
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data, *, keeps_gradient: bool) -> Tensor:
-        del keeps_gradient  # another trace for each, as the optimizer reads it there
+    def _traced(self, data: Data, *, keeps_gradient: bool, trained: frozenset[int]) -> Tensor:
+        del keeps_gradient, trained  # another trace for each, as they are read elsewhere
         model, optimizer = self._both()
-        function = ModelFunction(model)
+        function = ModelFunction(model, optimizer._trainable_variables)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
 
     def _both(self) -> tuple[Any, Any]:
