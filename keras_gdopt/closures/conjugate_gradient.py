@@ -14,6 +14,7 @@ from keras_gdopt.closures.base import (
     first_step_downhill,
 )
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice
 
 BETAS = ("polak_ribiere", "fletcher_reeves")
@@ -108,10 +109,10 @@ class ConjugateGradient(ClosureOptimizer):
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
         """β from the gradients at both ends of the iteration."""
-        change = after.gradient
-        if self.beta == "polak_ribiere":
-            change = after.gradient - before.gradient
-        beta = tf.reduce_sum(change * after.gradient) / tf.reduce_sum(before.gradient**2)
+        scale = norm(before.gradient)  # so that no square over- or underflows
+        old, new = before.gradient / scale, after.gradient / scale
+        change = new - old if self.beta == "polak_ribiere" else new
+        beta = tf.reduce_sum(change * new)
         moved = after.weights - before.weights
         return {
             "direction": proposal.direction,
