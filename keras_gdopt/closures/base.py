@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search import Found, Trial, select
+from keras_gdopt.closures.vectors import norm
 from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
 from keras_gdopt.optimizers.argument_checks import (
     BASE_ARGUMENTS,
@@ -34,7 +35,16 @@ LINE_SEARCHES = ("wolfe", "armijo", "exact")
 
 _NOT_STARTED = "no step was made yet"
 _LOSS_NOT_FINITE = len(searches.STATUSES)
-_STATUSES = (*searches.STATUSES, "the loss or its gradient is not finite at the weights")
+_STALLED = _LOSS_NOT_FINITE + 1
+_STATUSES = (
+    *searches.STATUSES,
+    "the loss or its gradient is not finite at the weights",
+    "neither the loss nor its gradient falls by more than its rounding",
+)
+
+_MOST_FAILURES = 2
+_MOST_STALLED = 20
+_LESS = 0.9  # a gradient shorter by this factor is no rounding
 
 _WHY_REFUSED = {
     "weight_decay": "add a regularizer to the layers, so that it is part of the loss",
@@ -68,6 +78,20 @@ class Point(NamedTuple):
     """All of them, as one vector."""
     loss: Tensor
     gradient: Tensor
+
+
+class Progress(NamedTuple):
+    """How near the iterations are to where rounding ends them; floating-point scalars."""
+
+    failures: Tensor
+    """Line searches without a result, one after the other."""
+    stalled: Tensor
+    """Iterations since the lowest loss or the shortest gradient."""
+    lowest_loss: Tensor
+    shortest_gradient: Tensor
+    loss: Tensor
+    """Where the last iteration ended."""
+    gradient_norm: Tensor
 
 
 class Proposal(NamedTuple):
@@ -167,6 +191,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             checked_flag("jit_compile", jit_compile)
         self.jit_compile = jit_compile
         self._memory: dict[str, Any] = {}
+        self._progress: Any = None
         # What is recorded for callbacks is nothing that is saved, so without Keras's tracking.
         object.__setattr__(self, "_report", None)
         object.__setattr__(self, "_keeps_gradient", False)
@@ -238,7 +263,14 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     @property
     def converged(self) -> bool:
-        """Whether the last step ended where the gradient, or the change, is small enough."""
+        """Whether the last step ended where there is no more to gain.
+
+        There the gradient, or the change of the loss, is within its tolerance, or rounding
+        keeps the loss from falling: two line searches in a row found no lower loss, or
+        neither the loss nor the norm of its gradient fell by more than rounding in 20
+        iterations. `line_search_status` tells which. Steps that start there, on the same
+        batch, evaluate the loss once.
+        """
         return self._report is not None and bool(self._report["converged"].numpy())
 
     @property
@@ -344,6 +376,9 @@ class ClosureOptimizer(SavedStateOptimizer):
                 dtype="int32" if isinstance(initial, int) else dtype,
                 name=name,
             )
+        self._progress = self.add_variable(
+            (len(Progress._fields),), initializer="zeros", dtype=dtype, name="progress"
+        )
         self._make_report()
         self._restore_loaded_state()
 
@@ -368,14 +403,23 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     def _saved_slots(self) -> Mapping[str, Sequence[Any]]:
         # Each is for all weights together.
-        return {name: [variable] for name, variable in self._memory.items()}
+        slots = {name: [variable] for name, variable in self._memory.items()}
+        return {**slots, "progress": [self._progress]} if self.built else slots
 
     def _slot_initial_values(self) -> Mapping[str, float]:
-        return {name: initial for name, (_, initial) in self.memory_layout(0).items()}
+        initial = {name: initial for name, (_, initial) in self.memory_layout(0).items()}
+        return {**initial, "progress": 0.0}
 
     def _state_shapes(self, variables: Sequence[Any]) -> dict[str, tuple[int, ...]]:
         layout = self.memory_layout(_size(variables))
-        return {f"{name}.0": shape for name, (shape, _) in layout.items()}
+        shapes = {f"{name}.0": shape for name, (shape, _) in layout.items()}
+        return {**shapes, "progress.0": (len(Progress._fields),)}
+
+    def _load(self, saved: dict[str, np.ndarray]) -> None:
+        if any(f"{name}.0" in saved for name in self.memory_layout(0)):
+            # Version 0.1.0 saved none.
+            saved = {"progress.0": np.zeros(len(Progress._fields)), **saved}
+        super()._load(saved)
 
     # --- a step --------------------------------------------------------------
 
@@ -402,6 +446,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             variable.assign(value)
         for name, variable in self._memory.items():
             variable.assign(run.memory[name])
+        self._progress.assign(tf.stack(run.progress))
         self._iterations.assign_add(1)
         self._report_on(run, start, learning_rate, loss)
         return run.point.loss
@@ -430,39 +475,49 @@ class ClosureOptimizer(SavedStateOptimizer):
             after = select(failed, point, after)
             memory = self.remember(proposal.memory, point, after, proposal)
             memory = select(failed, self.forget(proposal.memory), memory)
-            failures = tf.where(failed, run.failures + 1, 0)
+            progress = _progress_after(run.progress, after, failed)
+            stalled = progress.stalled >= _MOST_STALLED
+            # Steps to losses that are not finite may become shorter.
+            no_decrease = tf.equal(found.status, searches.NO_DECREASE)
             change = tf.abs(after.loss - point.loss)
             largest = tf.maximum(tf.abs(after.loss), tf.abs(point.loss))
             converged = self._is_flat(after) | (
                 ~failed & (change < self.change_tolerance * largest)
             )
+            ended_by_rounding = stalled | (no_decrease & (progress.failures >= _MOST_FAILURES))
             return _Run(
                 iterations=run.iterations + 1,
                 evaluations=run.evaluations + found.evaluations,
                 point=after,
                 memory=memory,
                 step=trial.step,
-                status=found.status,
-                failures=failures,
-                converged=converged,
+                status=tf.where(stalled & ~failed & ~converged, _STALLED, found.status),
+                progress=progress,
+                converged=converged | ended_by_rounding,
             )
 
         finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
+        progress, ended_by_rounding = self._progress_at(point)
+        status = tf.where(
+            progress.failures >= _MOST_FAILURES,
+            searches.NO_DECREASE,
+            tf.where(ended_by_rounding, _STALLED, searches.ACCEPTED),
+        )
         run = _Run(
             iterations=tf.constant(0),
             evaluations=tf.constant(1),
             point=point,
             memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
             step=tf.zeros_like(point.loss),
-            status=tf.where(finite, searches.ACCEPTED, _LOSS_NOT_FINITE),
-            failures=tf.constant(0),
-            converged=self._is_flat(point),
+            status=tf.where(finite, status, _LOSS_NOT_FINITE),
+            progress=progress,
+            converged=self._is_flat(point) | ended_by_rounding,
         )
         (run,) = tf.while_loop(
             lambda run: (
                 (run.iterations < self.iterations_per_step)
                 & ~run.converged
-                & (run.failures < 2)
+                & (run.progress.failures < _MOST_FAILURES)
                 & finite
             ),
             lambda run: (iteration(run),),
@@ -483,6 +538,19 @@ class ClosureOptimizer(SavedStateOptimizer):
         )
         proposal = select(descends, proposal, steepest)
         return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
+
+    def _progress_at(self, point: Point) -> tuple[Progress, Tensor]:
+        """What was saved if a step goes on where the last one ended; and if rounding ended it."""
+        saved = Progress(*tf.unstack(tf.convert_to_tensor(self._progress)))
+        length = norm(point.gradient)
+        # Evaluated again, neither need be the same to the last bit.
+        same_loss = tf.abs(point.loss - saved.loss) <= searches.rounding_of(saved.loss)
+        same_gradient = tf.abs(length - saved.gradient_norm) <= (1 - _LESS) * saved.gradient_norm
+        goes_on = same_loss & same_gradient & (saved.gradient_norm > 0)
+        zero = tf.zeros_like(length)
+        fresh = Progress(zero, zero, point.loss, length, point.loss, length)
+        ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
+        return select(goes_on, saved, fresh), goes_on & ended
 
     def _line_search(self) -> Callable[..., Found]:
         if self.line_search == "wolfe":
@@ -526,7 +594,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         vectors = (point.gradient, point.weights - start, point.weights)
         numbers = [
             learning_rate,
-            *(tf.norm(vector) for vector in vectors),
+            *(norm(vector) for vector in vectors),
             run.step,
             run.evaluations,
             run.iterations,
@@ -534,7 +602,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         ]
         report["model"].assign(tf.stack([tf.cast(n, point.loss.dtype) for n in numbers]))
         of_variables = [
-            [tf.cast(tf.norm(part), point.loss.dtype) for part in loss.parted(vector)]
+            [tf.cast(norm(part), point.loss.dtype) for part in loss.parted(vector)]
             for vector in vectors
         ]
         report["variables"].assign(tf.transpose(tf.stack(of_variables)))
@@ -647,8 +715,7 @@ class _Run(NamedTuple):
     memory: Memory
     step: Tensor
     status: Tensor
-    failures: Tensor
-    """Line searches without a result, one after the other."""
+    progress: Progress
     converged: Tensor
 
 
@@ -709,6 +776,21 @@ class _TrainStep:
 def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
     """The first trial along the negative gradient: no weights move by more than 1 together."""
     return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
+
+
+def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
+    length = norm(after.gradient)
+    falls = after.loss < before.lowest_loss - searches.rounding_of(before.lowest_loss)
+    shortens = length < _LESS * before.shortest_gradient
+    better = falls | shortens
+    return Progress(
+        failures=tf.where(failed, before.failures + 1, 0.0),
+        stalled=tf.where(better, 0.0, before.stalled + 1),
+        lowest_loss=tf.where(better, after.loss, before.lowest_loss),
+        shortest_gradient=tf.where(better, length, before.shortest_gradient),
+        loss=after.loss,
+        gradient_norm=length,
+    )
 
 
 def _is_compiled(model: keras.Model, asked: bool | str) -> bool:

@@ -114,10 +114,14 @@ class ConjugateGradient(ClosureOptimizer):
         change = new - old if self.beta == "polak_ribiere" else new
         beta = tf.reduce_sum(change * new)
         moved = after.weights - before.weights
+        descent = tf.reduce_sum(moved * before.gradient)
+        # A search that only shortens steps accepts one that is far too short.
+        steepness = tf.reduce_sum(moved * after.gradient) / descent
+        longer = 1.0 / tf.maximum(1.0 - steepness, 0.1)
         return {
             "direction": proposal.direction,
             "beta": tf.maximum(beta, 0.0),
-            "descent": tf.reduce_sum(moved * before.gradient),
+            "descent": tf.where(steepness > self.curvature, longer * descent, descent),
         }
 
     def forget(self, memory: Memory) -> Memory:
