@@ -1,5 +1,7 @@
 """A compiled Keras model as a pure function of its weights."""
 
+import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,16 +30,28 @@ class ModelFunction:
 
     Args:
         model: A built and compiled `keras.Model`.
+        variables: The weights, which must include all that are trainable. Defaults to those.
 
     Raises:
         ValueError: If the model is not built.
+
+    Attributes:
+        is_frozen: For each weight, whether the model does not train it.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(
+        self, model: keras.Model, variables: Sequence[keras.Variable] | None = None
+    ) -> None:
         check_is_built(model)
         self.model = model
-        self.trainable_variables: list[keras.Variable] = list(model.trainable_variables)
-        self.state_variables: list[keras.Variable] = list(model.non_trainable_variables)
+        trainable = list(model.trainable_variables)
+        self.trainable_variables = trainable if variables is None else list(variables)
+        weights = {id(variable) for variable in self.trainable_variables}
+        self.state_variables: list[keras.Variable] = [
+            variable for variable in model.non_trainable_variables if id(variable) not in weights
+        ]
+        trained = {id(variable) for variable in trainable}
+        self.is_frozen = [id(v) not in trained for v in self.trainable_variables]
 
     def loss(
         self,
@@ -81,17 +95,13 @@ def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:
 
 
 def check_is_trainable_by_its_loss(model: Any) -> None:
-    """Raises if a model's training cannot be told from its loss alone."""
+    """Raises if a model's training cannot be told from its loss alone.
+
+    Of a model without a compiled loss it is not always known before its first step whether
+    its layers add one; then that step raises.
+    """
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a `keras.Model`. Received: {model!r}")
-    if not model.compiled or (
-        getattr(model, "_compile_loss", None) is None
-        and (type(model).compute_loss is keras.Model.compute_loss and not model.losses)
-    ):
-        raise ValueError(
-            f"The model '{model.name}' must be compiled with a loss. Call "
-            "`model.compile(optimizer=..., loss=...)` first."
-        )
     own_step = vars(model).get("train_step")  # a closure optimizer's, until another `compile`
     if type(model).train_step is not keras.Model.train_step or getattr(
         own_step, "is_in_effect", own_step is not None
@@ -102,6 +112,44 @@ def check_is_trainable_by_its_loss(model: Any) -> None:
             "`compute_loss` of its own is welcome. Received: a model of class "
             f"{type(model).__name__}"
         )
+    if not model.compiled or _has_no_loss(model):
+        raise ValueError(
+            f"The model '{model.name}' must be compiled with a loss. Call "
+            "`model.compile(optimizer=..., loss=...)` first, or add one with `add_loss` in the "
+            "`call` of a layer."
+        )
+
+
+def _has_no_loss(model: keras.Model) -> bool:
+    """Whether it is certain that a compiled model computes no loss."""
+    if (
+        getattr(model, "_compile_loss", None) is not None
+        or type(model).compute_loss is not keras.Model.compute_loss
+        or model.losses
+    ):
+        return False
+    return _losses_of_a_call(model) == 0
+
+
+def _losses_of_a_call(model: keras.Model) -> int | None:
+    """How many losses a call adds, from tracing one; `None` if that needs data."""
+    inputs = getattr(model, "inputs", None)
+    if not inputs or keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    counts: list[int] = []
+
+    def call(*arguments: Any) -> None:
+        with keras.StatelessScope(collect_losses=True):
+            model(arguments[0] if len(arguments) == 1 else list(arguments), training=True)
+            counts.append(len(model.losses))
+
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a list may stand for a dictionary here
+        tf.function(call, autograph=False).get_concrete_function(*specs)
+    return counts[0] if counts else None
 
 
 def check_is_built(model: keras.Model) -> None:

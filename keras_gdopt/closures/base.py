@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search import Found, Trial, select
+from keras_gdopt.closures.vectors import norm
 from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
 from keras_gdopt.optimizers.argument_checks import (
     BASE_ARGUMENTS,
@@ -34,7 +35,16 @@ LINE_SEARCHES = ("wolfe", "armijo", "exact")
 
 _NOT_STARTED = "no step was made yet"
 _LOSS_NOT_FINITE = len(searches.STATUSES)
-_STATUSES = (*searches.STATUSES, "the loss or its gradient is not finite at the weights")
+_STALLED = _LOSS_NOT_FINITE + 1
+_STATUSES = (
+    *searches.STATUSES,
+    "the loss or its gradient is not finite at the weights",
+    "neither the loss nor its gradient falls by more than its rounding",
+)
+
+_MOST_FAILURES = 2
+_MOST_STALLED = 20
+_LESS = 0.9  # a gradient shorter by this factor is no rounding
 
 _WHY_REFUSED = {
     "weight_decay": "add a regularizer to the layers, so that it is part of the loss",
@@ -68,6 +78,20 @@ class Point(NamedTuple):
     """All of them, as one vector."""
     loss: Tensor
     gradient: Tensor
+
+
+class Progress(NamedTuple):
+    """How near the iterations are to where rounding ends them; floating-point scalars."""
+
+    failures: Tensor
+    """Line searches without a result, one after the other."""
+    stalled: Tensor
+    """Iterations since the lowest loss or the shortest gradient."""
+    lowest_loss: Tensor
+    shortest_gradient: Tensor
+    loss: Tensor
+    """Where the last iteration ended."""
+    gradient_norm: Tensor
 
 
 class Proposal(NamedTuple):
@@ -169,6 +193,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             checked_flag("jit_compile", jit_compile)
         self.jit_compile = jit_compile
         self._memory: dict[str, Any] = {}
+        self._progress: Any = None
         # What is recorded for callbacks is nothing that is saved, so without Keras's tracking.
         object.__setattr__(self, "_report", None)
         object.__setattr__(self, "_keeps_gradient", False)
@@ -217,8 +242,11 @@ class ClosureOptimizer(SavedStateOptimizer):
             model: Compiled with this optimizer.
 
         Raises:
-            ValueError: If the model is not compiled with this optimizer, has a `train_step`
-                of its own, computes in half precision, or is distributed.
+            ValueError: If the model is not compiled with this optimizer or without a loss, has
+                a `train_step` of its own, no trainable weights, or some with a constraint,
+                computes in half precision, or is distributed; if the optimizer belongs to
+                other weights. What cannot be known of a model that is not built is checked
+                in its first step.
         """
         self._check_model(model)
         model.train_step = _TrainStep(model, self)
@@ -237,7 +265,14 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     @property
     def converged(self) -> bool:
-        """Whether the last step ended where the gradient, or the change, is small enough."""
+        """Whether the last step ended where there is no more to gain.
+
+        There the gradient, or the change of the loss, is within its tolerance, or rounding
+        keeps the loss from falling: two line searches in a row found no lower loss, or
+        neither the loss nor the norm of its gradient fell by more than rounding in 20
+        iterations. `line_search_status` tells which. Steps that start there, on the same
+        batch, evaluate the loss once.
+        """
         return self._report is not None and bool(self._report["converged"].numpy())
 
     @property
@@ -327,18 +362,13 @@ class ClosureOptimizer(SavedStateOptimizer):
             variables: The model's trainable variables.
 
         Raises:
-            ValueError: If a variable is in half precision, or loaded state does not fit.
+            ValueError: If there are no variables, one is not in float32 or float64 or has a
+                constraint, or loaded state does not fit.
         """
         if self.built:
             return
+        self._check_variables(variables)
         self._check_loaded_state_fits(variables)
-        for variable in variables:
-            if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
-                raise ValueError(
-                    f"{type(self).__name__} needs weights in float32 or float64, for a line "
-                    "search compares losses that differ in their last digits. Received: the "
-                    f"variable '{variable_path(variable)}' of dtype {variable.dtype}"
-                )
         super().build(variables)
         dtype = common_dtype(variables)
         for name, (shape, initial) in self.memory_layout(_size(variables)).items():
@@ -348,6 +378,9 @@ class ClosureOptimizer(SavedStateOptimizer):
                 dtype="int32" if isinstance(initial, int) else dtype,
                 name=name,
             )
+        self._progress = self.add_variable(
+            (len(Progress._fields),), initializer="zeros", dtype=dtype, name="progress"
+        )
         self._make_report()
         self._restore_loaded_state()
 
@@ -372,14 +405,23 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     def _saved_slots(self) -> Mapping[str, Sequence[Any]]:
         # Each is for all weights together.
-        return {name: [variable] for name, variable in self._memory.items()}
+        slots = {name: [variable] for name, variable in self._memory.items()}
+        return {**slots, "progress": [self._progress]} if self.built else slots
 
     def _slot_initial_values(self) -> Mapping[str, float]:
-        return {name: initial for name, (_, initial) in self.memory_layout(0).items()}
+        initial = {name: initial for name, (_, initial) in self.memory_layout(0).items()}
+        return {**initial, "progress": 0.0}
 
     def _state_shapes(self, variables: Sequence[Any]) -> dict[str, tuple[int, ...]]:
         layout = self.memory_layout(_size(variables))
-        return {f"{name}.0": shape for name, (shape, _) in layout.items()}
+        shapes = {f"{name}.0": shape for name, (shape, _) in layout.items()}
+        return {**shapes, "progress.0": (len(Progress._fields),)}
+
+    def _load(self, saved: dict[str, np.ndarray]) -> None:
+        if any(f"{name}.0" in saved for name in self.memory_layout(0)):
+            # Version 0.1.0 saved none.
+            saved = {"progress.0": np.zeros(len(Progress._fields)), **saved}
+        super()._load(saved)
 
     # --- a step --------------------------------------------------------------
 
@@ -406,6 +448,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             variable.assign(value)
         for name, variable in self._memory.items():
             variable.assign(run.memory[name])
+        self._progress.assign(tf.stack(run.progress))
         self._iterations.assign_add(1)
         self._report_on(run, start, learning_rate, loss)
         return run.point.loss
@@ -416,6 +459,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         def iteration(run: _Run) -> _Run:
             point = run.point
             proposal = self.direction(point, run.memory, learning_rate, loss)
+            # What is remembered may be from before a layer was frozen.
+            proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
             proposal, slope = self._descending(point, proposal, learning_rate)
 
             def evaluate(step: Tensor) -> Trial:
@@ -432,39 +477,49 @@ class ClosureOptimizer(SavedStateOptimizer):
             after = select(failed, point, after)
             memory = self.remember(proposal.memory, point, after, proposal)
             memory = select(failed, self.forget(proposal.memory), memory)
-            failures = tf.where(failed, run.failures + 1, 0)
+            progress = _progress_after(run.progress, after, failed)
+            stalled = progress.stalled >= _MOST_STALLED
+            # Steps to losses that are not finite may become shorter.
+            no_decrease = tf.equal(found.status, searches.NO_DECREASE)
             change = tf.abs(after.loss - point.loss)
             largest = tf.maximum(tf.abs(after.loss), tf.abs(point.loss))
             converged = self._is_flat(after) | (
                 ~failed & (change < self.change_tolerance * largest)
             )
+            ended_by_rounding = stalled | (no_decrease & (progress.failures >= _MOST_FAILURES))
             return _Run(
                 iterations=run.iterations + 1,
                 evaluations=run.evaluations + found.evaluations,
                 point=after,
                 memory=memory,
                 step=trial.step,
-                status=found.status,
-                failures=failures,
-                converged=converged,
+                status=tf.where(stalled & ~failed & ~converged, _STALLED, found.status),
+                progress=progress,
+                converged=converged | ended_by_rounding,
             )
 
         finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
+        progress, ended_by_rounding = self._progress_at(point)
+        status = tf.where(
+            progress.failures >= _MOST_FAILURES,
+            searches.NO_DECREASE,
+            tf.where(ended_by_rounding, _STALLED, searches.ACCEPTED),
+        )
         run = _Run(
             iterations=tf.constant(0),
             evaluations=tf.constant(1),
             point=point,
             memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
             step=tf.zeros_like(point.loss),
-            status=tf.where(finite, searches.ACCEPTED, _LOSS_NOT_FINITE),
-            failures=tf.constant(0),
-            converged=self._is_flat(point),
+            status=tf.where(finite, status, _LOSS_NOT_FINITE),
+            progress=progress,
+            converged=self._is_flat(point) | ended_by_rounding,
         )
         (run,) = tf.while_loop(
             lambda run: (
                 (run.iterations < self.iterations_per_step)
                 & ~run.converged
-                & (run.failures < 2)
+                & (run.progress.failures < _MOST_FAILURES)
                 & finite
             ),
             lambda run: (iteration(run),),
@@ -485,6 +540,19 @@ class ClosureOptimizer(SavedStateOptimizer):
         )
         proposal = select(descends, proposal, steepest)
         return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
+
+    def _progress_at(self, point: Point) -> tuple[Progress, Tensor]:
+        """What was saved if a step goes on where the last one ended; and if rounding ended it."""
+        saved = Progress(*tf.unstack(tf.convert_to_tensor(self._progress)))
+        length = norm(point.gradient)
+        # Evaluated again, neither need be the same to the last bit.
+        same_loss = tf.abs(point.loss - saved.loss) <= searches.rounding_of(saved.loss)
+        same_gradient = tf.abs(length - saved.gradient_norm) <= (1 - _LESS) * saved.gradient_norm
+        goes_on = same_loss & same_gradient & (saved.gradient_norm > 0)
+        zero = tf.zeros_like(length)
+        fresh = Progress(zero, zero, point.loss, length, point.loss, length)
+        ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
+        return select(goes_on, saved, fresh), goes_on & ended
 
     def _line_search(self) -> Callable[..., Found]:
         if self.line_search == "wolfe":
@@ -528,15 +596,18 @@ class ClosureOptimizer(SavedStateOptimizer):
         vectors = (point.gradient, point.weights - start, point.weights)
         numbers = [
             learning_rate,
-            *(tf.norm(vector) for vector in vectors),
+            *(norm(vector) for vector in vectors),
             run.step,
             run.evaluations,
             run.iterations,
             *(run.memory[name] for name in self.own_metrics),
         ]
         report["model"].assign(tf.stack([tf.cast(n, point.loss.dtype) for n in numbers]))
-        of_variables = [[tf.norm(part) for part in loss.parted(vector)] for vector in vectors]
-        report["variables"].assign(tf.cast(tf.transpose(tf.stack(of_variables)), point.loss.dtype))
+        of_variables = [
+            [tf.cast(norm(part), point.loss.dtype) for part in loss.parted(vector)]
+            for vector in vectors
+        ]
+        report["variables"].assign(tf.transpose(tf.stack(of_variables)))
         report["status"].assign(run.status)
         report["converged"].assign(run.converged)
         report["iterations"].assign(tf.cast(self._iterations, tf.int64))
@@ -598,6 +669,43 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
         if self.closure_chunks > 1:
             _check_chunks_add_up(model)
+        if model.built:
+            self._check_variables(model.trainable_variables)
+
+    def _check_variables(self, variables: Sequence[Any]) -> None:
+        """Raises for variables that this optimizer cannot train, or was not built for."""
+        name = type(self).__name__
+        if not variables:
+            raise ValueError(
+                f"{name} needs trainable weights. Set `trainable = True` for a layer that has "
+                "weights. Received: a model without trainable weights"
+            )
+        for variable in variables:
+            if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
+                raise ValueError(
+                    f"{name} needs weights in float32 or float64, for a line search compares "
+                    "losses that differ in their last digits. Received: the variable "
+                    f"'{variable_path(variable)}' of dtype {variable.dtype}"
+                )
+            if variable.constraint is not None:
+                raise ValueError(
+                    f"{name} does not take constraints: a step that a constraint changes is not "
+                    "the one that the line search accepted. Remove the constraint, or use a "
+                    f"first-order optimizer. Received: the variable '{variable_path(variable)}' "
+                    f"with the constraint {variable.constraint!r}"
+                )
+        if not self.built:
+            return
+        known = {id(variable) for variable in self._trainable_variables}
+        for variable in variables:
+            if id(variable) not in known:
+                paths = [variable_path(v) for v in self._trainable_variables]
+                raise ValueError(
+                    f"{name} remembers the weights it was built for, and cannot train others. "
+                    "For another model, or after unfreezing layers, compile with a new "
+                    f"optimizer. Received: the variable '{variable_path(variable)}'; built for "
+                    f"{len(paths)} variable(s): {paths[:3]}{'...' if len(paths) > 3 else ''}"
+                )
 
 
 class _Run(NamedTuple):
@@ -609,8 +717,7 @@ class _Run(NamedTuple):
     memory: Memory
     step: Tensor
     status: Tensor
-    failures: Tensor
-    """Line searches without a result, one after the other."""
+    progress: Progress
     converged: Tensor
 
 
@@ -636,26 +743,31 @@ class _TrainStep:
         model, optimizer = self._both()
         if not self.is_in_effect:
             return type(model).train_step(model, data)
-        if not model.built:
+        compiled_loss = getattr(model, "_compile_loss", None)
+        if not model.built or not (compiled_loss is None or compiled_loss.built):
             model._symbolic_build(data_batch=data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        optimizer._check_variables(model.trainable_variables)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         batch = {"x": x, "y": y, "sample_weight": sample_weight}
         loss = self._minimize(
             {name: part for name, part in batch.items() if part is not None},
             keeps_gradient=optimizer._keeps_gradient,
+            trained=frozenset(id(variable) for variable in model.trainable_variables),
         )
         arguments = {"training": True} if model._call_has_training_arg else {}
         y_pred = model(x, **arguments)  # moves the model's state
-        count = tf.shape(tf.nest.flatten(x)[0])[0]
+        # Moves what a loss tracks of itself, such as the loss of each output.
+        model._compute_loss(x, y, y_pred, sample_weight, training=True)
+        count = tf.shape(next(part for part in keras.tree.flatten(x) if part is not None))[0]
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data, *, keeps_gradient: bool) -> Tensor:
-        del keeps_gradient  # another trace for each, as the optimizer reads it there
+    def _traced(self, data: Data, *, keeps_gradient: bool, trained: frozenset[int]) -> Tensor:
+        del keeps_gradient, trained  # another trace for each, as they are read elsewhere
         model, optimizer = self._both()
-        function = ModelFunction(model)
+        function = ModelFunction(model, optimizer._trainable_variables)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
 
     def _both(self) -> tuple[Any, Any]:
@@ -666,6 +778,21 @@ class _TrainStep:
 def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
     """The first trial along the negative gradient: no weights move by more than 1 together."""
     return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
+
+
+def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
+    length = norm(after.gradient)
+    falls = after.loss < before.lowest_loss - searches.rounding_of(before.lowest_loss)
+    shortens = length < _LESS * before.shortest_gradient
+    better = falls | shortens
+    return Progress(
+        failures=tf.where(failed, before.failures + 1, 0.0),
+        stalled=tf.where(better, 0.0, before.stalled + 1),
+        lowest_loss=tf.where(better, after.loss, before.lowest_loss),
+        shortest_gradient=tf.where(better, length, before.shortest_gradient),
+        loss=after.loss,
+        gradient_norm=length,
+    )
 
 
 def _is_compiled(model: keras.Model, asked: bool | str) -> bool:

@@ -37,6 +37,7 @@ class BatchLoss:
         self._state = [tf.convert_to_tensor(v) for v in function.state_variables]
         self._shapes = [tuple(v.shape) for v in function.trainable_variables]
         self._dtypes = [tf.as_dtype(v.dtype) for v in function.trainable_variables]
+        self._is_frozen = function.is_frozen
         self._sizes = [tf.TensorShape(shape).num_elements() for shape in self._shapes]
         self._dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
         # One trace each, wherever they are called from.
@@ -62,6 +63,19 @@ class BatchLoss:
             tf.cast(tf.reshape(part, shape), dtype)
             for part, shape, dtype in zip(parts, self._shapes, self._dtypes, strict=True)
         ]
+
+    def without_frozen(self, vector: Tensor) -> Tensor:
+        """The vector with 0 for the weights that are frozen."""
+        if not any(self._is_frozen):
+            return vector
+        parts = tf.split(vector, self._sizes)
+        return tf.concat(
+            [
+                tf.zeros_like(part) if is_frozen else part
+                for part, is_frozen in zip(parts, self._is_frozen, strict=True)
+            ],
+            axis=0,
+        )
 
     # --- the function --------------------------------------------------------
 
@@ -112,7 +126,11 @@ class BatchLoss:
     def _of_part(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            loss, _ = self._function.loss(self.parted(weights), self._state, batch)
+            arrays = [
+                tf.stop_gradient(array) if is_frozen else array
+                for array, is_frozen in zip(self.parted(weights), self._is_frozen, strict=True)
+            ]
+            loss, _ = self._function.loss(arrays, self._state, batch)
             loss = tf.cast(loss, self._dtype)
         gradient = tape.gradient(loss, weights, unconnected_gradients="zero")
         return loss, tf.convert_to_tensor(gradient)

@@ -14,6 +14,7 @@ from keras_gdopt.closures.base import (
     first_step_downhill,
 )
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice
 
 BETAS = ("polak_ribiere", "fletcher_reeves")
@@ -108,15 +109,19 @@ class ConjugateGradient(ClosureOptimizer):
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
         """β from the gradients at both ends of the iteration."""
-        change = after.gradient
-        if self.beta == "polak_ribiere":
-            change = after.gradient - before.gradient
-        beta = tf.reduce_sum(change * after.gradient) / tf.reduce_sum(before.gradient**2)
+        scale = norm(before.gradient)  # so that no square over- or underflows
+        old, new = before.gradient / scale, after.gradient / scale
+        change = new - old if self.beta == "polak_ribiere" else new
+        beta = tf.reduce_sum(change * new)
         moved = after.weights - before.weights
+        descent = tf.reduce_sum(moved * before.gradient)
+        # A search that only shortens steps accepts one that is far too short.
+        steepness = tf.reduce_sum(moved * after.gradient) / descent
+        longer = 1.0 / tf.maximum(1.0 - steepness, 0.1)
         return {
             "direction": proposal.direction,
             "beta": tf.maximum(beta, 0.0),
-            "descent": tf.reduce_sum(moved * before.gradient),
+            "descent": tf.where(steepness > self.curvature, longer * descent, descent),
         }
 
     def forget(self, memory: Memory) -> Memory:

@@ -15,6 +15,7 @@ from keras_gdopt.closures.base import (
     first_step_downhill,
 )
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.vectors import cosine, norm
 from keras_gdopt.optimizers.argument_checks import checked_count
 
 
@@ -37,9 +38,10 @@ class LBFGS(ClosureOptimizer):
     - $r = \gamma_t q$; for k from the oldest to the newest:
       $r \leftarrow r + s_k (a_k - y_k^\top r / s_k^\top y_k)$; then $H_t g_t = r$.
 
-    A pair is left out where $s^\top y \le \varepsilon\, y^\top y$ (ε the rounding of the
-    weights' dtype), for H would no longer be positive definite. The gradients of a pair are of
-    one batch.
+    A pair is left out where $s^\top y \le \varepsilon\, \|s\| \|y\|$ (ε the rounding of the
+    weights' dtype), for H would no longer be positive definite. That depends on the angle of
+    both only, not on the units of the loss or the weights. The gradients of a pair are of one
+    batch.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
@@ -119,9 +121,12 @@ class LBFGS(ClosureOptimizer):
         """One pair more, if it keeps H positive definite."""
         del proposal
         step, change = after.weights - before.weights, after.gradient - before.gradient
-        product, square = tf.reduce_sum(step * change), tf.reduce_sum(change**2)
-        epsilon = np.finfo(product.dtype.as_numpy_dtype).eps
-        kept = tf.math.is_finite(square) & (product > epsilon * square)
+        epsilon = np.finfo(step.dtype.as_numpy_dtype).eps
+        kept = cosine(step, change) > epsilon
+        # H is the same for any multiple of a pair: of this one no product over- or underflows.
+        scale = tf.sqrt(norm(step)) * tf.sqrt(norm(change))
+        step, change = (tf.math.divide_no_nan(vector, scale) for vector in (step, change))
+        product = tf.reduce_sum(step * change)
         place, size = memory["next_pair"], memory["products"].shape[0]
 
         def with_row(name: str, row: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def armijo(
 def _is_enough(trial: Trial, start: Trial, sufficient_decrease: float) -> Tensor:
     """Whether the loss has decreased enough or, where it does not tell, the slope is right."""
     wanted = -sufficient_decrease * trial.step * start.slope
-    rounding = _rounding(start.loss)
+    rounding = rounding_of(start.loss)
     tells = (wanted > rounding) | (tf.abs(trial.loss - start.loss) > rounding)
     by_slope = trial.slope <= (2 * sufficient_decrease - 1) * start.slope
     return tf.where(tells, trial.loss <= start.loss - wanted, by_slope)
@@ -184,7 +184,7 @@ def _rises(trial: Trial, other: Any, start: Trial) -> Tensor:
     The loss may be a difference of numbers that are larger, so the rounding is not below that
     of the loss at the start.
     """
-    rounding = tf.maximum(_rounding(start.loss), _rounding(other.loss))
+    rounding = tf.maximum(rounding_of(start.loss), rounding_of(other.loss))
     return trial.loss > other.loss + rounding
 
 
@@ -243,7 +243,7 @@ def _noted(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
     """What is known after a trial, but for where to go next."""
     finite = _is_finite(trial)
     lowest = tf.where(finite, tf.minimum(trial.loss, search.lowest), search.lowest)
-    most = lowest + _rounding(lowest)
+    most = lowest + rounding_of(lowest)
     flatter = (search.best.loss > most) | (tf.abs(trial.slope) < tf.abs(search.best.slope))
     better = finite & (trial.loss <= most) & flatter
     return search._replace(
@@ -256,7 +256,7 @@ def _noted(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
 
 
 def _found(search: _Search, start: Trial) -> Found:
-    decreased = search.best.loss < start.loss - _rounding(start.loss)
+    decreased = search.best.loss < start.loss - rounding_of(start.loss)
     status = tf.where(
         search.accepted,
         ACCEPTED,
@@ -358,7 +358,7 @@ def _wolfe_inside(low: _Bound, high: _Bound) -> Tensor:
     two = tf.sign(high.step - low.step) * scale * tf.sqrt(tf.maximum(root, 0.0))
     cubic = 1.0 - (high.slope + two - one) / (high.slope - low.slope + 2 * two)
     # Where the losses say nothing, by the slopes.
-    rounding = tf.maximum(_rounding(low.loss), _rounding(high.loss))
+    rounding = tf.maximum(rounding_of(low.loss), rounding_of(high.loss))
     part = tf.where(tf.abs(rise) <= rounding, _zero_inside(low, high), cubic)
     return _clipped(part, 0.01, 0.99)
 
@@ -423,5 +423,6 @@ def _epsilon(like: Tensor) -> float:
     return float(np.finfo(like.dtype.as_numpy_dtype).eps)
 
 
-def _rounding(loss: Tensor) -> Tensor:
+def rounding_of(loss: Tensor) -> Tensor:
+    """By how much two losses may differ that are the same but for rounding."""
     return 4 * _epsilon(loss) * tf.abs(loss)

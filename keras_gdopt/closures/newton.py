@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_gdopt.closures.base import ClosureOptimizer, Memory, Point, Proposal, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.vectors import cosine, norm
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
 
 SOLVERS = ("auto", "exact", "cg")
@@ -150,8 +151,10 @@ class Newton(ClosureOptimizer):
                 tolerance,
             )
             memory["tolerance"] = tolerance
-        memory["curvature"] = tf.reduce_sum(direction * product) / tf.reduce_sum(direction**2)
-        memory["gradient_norm"] = tf.norm(point.gradient)
+        length = norm(direction)
+        along = tf.math.divide_no_nan(direction, length)
+        memory["curvature"] = tf.math.divide_no_nan(tf.reduce_sum(along * product), length)
+        memory["gradient_norm"] = norm(point.gradient)
         return Proposal(direction, learning_rate, memory)
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
@@ -159,8 +162,8 @@ class Newton(ClosureOptimizer):
         del proposal
         step = after.weights - before.weights
         curvature, damping = memory["curvature"], memory["damping"]
-        promised = tf.reduce_sum(step * before.gradient)
-        promised += 0.5 * curvature * tf.reduce_sum(step**2)
+        length = norm(step)
+        promised = tf.reduce_sum(step * before.gradient) + 0.5 * curvature * length * length
         rounding = 8 * np.finfo(curvature.dtype.as_numpy_dtype).eps * tf.abs(before.loss)
         kept = (after.loss - before.loss - rounding) / (promised - rounding)
         lowered = tf.where(damping > 1e-6 * tf.abs(curvature), 0.1 * damping, 0.0)
@@ -181,48 +184,80 @@ class Newton(ClosureOptimizer):
 
 def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """The direction, and the λ with which the Hessian is positive definite."""
-    identity = tf.eye(hessian.shape[0], dtype=hessian.dtype)
     largest = tf.reduce_max(tf.abs(tf.linalg.diag_part(hessian)))
     epsilon = np.finfo(hessian.dtype.as_numpy_dtype).eps
     # Pivots below the first are rounding; the other is half way between 1 and rounding.
-    zero, least = hessian.shape[0] * epsilon * largest, epsilon**0.5 * largest
+    zero, half = hessian.shape[0] * epsilon, epsilon**0.5
 
-    def solved(damping: Tensor) -> tuple[Tensor, Tensor]:
-        # Compiled, a decomposition that fails gives numbers that are none.
-        factor = tf.linalg.cholesky(hessian + damping * identity)
-        direction = -tf.linalg.cholesky_solve(factor, gradient[:, None])[:, 0]
-        positive = tf.reduce_min(tf.linalg.diag_part(factor) ** 2) > zero
+    def solved(damping: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        matrix, scale = _with_unit_diagonal(hessian, damping)
+        # Compiled, a decomposition that fails returns NaN.
+        factor = tf.linalg.cholesky(tf.linalg.set_diag(matrix, _diagonal(matrix) + ridge))
+        direction = -tf.linalg.cholesky_solve(factor, (gradient / scale)[:, None])[:, 0] / scale
+        positive = tf.reduce_min(_diagonal(factor) ** 2) > zero
         return direction, positive & tf.reduce_all(tf.math.is_finite(direction))
 
     def raised(raises: Tensor, damping: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        damping = tf.maximum(10.0 * damping, least)
-        return raises + 1, damping, *solved(damping)
+        # At first a part of the diagonal, which is enough for a singular Hessian.
+        at_first = tf.equal(raises, 0)
+        ridge = tf.where(at_first, tf.cast(half, damping.dtype), 0.0)
+        damping = tf.where(at_first, damping, tf.maximum(10.0 * damping, half * largest))
+        return raises + 1, damping, *solved(damping, ridge)
 
     _, damping, direction, _ = tf.while_loop(
         lambda raises, _damping, _direction, positive: ~positive & (raises < _MOST_RAISES),
         raised,
-        (tf.constant(0), damping, *solved(damping)),
+        (tf.constant(0), damping, *solved(damping, tf.zeros_like(damping))),
     )
     return direction, damping
 
 
+def _with_unit_diagonal(hessian: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The damped Hessian in units of each weight's own curvature, and these units.
+
+    What is rounding in it depends neither on the units of the loss nor on those of features.
+    """
+    damped = tf.linalg.set_diag(hessian, _diagonal(hessian) + damping)
+    curvatures = tf.abs(_diagonal(damped))
+    scale = tf.sqrt(tf.where(curvatures > 0, curvatures, 1.0))
+    return damped / scale[:, None] / scale[None, :], scale
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return tf.linalg.diag_part(matrix)
+
+
 def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """As `_by_cholesky`; by the pseudo-inverse where the Hessian is singular."""
+    epsilon = np.finfo(hessian.dtype.as_numpy_dtype).eps
+    zero = epsilon * hessian.shape[0]
     values, vectors = tf.linalg.eigh(hessian)
     largest = tf.reduce_max(tf.abs(values))
-    zero = np.finfo(hessian.dtype.as_numpy_dtype).eps * hessian.shape[0] * largest
-    negative = values[0] < -zero
+    negative = values[0] < -zero * largest
     damping = tf.where(negative, tf.maximum(damping, 1e-3 * largest - values[0]), damping)
     shifted = values + damping
-    inverse = tf.where(shifted > zero, 1.0 / shifted, 0.0)
-    parts = tf.linalg.matvec(vectors, gradient, transpose_a=True)
-    return -tf.linalg.matvec(vectors, inverse * parts), damping
+
+    def by_all() -> Tensor:
+        parts = tf.linalg.matvec(vectors, gradient, transpose_a=True)
+        return tf.linalg.matvec(vectors, parts / shifted)
+
+    def by_the_pseudo_inverse() -> Tensor:
+        # Beside the largest, small eigenvalues may only seem to be rounding.
+        matrix, scale = _with_unit_diagonal(hessian, damping)
+        values, vectors = tf.linalg.eigh(matrix)
+        values = tf.abs(values)
+        inverse = tf.where(values > zero * tf.reduce_max(values), 1.0 / values, 0.0)
+        parts = tf.linalg.matvec(vectors, gradient / scale, transpose_a=True)
+        return tf.linalg.matvec(vectors, inverse * parts) / scale
+
+    is_regular = tf.reduce_min(shifted) > epsilon**0.5 * largest
+    return -tf.cond(is_regular, by_all, by_the_pseudo_inverse), damping
 
 
 def _forcing_term(gradient: Tensor, memory: Memory) -> Tensor:
     """η of Eisenstat and Walker, choice 2, with their safeguard."""
     before = memory["gradient_norm"]
-    term = 0.9 * tf.math.divide_no_nan(tf.norm(gradient), before) ** _GOLDEN
+    term = 0.9 * tf.math.divide_no_nan(norm(gradient), before) ** _GOLDEN
     safeguard = 0.9 * memory["tolerance"] ** _GOLDEN
     term = tf.where(safeguard > 0.1, tf.maximum(term, safeguard), term)
     return tf.where(before > 0, tf.minimum(term, 0.5), 0.5)
@@ -232,7 +267,9 @@ def _by_conjugate_gradient(
     product: Any, gradient: Tensor, damping: Tensor, tolerance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The direction, the Hessian's product with it, and the iterations that it took."""
-    goal = tolerance * tf.norm(gradient)
+    # The direction is proportional to the gradient, so solve for one of length 1.
+    length = norm(gradient)
+    gradient = tf.math.divide_no_nan(gradient, length)
     epsilon = np.finfo(gradient.dtype.as_numpy_dtype).eps
 
     def body(
@@ -240,18 +277,18 @@ def _by_conjugate_gradient(
         residual: Tensor, search: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         of_search = product(search)
-        square, norm = tf.reduce_sum(residual**2), tf.reduce_sum(search**2)
-        curvature = tf.reduce_sum(search * of_search) + damping * norm
-        # Also no number, where a product is not finite.
-        negative = ~(curvature > epsilon * norm)
+        damped = of_search + damping * search
+        square, curvature = tf.reduce_sum(residual**2), tf.reduce_sum(search * damped)
+        # By the angle, which depends on no units. Also where a product is not finite.
+        negative = ~(cosine(search, damped) > epsilon)
         # Along a first direction of negative curvature: the negative gradient as it is.
         at_first = tf.cast(tf.equal(count, 0), square.dtype)
         length = tf.where(negative, at_first, square / curvature)
         solution += length * search
         its_product += length * of_search
-        residual -= length * (of_search + damping * search)
+        residual -= length * damped
         new_square = tf.reduce_sum(residual**2)
-        ended = negative | (tf.sqrt(new_square) <= goal)
+        ended = negative | (tf.sqrt(new_square) <= tolerance)
         return (
             count + 1, ended, solution, its_product, residual,
             residual + new_square / square * search,
@@ -263,4 +300,4 @@ def _by_conjugate_gradient(
         body,
         (tf.constant(0), tf.constant(False), zeros, zeros, -gradient, -gradient),
     )
-    return solution, its_product, count
+    return length * solution, length * its_product, count

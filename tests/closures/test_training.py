@@ -194,7 +194,7 @@ def test_state_of_another_size_is_refused(cls, tmp_path):
     model.optimizer.save_own_variables(state)
     other = _plain(cls)
     other.build([keras.Variable(np.zeros(3))])
-    if any(np.ndim(array) for array in state.values()):
+    if other.memory_layout(3) != other.memory_layout(31):
         with pytest.raises(ValueError, match="another shape"):
             other.load_own_variables(state)
     state["more.0"] = np.zeros(3)

@@ -1,0 +1,23 @@
+"""Lengths and angles of vectors whose squares over- or underflow."""
+
+from typing import Any
+
+import tensorflow as tf
+
+Tensor = Any
+
+
+def norm(vector: Tensor) -> Tensor:
+    """The Euclidean norm; finite if the result is."""
+    largest = tf.reduce_max(tf.abs(vector))
+    scaled = tf.math.divide_no_nan(vector, largest)
+    length = largest * tf.sqrt(tf.reduce_sum(scaled**2))
+    # A NaN is no maximum.
+    return tf.where(tf.math.is_finite(largest), length, tf.reduce_sum(tf.abs(vector)))
+
+
+def cosine(one: Tensor, other: Tensor) -> Tensor:
+    """The cosine of the angle between two vectors; 0 if one is 0."""
+    return tf.reduce_sum(
+        tf.math.divide_no_nan(one, norm(one)) * tf.math.divide_no_nan(other, norm(other))
+    )
