@@ -27,6 +27,8 @@ class OrdinaryModel:
     metrics: Any = None
     full_batches_only: bool = False
     """Whether each batch must have `BATCH` samples."""
+    compiles: bool = True
+    """Whether XLA compiles it."""
 
 
 def _draw(*shape: int) -> np.ndarray:
@@ -38,7 +40,8 @@ TARGETS = (FEATURES[:, :1] > 0).astype("float32")  # labels of two classes, and 
 SEQUENCES = _draw(SAMPLES, 5, 2)
 IDS = np.random.default_rng(0).integers(1, 6, (SAMPLES, 5)).astype("int32")
 IDS[::2, -1] = 0  # padding
-WORDS = np.array([["the cat"], ["a dog and the cat"], ["mice"]] * (SAMPLES // 3))
+# Keras takes no strings of NumPy.
+WORDS = tf.constant([["the cat"], ["a dog and the cat"], ["mice"]] * (SAMPLES // 3))
 
 
 def _sequential(*parts: Any) -> keras.Model:
@@ -213,7 +216,7 @@ MODELS: dict[str, OrdinaryModel] = {
     "Embedding with `mask_zero`": OrdinaryModel(_embedding, IDS, TARGETS),
     "LSTM": OrdinaryModel(_lstm, SEQUENCES, TARGETS),
     "stateful LSTM": OrdinaryModel(_stateful_lstm, SEQUENCES, TARGETS, full_batches_only=True),
-    "TextVectorization": OrdinaryModel(_words, WORDS, TARGETS),
+    "TextVectorization": OrdinaryModel(_words, WORDS, TARGETS, compiles=False),
     "constraints": OrdinaryModel(
         lambda: _dense(kernel_constraint="non_neg", name="bounded"), FEATURES, TARGETS
     ),
