@@ -97,7 +97,7 @@ def test_a_train_step_is_named_before_a_missing_loss():
 # --- losses -------------------------------------------------------------------------------
 
 
-class _AddsLoss(layers.Layer):
+class AddsLoss(layers.Layer):
     def call(self, pair):
         self.add_loss(keras.ops.mean((pair[0] - 2 * pair[1]) ** 2))
         return pair[0]
@@ -105,7 +105,7 @@ class _AddsLoss(layers.Layer):
 
 def _only_add_loss():
     inputs = keras.Input((1,))
-    return keras.Model(inputs, _AddsLoss()([layers.Dense(1)(inputs), inputs]))
+    return keras.Model(inputs, AddsLoss()([layers.Dense(1)(inputs), inputs]))
 
 
 def test_a_loss_that_only_layers_add():
@@ -143,7 +143,7 @@ def test_no_loss_of_a_model_that_cannot_be_asked():
     assert len(str(raised.value).splitlines()) < 4
 
 
-class _Tracks(keras.Model):
+class Tracks(keras.Model):
     """A model whose `compute_loss` has a metric of its own."""
 
     def __init__(self, *args, **kwargs):
@@ -170,7 +170,7 @@ def test_history_has_the_losses_that_evaluate_has_afterwards(arguments):
     hidden = layers.Dense(4, "tanh")(inputs)
     outputs = {"a": layers.Dense(1, name="a")(hidden), "b": layers.Dense(1, name="b")(hidden)}
     model = _attached(
-        _Tracks(inputs, outputs),
+        Tracks(inputs, outputs),
         gdopt.LBFGS(iterations_per_step=3, jit_compile=False),
         {"a": "mse", "b": "mae"},
         metrics={"a": "mae"},
