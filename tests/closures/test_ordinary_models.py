@@ -251,12 +251,11 @@ def test_frozen_weights_stay_where_keras_leaves_them(cls, order, eager):
 
 # --- units --------------------------------------------------------------------------------
 
-# With what each is made, besides; and the steps that are compiled.
+EXACT, COMPILED = {"solver": "exact"}, {"solver": "exact", "jit_compile": True}
 KINDS = [
     (gdopt.LBFGS, {}),
     (gdopt.ConjugateGradient, {}),
-    (gdopt.Newton, {"solver": "exact"}),
-    (gdopt.Newton, {"solver": "exact", "jit_compile": True}),
+    (gdopt.Newton, EXACT),
     (gdopt.Newton, {"solver": "cg"}),
 ]
 
@@ -274,7 +273,7 @@ def _valley(x):
 START = (-1.0, 2.0, 0.5)
 
 
-@pytest.mark.parametrize(("cls", "arguments"), KINDS)
+@pytest.mark.parametrize(("cls", "arguments"), [*KINDS, slow(gdopt.Newton, COMPILED)])
 def test_the_unit_of_the_loss_does_not_matter(cls, arguments):
     """In float32. The first step of L-BFGS and CG is min(1, 1/|g|), so theirs only grows."""
     expected = _path(cls, arguments, _valley, START)
@@ -284,11 +283,11 @@ def test_the_unit_of_the_loss_does_not_matter(cls, arguments):
         np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("cls", "arguments"), [kind for kind in KINDS if "exact" in str(kind[1])])
-def test_the_units_of_features_do_not_matter_to_newton(cls, arguments):
+@pytest.mark.parametrize("arguments", [EXACT, slow(COMPILED)], ids=["plain", "compiled"])
+def test_the_units_of_features_do_not_matter_to_newton(arguments):
     units = np.array([2.0**14, 1.0, 2.0**-6], "float32")
-    expected = _path(cls, arguments, _valley, START)
-    received = _path(cls, arguments, lambda x: _valley(x * units), START / units)
+    expected = _path(gdopt.Newton, arguments, _valley, START)
+    received = _path(gdopt.Newton, arguments, lambda x: _valley(x * units), START / units)
     np.testing.assert_allclose(received * units, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -296,6 +295,7 @@ def test_the_units_of_features_do_not_matter_to_newton(cls, arguments):
     ("cls", "arguments"),
     [
         *KINDS,
+        (gdopt.Newton, COMPILED),
         slow(gdopt.LBFGS, {"line_search": "armijo"}),
         slow(gdopt.LBFGS, {"line_search": "exact"}),
         slow(gdopt.Newton, {"line_search": "armijo"}),
