@@ -787,7 +787,7 @@ def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
     better = falls | shortens
     return Progress(
         failures=tf.where(failed, before.failures + 1, 0.0),
-        stalled=tf.where(better, 0.0, before.stalled + 1),
+        stalled=tf.where(better, tf.zeros_like(length), before.stalled + 1),
         lowest_loss=tf.where(better, after.loss, before.lowest_loss),
         shortest_gradient=tf.where(better, length, before.shortest_gradient),
         loss=after.loss,

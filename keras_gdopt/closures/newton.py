@@ -29,9 +29,11 @@ class Newton(ClosureOptimizer):
     where H is the Hessian of the batch's loss and α is found by line search.
 
     - `solver="exact"` builds H and solves by Cholesky decomposition, with λ raised until
-      $H + \lambda I$ is positive definite. In a step that is not compiled
-      (`jit_compile=False`) it takes the eigenvalues of H instead and, where H is singular,
-      its pseudo-inverse.
+      $H + \lambda I$ is positive definite; where it is only singular, $\sqrt\varepsilon$ of its
+      diagonal is added instead. In a step that is not compiled (`jit_compile=False`) it takes
+      the eigenvalues of H and, where H is singular, its pseudo-inverse. What is singular is
+      judged with H scaled to a unit diagonal, so that it does not depend on the features'
+      units.
     - `solver="cg"` never builds H: conjugate gradient solves for the direction until the
       residual is below $\eta_t \|g_t\|$ with
       $\eta_t = 0.9\, (\|g_t\| / \|g_{t-1}\|)^{1.618}$ (and at most 0.5), or the curvature is

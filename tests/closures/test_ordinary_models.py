@@ -97,7 +97,7 @@ def test_a_train_step_is_named_before_a_missing_loss():
 # --- losses -------------------------------------------------------------------------------
 
 
-class _AddsLoss(layers.Layer):
+class AddsLoss(layers.Layer):
     def call(self, pair):
         self.add_loss(keras.ops.mean((pair[0] - 2 * pair[1]) ** 2))
         return pair[0]
@@ -105,7 +105,7 @@ class _AddsLoss(layers.Layer):
 
 def _only_add_loss():
     inputs = keras.Input((1,))
-    return keras.Model(inputs, _AddsLoss()([layers.Dense(1)(inputs), inputs]))
+    return keras.Model(inputs, AddsLoss()([layers.Dense(1)(inputs), inputs]))
 
 
 def test_a_loss_that_only_layers_add():
@@ -143,7 +143,7 @@ def test_no_loss_of_a_model_that_cannot_be_asked():
     assert len(str(raised.value).splitlines()) < 4
 
 
-class _Tracks(keras.Model):
+class Tracks(keras.Model):
     """A model whose `compute_loss` has a metric of its own."""
 
     def __init__(self, *args, **kwargs):
@@ -170,7 +170,7 @@ def test_history_has_the_losses_that_evaluate_has_afterwards(arguments):
     hidden = layers.Dense(4, "tanh")(inputs)
     outputs = {"a": layers.Dense(1, name="a")(hidden), "b": layers.Dense(1, name="b")(hidden)}
     model = _attached(
-        _Tracks(inputs, outputs),
+        Tracks(inputs, outputs),
         gdopt.LBFGS(iterations_per_step=3, jit_compile=False),
         {"a": "mse", "b": "mae"},
         metrics={"a": "mae"},
@@ -251,12 +251,11 @@ def test_frozen_weights_stay_where_keras_leaves_them(cls, order, eager):
 
 # --- units --------------------------------------------------------------------------------
 
-# With what each is made, besides; and the steps that are compiled.
+EXACT, COMPILED = {"solver": "exact"}, {"solver": "exact", "jit_compile": True}
 KINDS = [
     (gdopt.LBFGS, {}),
     (gdopt.ConjugateGradient, {}),
-    (gdopt.Newton, {"solver": "exact"}),
-    (gdopt.Newton, {"solver": "exact", "jit_compile": True}),
+    (gdopt.Newton, EXACT),
     (gdopt.Newton, {"solver": "cg"}),
 ]
 
@@ -274,7 +273,7 @@ def _valley(x):
 START = (-1.0, 2.0, 0.5)
 
 
-@pytest.mark.parametrize(("cls", "arguments"), KINDS)
+@pytest.mark.parametrize(("cls", "arguments"), [*KINDS, slow(gdopt.Newton, COMPILED)])
 def test_the_unit_of_the_loss_does_not_matter(cls, arguments):
     """In float32. The first step of L-BFGS and CG is min(1, 1/|g|), so theirs only grows."""
     expected = _path(cls, arguments, _valley, START)
@@ -284,11 +283,11 @@ def test_the_unit_of_the_loss_does_not_matter(cls, arguments):
         np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("cls", "arguments"), [kind for kind in KINDS if "exact" in str(kind[1])])
-def test_the_units_of_features_do_not_matter_to_newton(cls, arguments):
+@pytest.mark.parametrize("arguments", [EXACT, slow(COMPILED)], ids=["plain", "compiled"])
+def test_the_units_of_features_do_not_matter_to_newton(arguments):
     units = np.array([2.0**14, 1.0, 2.0**-6], "float32")
-    expected = _path(cls, arguments, _valley, START)
-    received = _path(cls, arguments, lambda x: _valley(x * units), START / units)
+    expected = _path(gdopt.Newton, arguments, _valley, START)
+    received = _path(gdopt.Newton, arguments, lambda x: _valley(x * units), START / units)
     np.testing.assert_allclose(received * units, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -296,6 +295,7 @@ def test_the_units_of_features_do_not_matter_to_newton(cls, arguments):
     ("cls", "arguments"),
     [
         *KINDS,
+        (gdopt.Newton, COMPILED),
         slow(gdopt.LBFGS, {"line_search": "armijo"}),
         slow(gdopt.LBFGS, {"line_search": "exact"}),
         slow(gdopt.Newton, {"line_search": "armijo"}),
