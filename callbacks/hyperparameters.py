@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from typing import Any
 
 import keras
@@ -50,7 +51,7 @@ def hyperparameters(optimizer: keras.optimizers.Optimizer) -> Values:
     for name, value in _config(optimizer).items():
         default = arguments[name].default if name in arguments else _DEFAULTS.get(name)
         is_default = name in _DEFAULTS and value == _DEFAULTS[name]
-        is_inside = name in ("name", "optimizer", "inner_optimizer", "optimizer_map")
+        is_inside = name in ("name", "optimizer", "inner_optimizer")
         if value is not None and not is_default and not is_inside:
             plain = _plain(value, default)
             values[_key(name, value, plain)] = plain
@@ -58,10 +59,14 @@ def hyperparameters(optimizer: keras.optimizers.Optimizer) -> Values:
 
 
 def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    try:
-        return optimizer.get_config()
-    except NotImplementedError:  # it trains, but cannot be saved
+    if is_multi_optimizer(optimizer):  # all of it is in the optimizers inside
         return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as that a lambda is unsafe to load again
+        try:
+            return optimizer.get_config()
+        except (NotImplementedError, TypeError, ValueError):  # it trains, but cannot be saved
+            return {}
 
 
 def _key(name: str, value: Any, plain: bool | float | str) -> str:

@@ -113,7 +113,7 @@ class OptimizerPart:
 def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart]:
     """The optimizer alone, or each of those inside a `MultiOptimizer`.
 
-    None where a `MultiOptimizer` makes its optimizers when it is built, and is not.
+    None where a function chooses those of a `MultiOptimizer` that is not built.
     """
     multi = chain(optimizer)[-1]
     if not is_multi_optimizer(multi):
@@ -134,7 +134,7 @@ def named_optimizers(multi_optimizer: Any) -> dict[str, Any]:
     """
     optimizers: dict[str, Any] = {}
     for optimizer in multi_optimizer.optimizers:
-        name, kind = optimizer.name.replace("/", "_"), type(optimizer).__name__
+        name, kind = optimizer.name, type(optimizer).__name__
         # Keras names an optimizer after its class, and numbers it within the process.
         if re.sub(r"_\d+$", "", name).replace("_", "").lower() == kind.lower():
             name = kind

@@ -21,7 +21,6 @@ from keras_gdopt.callbacks.logs import numbers
 from keras_gdopt.callbacks.optimizer_parts import (
     OptimizerPart,
     count,
-    is_multi_optimizer,
     optimizer_parts,
     totals,
 )
@@ -150,17 +149,14 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     def _begin_recording(self) -> None:
         """Asks the optimizers to record and writes their hyper-parameters.
 
-        Once a `MultiOptimizer` knows its optimizers: if it takes a function that chooses
-        them, that is when it is built.
+        Once a `MultiOptimizer` knows its optimizers: where a function chooses them, that
+        is after the first batch.
         """
-        optimizer, strategy = self.model.optimizer, self.model.distribute_strategy
-        multi = _innermost(optimizer)
-        if is_multi_optimizer(multi) and not multi.optimizers:
-            if not self.model.built:
-                return
-            with strategy.scope():
-                optimizer.build(self.model.trainable_variables)
-        self._parts, self._has_parts = optimizer_parts(optimizer), True
+        optimizer = self.model.optimizer
+        self._parts = optimizer_parts(optimizer)
+        self._has_parts = bool(self._parts) or _innermost(optimizer).built
+        if not self._has_parts:
+            return
         session = hparams_summary.hparams_pb(
             hyperparameters(optimizer), trial_id=_trial(self.log_dir)
         )

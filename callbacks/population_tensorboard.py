@@ -24,7 +24,6 @@ from keras_gdopt.callbacks.event_files import (
     write_layout,
 )
 from keras_gdopt.callbacks.histograms import histogram
-from keras_gdopt.callbacks.logs import numbers
 from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 
@@ -156,8 +155,8 @@ class PopulationTensorBoard(PopulationCallback):
         values = self._of_population(generation, logs, fitness, seconds)
         values += [
             scalar(f"best/{name}", value)
-            for name, value in numbers(logs).items()
-            if name not in {*_OF_THE_POPULATION, *_OF_THE_CLUSTER}
+            for name, value in logs.items()
+            if name not in {*_OF_THE_POPULATION, *_OF_THE_CLUSTER} and np.ndim(value) == 0
         ]
         if logs.get("events"):
             lines = [f"- generation {generation}: {event}" for event in logs["events"]]
