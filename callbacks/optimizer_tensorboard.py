@@ -63,15 +63,26 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     `steps_made` (all that search along lines), `beta` (ConjugateGradient), `damping` and
     `inner_iterations` (Newton), `memory_pairs` (LBFGS). Those take one training step for a
     batch, often for an epoch: `update_freq=1` shows each. `update_ratio_log10` is left
-    out where a norm is 0. The logs of each epoch are there too (`epoch_loss`,
-    `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that the HParams tab
-    compares the runs. The Custom Scalars tab shows learning rate, gradient norm, the
+    out where a norm is 0 or not finite. The logs of each epoch that are numbers are there
+    too (`epoch_loss`, `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that
+    the HParams tab compares the runs: a learning rate that is no number is text under
+    `learning_rate_schedule`. The Custom Scalars tab shows learning rate, gradient norm, the
     update ratio and its healthy band (`healthy/...`), and the losses of all runs.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
     `jit_compile`, distribution strategies (only the chief writes) and
     `steps_per_execution`; with the last, only the last recording of an execution can be
     seen. Several may be used in one `fit`, and beside `keras.callbacks.TensorBoard`.
+
+    With Keras's `MultiOptimizer`, each optimizer inside has curves of its own:
+    `optimizer/Adam/learning_rate`, `optimizer/Momentum/grad_norm`. An optimizer made with a
+    `name` is called by it, the others by their class; those that repeat are numbered in the
+    order of `MultiOptimizer.optimizers` (`Adam`, `Adam#2`). The norms without such a name
+    are of all weights together, where each optimizer recorded the step. If a function
+    chooses the optimizers, the curves of the first `fit` start after its first batch.
+
+    If the optimizer makes no update, as where a `train_step` uses another one or no weight is
+    trainable, a warning says so, and the epochs' logs are drawn at the count of batches.
 
     A disk that fills up ends the writing with one warning, not the training.
 
