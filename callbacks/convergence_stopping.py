@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_gdopt.callbacks.logs import numbers
 from keras_gdopt.optimizers.argument_checks import (
     checked_choice,
     checked_count,
@@ -51,7 +52,8 @@ class ConvergenceStopping(keras.callbacks.Callback):
             means the same for models of every size, or `"euclidean"`, the norm of all
             entries together. Defaults to `"max"`.
         monitor: The loss: a name in the epoch's logs, such as `"val_loss"` or, with Gadam,
-            `"fitness"`. Defaults to `"loss"`. In an epoch without it a warning says so.
+            `"fitness"`. Defaults to `"loss"`. In an epoch that logs no number under this
+            name a warning says so.
         verbose: 1 prints why training stopped. Defaults to 0.
 
     Raises:
@@ -106,7 +108,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
     def _start(self) -> None:
         self.stopped_epoch = self.reason = None
         self._loss: float | None = None
-        self._weights: list[np.ndarray] = []
+        self._weights: dict[int, np.ndarray] = {}  # by the variable's id
         self._held = {"loss": 0, "weights": 0, "optimizer": 0}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -136,7 +138,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Says why training stopped."""
-        self._weights = []
+        self._weights = {}
         if self.stopped_epoch is not None and self.verbose:
             print(f"Epoch {self.stopped_epoch + 1}: stopped, as {self.reason}")
 
@@ -146,14 +148,15 @@ class ConvergenceStopping(keras.callbacks.Callback):
         """In words, or `None`."""
         if self.loss_change is None:
             return None
-        if self.monitor not in logs:
+        available = numbers(logs)
+        if self.monitor not in available:
             warnings.warn(
-                f"ConvergenceStopping looks at `{self.monitor}`, which this epoch's logs do not "
-                f"have. Available: {', '.join(logs)}",
+                f"ConvergenceStopping looks at `{self.monitor}`, which is no number in this "
+                f"epoch's logs. Available: {', '.join(available)}",
                 stacklevel=2,
             )
             return None
-        before, self._loss = self._loss, float(logs[self.monitor])
+        before, self._loss = self._loss, available[self.monitor]
         if before is None:
             return None
         change = abs(self._loss - before)
@@ -165,9 +168,11 @@ class ConvergenceStopping(keras.callbacks.Callback):
         if self.weight_change is None:
             return None
         before, self._weights = self._weights, self._copied_weights()
-        changes = [new - old for new, old in zip(self._weights, before, strict=True)]
+        if before.keys() != self._weights.keys():  # built, frozen or unfrozen in this epoch
+            return None
+        changes = [new - before[key] for key, new in self._weights.items()]
         measure = _NORMS[self.norm]
-        size = measure(self._weights) if self.relative else 1.0
+        size = measure(list(self._weights.values())) if self.relative else 1.0
         return self._in_words("the weights", measure(changes), size, self.weight_change)
 
     def _in_words(self, what: str, change: float, size: float, threshold: float) -> str | None:
@@ -180,8 +185,9 @@ class ConvergenceStopping(keras.callbacks.Callback):
         """What the optimizer says; `None` if it does not say."""
         return getattr(getattr(self.model, "optimizer", None), "converged", None)
 
-    def _copied_weights(self) -> list[np.ndarray]:
-        return [np.array(keras.ops.convert_to_numpy(v)) for v in self.model.trainable_variables]
+    def _copied_weights(self) -> dict[int, np.ndarray]:
+        variables = self.model.trainable_variables
+        return {id(v): np.array(keras.ops.convert_to_numpy(v)) for v in variables}
 
 
 def _largest(arrays: list[np.ndarray]) -> float:

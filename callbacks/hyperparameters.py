@@ -1,13 +1,19 @@
 """An optimizer's hyper-parameters, as TensorBoard's HParams tab takes them."""
 
+import inspect
 import json
+import warnings
 from typing import Any
 
 import keras
 
+from keras_gdopt.callbacks.logs import number
+from keras_gdopt.callbacks.optimizer_parts import is_multi_optimizer, named_optimizers
 from keras_gdopt.optimizers.argument_checks import BASE_ARGUMENTS
 
 _DEFAULTS = {**BASE_ARGUMENTS, "lazy": False}
+# Arguments that are text for one optimizer and a number for another one.
+_KEYS_OF_TEXT = {"beta": "beta_formula"}
 
 Values = dict[str, "bool | float | str"]
 
@@ -15,10 +21,14 @@ Values = dict[str, "bool | float | str"]
 def hyperparameters(optimizer: keras.optimizers.Optimizer) -> Values:
     """What an optimizer was made with, by the names of its arguments.
 
-    Left out are Keras's base arguments at their defaults. A schedule is written as its
-    config, in JSON. The arguments of an optimizer inside another stand beside the outer
-    one's, and its class under `inner_optimizer`; Keras's loss scaling, which a
-    mixed-precision policy adds, is none of the user's and is looked through.
+    Left out are `None` and Keras's base arguments at their defaults. The arguments of an
+    optimizer inside another stand beside the outer one's, and its class under
+    `inner_optimizer`; those of the optimizers inside a `MultiOptimizer` follow the name of
+    each and a slash. Keras's loss scaling, which a mixed-precision policy adds, is skipped.
+
+    A key has the same type for all optimizers, as TensorBoard shows a key that is text in
+    one run as text in all of them: an argument that is a number elsewhere has a key of its
+    own where it is none, such as `learning_rate_schedule`, the config in JSON.
 
     >>> import keras_gdopt as gdopt
     >>> from keras_gdopt.callbacks.hyperparameters import hyperparameters
@@ -33,18 +43,50 @@ def hyperparameters(optimizer: keras.optimizers.Optimizer) -> Values:
     if inner is not None:
         inside = hyperparameters(inner)
         inside["inner_optimizer"] = inside.pop("optimizer")
+    if is_multi_optimizer(optimizer):
+        for name, each in named_optimizers(optimizer).items():
+            inside.update({f"{name}/{key}": v for key, v in hyperparameters(each).items()})
     values: Values = {"optimizer": type(optimizer).__name__}
-    for name, value in optimizer.get_config().items():
+    arguments = inspect.signature(type(optimizer).__init__).parameters
+    for name, value in _config(optimizer).items():
+        default = arguments[name].default if name in arguments else _DEFAULTS.get(name)
         is_default = name in _DEFAULTS and value == _DEFAULTS[name]
-        if name not in ("name", "optimizer", "inner_optimizer") and not is_default:
-            values[name] = _plain(value)
+        is_inside = name in ("name", "optimizer", "inner_optimizer")
+        if value is not None and not is_default and not is_inside:
+            plain = _plain(value, default)
+            values[_key(name, value, plain)] = plain
     return {**values, **inside}
 
 
-def _plain(value: Any) -> bool | float | str:
-    """A number as it was written, although the optimizer holds it in float32."""
-    if isinstance(value, (bool, str)):
+def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    if is_multi_optimizer(optimizer):  # all of it is in the optimizers inside
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as that a lambda is unsafe to load again
+        try:
+            return optimizer.get_config()
+        except (NotImplementedError, TypeError, ValueError):  # it trains, but cannot be saved
+            return {}
+
+
+def _key(name: str, value: Any, plain: bool | float | str) -> str:
+    if isinstance(value, dict):  # an object's config
+        return f"{name}_schedule"
+    return _KEYS_OF_TEXT.get(name, name) if isinstance(plain, str) else name
+
+
+def _plain(value: Any, default: Any) -> bool | float | str:
+    """Of the type of the argument's default; a number as it was written.
+
+    (The optimizer holds it in float32.)
+    """
+    if isinstance(default, str) or isinstance(value, str):
+        return str(value)
+    as_number = number(value)
+    if as_number is None:
+        return json.dumps(value, sort_keys=True, default=str)
+    if isinstance(default, bool):
+        return bool(value)
+    if isinstance(value, bool) and not isinstance(default, (int, float)):
         return value
-    if isinstance(value, (int, float)):
-        return float(f"{value:.7g}")
-    return json.dumps(value, sort_keys=True, default=str)
+    return float(f"{as_number:.7g}")

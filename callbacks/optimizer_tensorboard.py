@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -18,13 +17,20 @@ from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from keras_gdopt.callbacks.event_files import EventFiles, scalar, values_of, write_layout
 from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
+from keras_gdopt.callbacks.logs import numbers
+from keras_gdopt.callbacks.optimizer_parts import (
+    OptimizerPart,
+    count,
+    optimizer_parts,
+    totals,
+)
 from keras_gdopt.optimizers.argument_checks import (
     check_tensorflow,
     checked_choice,
     checked_count,
 )
 from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
-from keras_gdopt.optimizers.wrapping_optimizer import chain, recording_optimizer
+from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 # Of log10 of update norm to weight norm.
 _HEALTHY = (-4.0, -2.0)
@@ -57,15 +63,26 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     `steps_made` (all that search along lines), `beta` (ConjugateGradient), `damping` and
     `inner_iterations` (Newton), `memory_pairs` (LBFGS). Those take one training step for a
     batch, often for an epoch: `update_freq=1` shows each. `update_ratio_log10` is left
-    out where a norm is 0. The logs of each epoch are there too (`epoch_loss`,
-    `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that the HParams tab
-    compares the runs. The Custom Scalars tab shows learning rate, gradient norm, the
+    out where a norm is 0 or not finite. The logs of each epoch that are numbers are there
+    too (`epoch_loss`, `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that
+    the HParams tab compares the runs: a learning rate that is no number is text under
+    `learning_rate_schedule`. The Custom Scalars tab shows learning rate, gradient norm, the
     update ratio and its healthy band (`healthy/...`), and the losses of all runs.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
     `jit_compile`, distribution strategies (only the chief writes) and
     `steps_per_execution`; with the last, only the last recording of an execution can be
     seen. Several may be used in one `fit`, and beside `keras.callbacks.TensorBoard`.
+
+    With Keras's `MultiOptimizer`, each optimizer inside has curves of its own:
+    `optimizer/Adam/learning_rate`, `optimizer/Momentum/grad_norm`. An optimizer made with a
+    `name` is called by it, the others by their class; those that repeat are numbered in the
+    order of `MultiOptimizer.optimizers` (`Adam`, `Adam#2`). The norms without such a name
+    are of all weights together, where each optimizer recorded the step. If a function
+    chooses the optimizers, the curves of the first `fit` start after its first batch.
+
+    If the optimizer makes no update, as where a `train_step` uses another one or no weight is
+    trainable, a warning says so, and the epochs' logs are drawn at the count of batches.
 
     A disk that fills up ends the writing with one warning, not the training.
 
@@ -114,14 +131,12 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self.log_dir = os.fspath(log_dir)
         self.update_freq = checked_count("update_freq", update_freq, minimum=1)
         self.tier = checked_choice("tier", tier, TIERS)
-        self._recording: Any = None  # the optimizer that records, if there is one
+        self._parts: list[OptimizerPart] = []
         self._files: EventFiles | None = None
-        self._has_begun = False
+        self._has_begun = self._has_parts = self._has_warned = False
         self._batches = 0
         self._batches_before_epoch = 0
         self._last_look = 0
-        self._last_written = 0
-        self._last_gradients = 0
 
     # --- what Keras calls ----------------------------------------------------
 
@@ -138,18 +153,35 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         if self.model.distribute_strategy.extended.should_save_summary:  # the chief
             write_layout(self.log_dir, _layout(self.tier), owner=type(self).__name__)
             self._files = EventFiles(self.log_dir, owner=type(self).__name__)
-            session = hparams_summary.hparams_pb(
-                hyperparameters(optimizer), trial_id=_trial(self.log_dir)
-            )
-            self._write(values_of(session))
-        self._recording = recording_optimizer(optimizer)
-        if self._recording is None:
-            warnings.warn(_message_about(optimizer), stacklevel=2)
-        else:
-            if self._recording.record_step_metrics(self.update_freq, tier=self.tier, listener=self):
-                self.model.make_train_function(force=True)
-        self._has_begun = False
-        self._last_written = self._last_gradients = 0
+        self._has_begun = self._has_parts = self._has_warned = False
+        self._parts = []
+        self._begin_recording()
+
+    def _begin_recording(self) -> None:
+        """Asks the optimizers to record and writes their hyper-parameters.
+
+        Once a `MultiOptimizer` knows its optimizers: where a function chooses them, that
+        is after the first batch.
+        """
+        optimizer = self.model.optimizer
+        self._parts = optimizer_parts(optimizer)
+        self._has_parts = bool(self._parts) or _innermost(optimizer).built
+        if not self._has_parts:
+            return
+        session = hparams_summary.hparams_pb(
+            hyperparameters(optimizer), trial_id=_trial(self.log_dir)
+        )
+        self._write(values_of(session))
+        silent = [part for part in self._parts if part.recording is None]
+        if silent:
+            warnings.warn(_message_about(silent), stacklevel=3)
+        need_trace = [
+            part.recording.record_step_metrics(self.update_freq, tier=self.tier, listener=self)
+            for part in self._parts
+            if part.recording is not None
+        ]
+        if any(need_trace):
+            self.model.make_train_function(force=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes how many batches came before the epoch."""
@@ -164,6 +196,8 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes, where a multiple of `update_freq` has been passed."""
+        if not self._has_parts:
+            self._begin_recording()
         self._batches = self._batches_before_epoch + batch + 1
         if self._batches // self.update_freq > self._last_look // self.update_freq:
             self._last_look = self._batches
@@ -171,17 +205,21 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the epoch's logs, and histograms."""
-        numbers = {name: value for name, value in (logs or {}).items() if np.ndim(value) == 0}
-        values = [scalar(f"epoch_{name}", float(value)) for name, value in numbers.items()]
+        values = [scalar(f"epoch_{name}", value) for name, value in numbers(logs).items()]
         if self.tier == "histograms":
             values += self._histograms()
-        self._write(values)
+        updates = self._updates()
+        if not updates and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(_message_about_no_update(self.model.optimizer), stacklevel=2)
+        self._write(values, step=updates or self._batches)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Writes what is left, ends the recording and closes the event files."""
         self._write_step()
-        if self._recording is not None:
-            self._recording.record_step_metrics(0, listener=self)
+        for part in self._parts:
+            if part.recording is not None:
+                part.recording.record_step_metrics(0, listener=self)
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
             self._write(values_of(ended))
@@ -194,35 +232,35 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._files.write(self._updates() if step is None else step, values, run=run)
 
     def _write_step(self) -> None:
-        """The last recorded step, unless it was written before."""
+        """The last recorded step of each optimizer, unless it was written before."""
         if self._files is None:
             return
-        metrics = dict(self._recording.step_metrics) if self._recording is not None else {}
-        if self._recording is None:
-            metrics = _metrics_of_any(self.model)
-            metrics["iterations"] = self._updates()
-        step = int(metrics.pop("iterations", 0))
-        if step == self._last_written:
-            return
-        self._last_written = step
-        scale = _loss_scale(self.model.optimizer)
-        if scale is not None:
-            metrics["loss_scale"] = scale
-        values = [scalar(f"optimizer/{name}", value) for name, value in metrics.items()]
-        ratio = _ratio_log10(metrics)
-        if ratio is not None:
-            low, high = _HEALTHY
-            values += [
-                scalar("optimizer/update_ratio_log10", ratio),
-                scalar("healthy/update_ratio_low", low),
-                scalar("healthy/update_ratio_high", high),
-            ]
-        if self.tier != "scalars" and self._recording is not None:
-            values += self._of_layers()
-        self._write(values, step=step)
+        updates, trainable = self._updates(), self.model.trainable_variables
+        found = [(part, *part.new_metrics(updates, trainable)) for part in self._parts]
+        found = [(part, step, metrics) for part, step, metrics in found if metrics]
+        # Of two optimizers, one may have recorded an earlier step than the other.
+        for step in sorted({step for _, step, _ in found}):
+            now = {part: metrics for part, at, metrics in found if at == step}
+            values: list[Summary.Value] = []
+            for part, metrics in now.items():
+                values += _curves(f"{part.name}/" if part.name else "", metrics)
+                if self.tier != "scalars" and part.recording is not None:
+                    values += self._of_layers(part)
+            is_whole = all(part in now or not part.variables for part in self._parts)
+            if is_whole and self._parts[0].name:
+                values += _curves("", totals(list(now.values())))
+            if any(value.tag.endswith("update_ratio_log10") for value in values):
+                low, high = _HEALTHY
+                values.append(scalar("healthy/update_ratio_low", low))
+                values.append(scalar("healthy/update_ratio_high", high))
+            scale = _loss_scale(self.model.optimizer)
+            if scale is not None:
+                values.append(scalar("optimizer/loss_scale", scale))
+            self._write(values, step=step)
 
-    def _of_layers(self) -> Iterator[Summary.Value]:
-        for path, metrics in self._recording.variable_metrics.items():
+    def _of_layers(self, part: OptimizerPart) -> Iterator[Summary.Value]:
+        for own_path, metrics in part.recording.variable_metrics.items():
+            path = part.distinct_name(own_path, self.model.trainable_variables)
             ratio = _ratio_log10(metrics)
             if ratio is not None:
                 yield scalar(f"layer_update_ratio_log10/{path}", ratio)
@@ -231,24 +269,23 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
                     yield scalar(f"layer_{name}/{path}", value)
 
     def _histograms(self) -> Iterator[Summary.Value]:
-        variables = self.model.trainable_variables
-        paths = distinct_paths(variables)
-        for path, variable in zip(paths, variables, strict=True):
+        trainable = self.model.trainable_variables
+        for path, variable in zip(distinct_paths(trainable), trainable, strict=True):
             yield from histogram(f"weights/{path}", keras.ops.convert_to_numpy(variable))
-        if self._recording is None:
-            return
-        for name, slots in self._recording.slot_variables.items():
-            for path, slot in zip(paths, slots, strict=True):
-                if slot is not None:
-                    yield from histogram(f"{name}/{path}", keras.ops.convert_to_numpy(slot))
-        if self._last_gradients != self._last_written:
-            self._last_gradients = self._last_written
-            for path, gradient in self._recording.recorded_gradients.items():
+        for part in self._parts:
+            if part.recording is None:
+                continue
+            paths = [part.distinct_name(p, trainable) for p in distinct_paths(part.variables)]
+            for name, slots in part.recording.slot_variables.items():
+                for path, slot in zip(paths, slots, strict=True):
+                    if slot is not None:
+                        yield from histogram(f"{name}/{path}", keras.ops.convert_to_numpy(slot))
+            for own_path, gradient in part.new_gradients().items():
+                path = part.distinct_name(own_path, trainable)
                 yield from histogram(f"gradients/{path}", gradient)
 
     def _updates(self) -> int:
-        # Not by `convert_to_numpy`, which takes longer.
-        return int(tf.convert_to_tensor(_innermost(self.model.optimizer).iterations))
+        return count(_innermost(self.model.optimizer))
 
 
 def _trial(log_dir: str) -> str:
@@ -261,10 +298,21 @@ def _innermost(optimizer: Any) -> Any:
     return chain(optimizer)[-1]
 
 
+def _curves(prefix: str, metrics: dict[str, float]) -> Iterator[Summary.Value]:
+    """The metrics of an optimizer, with the ratio of two of them."""
+    for name, value in metrics.items():
+        yield scalar(f"optimizer/{prefix}{name}", value)
+    ratio = _ratio_log10(metrics)
+    if ratio is not None:
+        yield scalar(f"optimizer/{prefix}update_ratio_log10", ratio)
+
+
 def _ratio_log10(metrics: dict[str, float]) -> float | None:
-    """log10 of update norm to weight norm, where there are both."""
+    """log10 of update norm to weight norm, where both are finite and not 0."""
     update, weight = metrics.get("update_norm", 0.0), metrics.get("weight_norm", 0.0)
-    return math.log10(update / weight) if update > 0 and weight > 0 else None
+    if not (0 < update < math.inf and 0 < weight < math.inf):
+        return None
+    return math.log10(update) - math.log10(weight)
 
 
 def _loss_scale(optimizer: Any) -> float | None:
@@ -274,20 +322,27 @@ def _loss_scale(optimizer: Any) -> float | None:
     return None
 
 
-def _metrics_of_any(model: keras.Model) -> dict[str, float]:
-    """What can be had of an optimizer that records nothing."""
-    rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-    weights = [tf.cast(v.value, tf.float32) for v in model.trainable_variables]
-    return {"learning_rate": rate, "weight_norm": float(tf.linalg.global_norm(weights))}
-
-
-def _message_about(optimizer: Any) -> str:
-    names = [f"{type(each).__module__}.{type(each).__name__}" for each in chain(optimizer)]
+def _message_about(parts: list[OptimizerPart]) -> str:
+    chains = [
+        " around ".join(f"{type(o).__module__}.{type(o).__name__}" for o in chain(part.optimizer))
+        for part in parts
+    ]
+    written = "learning rate, weight norm and the epochs' logs"
+    if parts[0].name:
+        written = "their learning rate and weight norm"
     return (
-        f"{' around '.join(names)} records no step metrics, so "
-        "OptimizerTensorBoard writes learning rate, weight norm and the epochs' logs alone. "
-        "For norms of gradients and updates, compile with an optimizer of keras_gdopt, such "
-        "as keras_gdopt.Adam()."
+        f"{', '.join(chains)} record{'' if len(chains) > 1 else 's'} no step metrics, so "
+        f"OptimizerTensorBoard writes {written} alone. For norms of gradients and updates, use "
+        "an optimizer of keras_gdopt, such as keras_gdopt.Adam()."
+    )
+
+
+def _message_about_no_update(optimizer: Any) -> str:
+    return (
+        "OptimizerTensorBoard follows `model.optimizer`, which made no update in this epoch. "
+        "Expected: trainable weights, and a `train_step` that uses this optimizer. The epochs' "
+        "logs are written by the count of batches. Received: "
+        f"{type(_innermost(optimizer)).__name__}, with 0 updates"
     )
 
 
@@ -298,12 +353,12 @@ def _layout(tier: str) -> layout_pb2.Layout:
         return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
 
     charts = [
-        lines("learning rate", "^optimizer/learning_rate$"),
-        lines("gradient norm", "^optimizer/(clipped_)?grad_norm$"),
+        lines("learning rate", "^optimizer/(.+/)?learning_rate$"),
+        lines("gradient norm", "^optimizer/(.+/)?(clipped_)?grad_norm$"),
         # As lines: the shades of several runs' bands would hide the curves.
         lines(
             "update to weight, log10, and its healthy band",
-            "^optimizer/update_ratio_log10$",
+            "^optimizer/(.+/)?update_ratio_log10$",
             "^healthy/update_ratio_(low|high)$",
         ),
         lines("loss", "^epoch_(val_)?loss$"),

@@ -173,6 +173,45 @@ def test_another_loss_is_watched(model):
     assert _stopped_after(callback, model, validation_data=(ONE, 0 * ONE)) == 5
 
 
+def test_a_loss_that_is_no_number_is_warned_of(model):
+    class Notes(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["note"] = "a"
+
+    callback = ConvergenceStopping(loss_change=1.0, monitor="note")
+    with pytest.warns(UserWarning, match=r"`note`, which is no number .* Available: loss$"):
+        assert _stopped_after(callback, model, epochs=2, callbacks=[Notes(), callback]) == 2
+
+
+def test_weights_that_are_built_or_frozen_by_training(model):
+    """Only what trained at the start of the epoch and at its end can be compared."""
+
+    class Freezes(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.layers[0].trainable = epoch < 1
+
+    layers = [keras.layers.Dense(1), keras.layers.Dense(1)]
+    late = keras.Sequential(layers)
+    late.compile(gdopt.GradientDescent(0.0), "mse")
+    callback = ConvergenceStopping(weight_change=0.0)
+    arguments = {"epochs": 5, "verbose": 0, "callbacks": [Freezes(), callback]}
+    late.fit(ONE, ONE, **arguments)
+    assert callback.stopped_epoch == 2
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="needs Keras 3.15")
+@pytest.mark.parametrize(
+    ("arguments", "last"), [({"loss_change": 3 / 1024}, 5), ({"weight_change": 1 / 32}, 4)]
+)
+def test_an_optimizer_inside_another(arguments, last):
+    """As `test_stops_after_the_epoch_computed_by_hand`, by two optimizers."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    chosen = keras.optimizers.OptimizerMap(gdopt.Adam(), {".*dense.*": gdopt.GradientDescent(0.25)})
+    model.compile(keras.optimizers.MultiOptimizer(chosen), "mse")
+    callback = ConvergenceStopping(**arguments)
+    assert _stopped_after(callback, model) == last + 1
+
+
 def test_a_loss_that_is_not_there_is_warned_of(model):
     callback = ConvergenceStopping(loss_change=1.0, monitor="val_loss")
     with pytest.warns(UserWarning, match=r"`val_loss`.* Available: loss"):

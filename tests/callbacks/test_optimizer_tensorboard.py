@@ -1,5 +1,7 @@
 """The event files, read back, against norms computed from gradients and weights."""
 
+import contextlib
+import inspect
 import json
 import os
 import signal
@@ -14,8 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import keras_gdopt as gdopt
+from keras_gdopt.callbacks.hyperparameters import hyperparameters
+from keras_gdopt.optimizers.argument_checks import BASE_ARGUMENTS
 from keras_gdopt.optimizers.step_metrics import TIERS
-from tests.optimizer_cases import A_FEW, CASES, RULES, every_optimizer_with
+from tests.optimizer_cases import (
+    A_FEW,
+    CASES,
+    RULES,
+    every_optimizer_alike,
+    every_optimizer_with,
+)
 from tests.parameters import slow
 
 TAGS = ["learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
@@ -652,7 +662,8 @@ def test_hyperparameters_of_the_run(rng, tmp_path):
     }  # fmt: skip
     assert group == f"{tmp_path.name}/momentum" and ended
     values, _, _ = _hparams(tmp_path / "scheduled")
-    config = json.loads(values["learning_rate"])
+    assert "learning_rate" not in values
+    config = json.loads(values["learning_rate_schedule"])
     assert config["class_name"] == "PolynomialDecay"
     assert config["config"]["end_learning_rate"] == 0.25
     values, _, _ = _hparams(tmp_path / "lookahead")
@@ -674,13 +685,145 @@ def test_the_hyperparameters_of_a_run_that_breaks_are_there(rng, tmp_path):
     assert values["optimizer"] == "Adam" and not ended
 
 
+def _configs(cls):
+    """The optimizers that a run may have, with arguments of every type that they take."""
+    argument = [] if cls is not gdopt.Lookahead else [gdopt.Adam()]
+    yield cls(*argument)
+    if argument:
+        return
+    yield cls(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5))
+    yield cls(lambda: 0.1)
+    taken = {*inspect.signature(cls).parameters, *BASE_ARGUMENTS}
+    of_any_type = {
+        "weight_decay": (0, 0.1), "clipnorm": (1, 1.5), "loss_scale_factor": (2, 2.0),
+        "momentum": (np.float32(0.5), 0), "beta_1": (tf.constant(0.5), 0.5), "nesterov": (1, True),
+        "amsgrad": (True,), "jit_compile": (True, "auto"), "exclude_layers": (["a"],),
+        "gradient_accumulation_steps": (2,), "ema_overwrite_frequency": (3,),
+    }  # fmt: skip
+    for name in taken & set(of_any_type):
+        for value in of_any_type[name]:
+            with contextlib.suppress(ValueError, TypeError):  # it does not take it
+                yield cls(**{name: value})
+
+
+def test_a_hyperparameter_has_one_type_in_all_runs():
+    """A key that is text in one run is text in all of them, for TensorBoard."""
+    modules = (keras.optimizers, gdopt)
+    public = {c for module in modules for c in vars(module).values() if inspect.isclass(c)}
+    of_keras = {c for c in public if issubclass(c, keras.optimizers.Optimizer)}
+    named = ("Optimizer", "LossScaleOptimizer", "MultiOptimizer", "GradientOptimizer")
+    classes = {c for c in of_keras if c.__name__ not in named}
+    assert len(classes) > 20
+    types = {}
+    for cls in classes:
+        for optimizer in _configs(cls):
+            for key, value in hyperparameters(optimizer).items():
+                types.setdefault(key, {}).setdefault(type(value), optimizer)
+    assert {key: kinds for key, kinds in types.items() if len(kinds) > 1} == {}
+    assert (
+        set(types["learning_rate"]) == set(types["momentum"]) == set(types["clipnorm"]) == {float}
+    )
+    assert set(types["nesterov"]) == {bool}
+
+
+def test_an_optimizer_without_a_config(rng, tmp_path):
+    class Own(keras.optimizers.SGD):
+        def get_config(self):
+            raise TypeError("a function that cannot be saved")
+
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path)
+    with pytest.warns(UserWarning, match="Own records no step metrics"):
+        _model(Own()).fit(*_data(rng), verbose=0, callbacks=[callback])
+    assert _hparams(tmp_path)[0] == {"optimizer": "Own"}
+
+
+# --- models and logs of every kind ---------------------------------------------------
+
+
+def test_logs_that_are_no_numbers(rng, tmp_path):
+    class Adds(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs.update(note="a", none=None, list=[1, 2], ragged=[[1], [1, 2]], dict={"a": 1})
+            logs.update(text=tf.constant("b"), tensor=tf.constant(2.0), flag=True, nan=np.nan)
+
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path)
+    _model(gdopt.Adam()).fit(*_data(rng), batch_size=4, verbose=0, callbacks=[Adds(), callback])
+    written = read(tmp_path, "epoch_")
+    assert set(written) == {f"epoch_{name}" for name in ("loss", "tensor", "flag", "nan")}
+    assert written["epoch_tensor"] == {10: 2.0} and np.isnan(written["epoch_nan"][10])
+
+
+class _Apart(keras.Sequential):
+    """Trains by an optimizer that Keras does not know of, as adversarial models do."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x) - y))
+        self.own.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"own": loss}
+
+
+@pytest.mark.parametrize(
+    ("why", "is_ours"),
+    [("frozen", True), ("another", False), slow("frozen", False), slow("another", True)],
+)
+@pytest.mark.filterwarnings("ignore:.*records no step metrics", "ignore:.*not have any trainable")
+def test_an_optimizer_that_makes_no_update(why, is_ours, rng, tmp_path):
+    """Epochs are as many batches apart."""
+    cls = keras.Sequential if why == "frozen" else _Apart
+    model = cls([keras.Input((4,)), keras.layers.Dense(1)], name="model")
+    model.trainable = why != "frozen"
+    model.own = gdopt.Momentum() if why == "another" else None
+    model.compile(gdopt.Adam() if is_ours else "rmsprop", "mse")
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, tier="histograms", update_freq=1)
+    with pytest.warns(UserWarning, match=r"made no update in this epoch.* Received: ") as warned:
+        model.fit(*_data(rng), batch_size=4, epochs=3, verbose=0, callbacks=[callback])
+    assert sum("made no update" in str(warning.message) for warning in warned) == 1
+    losses = read(tmp_path, "epoch_")["epoch_loss" if why == "frozen" else "epoch_own"]
+    assert list(losses) == [10, 20, 30] and read(tmp_path) == {}
+
+
+@every_optimizer_alike
+def test_layers_that_were_frozen_in_between(case, rng, tmp_path):
+    """Without `compile`, so that the optimizer has slots of weights that rest."""
+    x, y = _data(rng, samples=8)
+    model = _model(case())
+    model.fit(x, y, batch_size=4, verbose=0)
+    model.layers[0].trainable = False
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=1, tier="histograms")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+    buckets = _buckets(tmp_path)
+    assert f"weights/{model.layers[1].kernel.path}" in buckets
+    kinds = model.optimizer.slot_variables
+    assert {f"{kind}/{model.layers[1].kernel.path}" for kind in kinds} <= set(buckets)
+
+
+def test_weights_that_overflow_have_no_ratio(rng, tmp_path):
+    """The square of a weight is more than float32 holds; its change is finite."""
+    model = _model(gdopt.GradientDescent(0.1))
+    model.layers[0].set_weights([np.full((4, 5), 1e25), np.zeros(5)])
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=1, tier="layers")
+    model.fit(*_data(rng), batch_size=40, verbose=0, callbacks=[callback])
+    written = read(tmp_path)
+    assert written["optimizer/weight_norm"] == {1: np.inf}
+    assert "optimizer/update_ratio_log10" not in written
+    assert f"layer_update_ratio_log10/{model.layers[1].kernel.path}" in written
+
+
 # --- as TensorBoard serves it --------------------------------------------------------
 
 
 def test_a_real_tensorboard_compares_the_runs(serving, rng, tmp_path):
     x, y = _data(rng)
     histories = {}
-    for name, optimizer in (("adam", gdopt.Adam()), ("momentum", gdopt.Momentum(0.02))):
+    schedule = keras.optimizers.schedules.CosineDecay(0.02, 20)
+    optimizers = {
+        "adam": gdopt.Adam(),
+        "momentum": gdopt.Momentum(0.02),
+        "scheduled": gdopt.Momentum(schedule, clipnorm=1),
+    }
+    for name, optimizer in optimizers.items():
         log_dir = tmp_path / "runs" / name
         callback = gdopt.callbacks.OptimizerTensorBoard(log_dir, update_freq=5, tier="layers")
         histories[name] = (
@@ -688,8 +831,8 @@ def test_a_real_tensorboard_compares_the_runs(serving, rng, tmp_path):
             .fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[callback])
             .history
         )
-    with serving(tmp_path / "runs", ["adam", "momentum"]) as server:
-        assert set(server.json("/data/runs")) == {"adam", "momentum"}
+    with serving(tmp_path / "runs", list(optimizers)) as server:
+        assert set(server.json("/data/runs")) == set(optimizers)
         for name, history in histories.items():
             losses = server.scalars(name, "epoch_loss")
             expected = list(zip([10, 20], history["loss"], strict=True))
@@ -708,6 +851,13 @@ def test_a_real_tensorboard_compares_the_runs(serving, rng, tmp_path):
                 answer = server.json("/data/plugin/custom_scalars/scalars", run="adam", tag=tag)
                 assert answer["regex_valid"] and answer["tag_to_events"], tag
         groups = _session_groups(server)
+        columns = server.post("/data/plugin/hparams/experiment", {"experimentName": ""})
+    # One run with a schedule must not make a text of the others' rates.
+    types = {column["name"]: column["type"] for column in columns["hparamInfos"]}
+    assert types["learning_rate"] == types["clipnorm"] == "DATA_TYPE_FLOAT64"
+    assert types["learning_rate_schedule"] == types["optimizer"] == "DATA_TYPE_STRING"
+    assert "CosineDecay" in groups.pop("runs/scheduled")[0]["learning_rate_schedule"]
+    del histories["scheduled"]
     assert set(groups) == {"runs/adam", "runs/momentum"}
     for name, history in histories.items():
         hparams, metrics = groups[f"runs/{name}"]

@@ -1,0 +1,163 @@
+"""The optimizers that update a model's weights: one, or those inside a `MultiOptimizer`."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_gdopt.optimizers.step_metrics import distinct_paths
+from keras_gdopt.optimizers.wrapping_optimizer import chain, recording_optimizer
+
+# Since Keras 3.15.
+_MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
+
+
+class OptimizerPart:
+    """An optimizer that updates some or all weights of a model, and what it did last.
+
+    Args:
+        optimizer: The model's optimizer, or one inside its `MultiOptimizer`.
+        name: What distinguishes it from the others of the model; "" if it is the only one.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, name: str = "") -> None:
+        self.optimizer = optimizer
+        self.name = name
+        self.recording = recording_optimizer(optimizer)
+        """The optimizer in the chain of wrappers that records its steps, or `None`."""
+        self._innermost = chain(optimizer)[-1]
+        self._last_update = 0
+        self._updates_of_gradients = 0
+        self._names: dict[str, str] = {}
+
+    @property
+    def variables(self) -> list[Any]:
+        """The variables that it was built for; none before."""
+        optimizer = self._innermost if self.recording is None else self.recording
+        return list(optimizer._trainable_variables) if optimizer.built else []
+
+    def new_metrics(
+        self, updates: int, model_variables: Sequence[Any]
+    ) -> tuple[int, dict[str, float]]:
+        """The metrics of the last recorded step and the step that they are drawn at.
+
+        Args:
+            updates: The count of updates of the model's optimizer.
+            model_variables: The model's trainable variables.
+
+        Returns:
+            The step, in the model's count of updates, and no metrics if they were
+            returned before.
+        """
+        if self.recording is not None:
+            metrics = dict(self.recording.step_metrics)
+            update = int(metrics.pop("iterations", 0))
+        else:
+            update = count(self._innermost)
+            metrics = {}
+        if update == self._last_update:
+            return updates, {}
+        self._last_update = update
+        if self.recording is None:
+            metrics = self._metrics_of_any(self.variables if self.name else model_variables)
+        if not self.name:
+            return update, metrics
+        # A `MultiOptimizer` counts batches, and an inner optimizer that accumulates does not.
+        batches = self._innermost.gradient_accumulation_steps or 1
+        return updates - (count(self._innermost) - update) * batches, metrics
+
+    def new_gradients(self) -> Mapping[str, Any]:
+        """The gradients of the last recorded step, unless they were returned before."""
+        if self.recording is None or self._updates_of_gradients == self._last_update:
+            return {}
+        self._updates_of_gradients = self._last_update
+        return self.recording.recorded_gradients
+
+    def distinct_name(self, path: str, model_variables: Sequence[Any]) -> str:
+        """What the model calls a variable, by the name that its optimizer has for it.
+
+        Variables of two optimizers may have the same path.
+        """
+        if not self.name:
+            return path
+        if not self._names:
+            of_model = dict(
+                zip(map(id, model_variables), distinct_paths(model_variables), strict=True)
+            )
+            variables = self.variables
+            self._names = {
+                own: of_model.get(id(variable), own)
+                for own, variable in zip(distinct_paths(variables), variables, strict=True)
+            }
+        return self._names[path]
+
+    def _metrics_of_any(self, variables: Sequence[Any]) -> dict[str, float]:
+        """What an optimizer that records nothing still shows."""
+        metrics = {}
+        rate = getattr(self._innermost, "_learning_rate", None)
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            rate = rate(self._innermost._iterations - 1)  # `learning_rate` is the next step's
+        else:
+            rate = getattr(self._innermost, "learning_rate", None)
+        if rate is not None:
+            metrics["learning_rate"] = float(keras.ops.convert_to_numpy(rate))
+        if variables:
+            weights = [tf.cast(v.value, tf.float32) for v in variables]
+            metrics["weight_norm"] = float(tf.linalg.global_norm(weights))
+        return metrics
+
+
+def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart]:
+    """The optimizer alone, or each of those inside a `MultiOptimizer`.
+
+    None where a function chooses those of a `MultiOptimizer` that is not built.
+    """
+    multi = chain(optimizer)[-1]
+    if not is_multi_optimizer(multi):
+        return [OptimizerPart(optimizer)]
+    return [OptimizerPart(inner, name) for name, inner in named_optimizers(multi).items()]
+
+
+def is_multi_optimizer(optimizer: Any) -> bool:
+    """Whether it is Keras's `MultiOptimizer`, which older versions of Keras lack."""
+    return isinstance(optimizer, _MULTI_OPTIMIZER)
+
+
+def named_optimizers(multi_optimizer: Any) -> dict[str, Any]:
+    """The optimizers inside a `MultiOptimizer`, by names that are the same in every run.
+
+    An optimizer that was given a name has that, the others that of their class. Those that
+    repeat are numbered from the second one on.
+    """
+    optimizers: dict[str, Any] = {}
+    for optimizer in multi_optimizer.optimizers:
+        name, kind = optimizer.name, type(optimizer).__name__
+        # Keras names an optimizer after its class, and numbers it within the process.
+        if re.sub(r"_\d+$", "", name).replace("_", "").lower() == kind.lower():
+            name = kind
+        alike = sum(other == name or other.startswith(f"{name}#") for other in optimizers)
+        optimizers[f"{name}#{alike + 1}" if alike else name] = optimizer
+    return optimizers
+
+
+def count(optimizer: Any) -> int:
+    """How many updates an optimizer has made."""
+    # Not by `convert_to_numpy`, which takes longer.
+    return int(tf.convert_to_tensor(optimizer.iterations))
+
+
+def totals(of_parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The norms of all weights together, from those of their parts in the same step."""
+    norms = {}
+    for name in ("grad_norm", "clipped_grad_norm", "update_norm", "weight_norm"):
+        if not any(name in metrics for metrics in of_parts):
+            continue
+        # What is not clipped counts as it is.
+        plain = name.removeprefix("clipped_")
+        values = [metrics.get(name, metrics.get(plain)) for metrics in of_parts]
+        if None not in values:
+            norms[name] = math.hypot(*values)  # type: ignore[arg-type]
+    return norms
