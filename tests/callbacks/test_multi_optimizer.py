@@ -53,7 +53,7 @@ def _fit(model, log_dir, callbacks=(), **arguments):
 @every_optimizer_alike
 @pytest.mark.parametrize("tier", [slow(TIERS[0]), slow(TIERS[1]), TIERS[2]])
 def test_curves_of_each_inner_optimizer(case, tier, tmp_path):
-    model = _model(_multi(gdopt.GradientDescent(0.05), case.brisk(0.01)))
+    model = _model(_multi(gdopt.GradientDescent(0.05, name="low"), case.brisk(0.01)))
     weights = _Weights()
     _fit(model, tmp_path, [weights], update_freq=5, tier=tier)
     written = read(tmp_path)
@@ -68,10 +68,10 @@ def test_curves_of_each_inner_optimizer(case, tier, tmp_path):
             loss = tf.reduce_mean(tf.square(prediction - y[(step - 1) * 4 : step * 4]))
         gradients = [g.numpy() for g in tape.gradient(loss, twin.trainable_variables)]
         changes = [new - old for new, old in zip(after, before, strict=True)]
-        parts = {"GradientDescent/": slice(0, 2), f"{kind}/": slice(2, 4), "": slice(0, 4)}
+        parts = {"low/": slice(0, 2), f"{kind}/": slice(2, 4), "": slice(0, 4)}
         for name, of_part in parts.items():
             expected = {"grad_norm": _norm(gradients[of_part])}
-            if case in RULES or name == "GradientDescent/":
+            if case in RULES or name == "low/":
                 expected["update_norm"] = _norm(changes[of_part])
                 expected["weight_norm"] = _norm(after[of_part])
                 ratio = np.log10(expected["update_norm"] / expected["weight_norm"])
@@ -79,7 +79,7 @@ def test_curves_of_each_inner_optimizer(case, tier, tmp_path):
             for tag, value in expected.items():
                 found = written[f"optimizer/{name}{tag}"][step]
                 assert found == pytest.approx(value, rel=2e-3), (name, tag)
-    assert written["optimizer/GradientDescent/learning_rate"][5] == pytest.approx(0.05)
+    assert written["optimizer/low/learning_rate"][5] == pytest.approx(0.05)
     rate = keras.ops.convert_to_numpy(model.optimizer.optimizers[0].learning_rate)
     assert written[f"optimizer/{kind}/learning_rate"][5] == pytest.approx(float(rate))
     assert "optimizer/learning_rate" not in written
