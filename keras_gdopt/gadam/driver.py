@@ -119,8 +119,8 @@ class Gadam:
         seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
 
     Raises:
-        ValueError: If the model is not compiled, cannot be cloned, trains in mixed
-            float16 or is too large; if an argument is out of range.
+        ValueError: If the model is not compiled, has no trainable weights, cannot be cloned,
+            trains in mixed float16 or is too large; if an argument is out of range.
         RuntimeError: With another backend than TensorFlow.
 
     Attributes:
@@ -260,15 +260,17 @@ class Gadam:
             generations: How many to train; with a `checkpoint_dir` in all, those that are
                 in it included. Defaults to 10.
             epochs: Of a member in a generation. Defaults to 1.
-            batch_size: For arrays. Defaults to 32.
-            steps_per_epoch: Batches of a member in an epoch. Defaults to one pass.
+            batch_size: For arrays. Defaults to 32, or to all samples where there are fewer.
+            steps_per_epoch: Batches of a member in an epoch. Defaults to one pass; a dataset that
+                does not tell its length is counted once for it.
             sample_weight: For arrays, a weight for each sample.
-            class_weight: A weight for each class, for models with one output.
+            class_weight: A weight for each class, for models with one output and without sample
+                weights. A label is rounded; one without a weight counts once.
             fitness_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset of such
-                batches, that fitness batches are sampled from. Defaults to the training
-                data.
-            validation_data: As in Keras's `fit`; reported for the best member, never
-                selected on.
+                batches with an end, that fitness batches are sampled from. Defaults to the
+                training data.
+            validation_data: As in Keras's `fit`, and with an end; reported for the best member,
+                never selected on.
             validation_split: The part of the arrays, from their end, to validate on.
             validation_freq: Generations from one validation to the next. Defaults to 1.
             callbacks: Keras's, and `PopulationCallback`s.
@@ -287,8 +289,8 @@ class Gadam:
             distance of two members' weights), `children_survived`, and `val_*`.
 
         Raises:
-            ValueError: If the data is empty or unequal in length, an argument is out of
-                range, or `checkpoint_dir` is of another run.
+            ValueError: If the data is empty, unequal in length, endless or not what the model
+                takes, an argument is out of range, or `checkpoint_dir` is of another run.
             FloatingPointError: If no member of a generation has a finite loss.
         """
         generations = checked_count("generations", generations, minimum=1)

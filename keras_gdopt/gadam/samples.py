@@ -136,8 +136,8 @@ def _patiently(batches: tf.data.Dataset, what: str, instead: str) -> Iterator[Da
         if not said and time.monotonic() - started > _PATIENCE:
             said = True
             warnings.warn(
-                f"Gadam {what}: {number} batches so far. If it takes too long, or the data has no "
-                f"end, use {instead}.",
+                f"Gadam {what}: {number + 1} batches so far. If it takes too long, or the data "
+                f"has no end, use {instead}.",
                 stacklevel=2,
             )
         yield batch

@@ -174,9 +174,7 @@ class _OneClone:
         self.train = tf.function(
             lambda batch: _train_step(clone, Batch(**batch)), reduce_retracing=True
         )
-        self.loss = tf.function(
-            lambda batch: loss_of(clone, Batch(**batch), training=False), reduce_retracing=True
-        )
+        self.loss = tf.function(self._fitness_loss, reduce_retracing=True)
 
     def load(self, members: Members, place: int, *, with_optimizer: bool = True) -> None:
         """Gives the clone what a member has."""
@@ -187,6 +185,9 @@ class _OneClone:
             variables += self._clone.optimizer.variables
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value[place])
+
+    def _fitness_loss(self, batch: Data) -> Tensor:
+        return loss_of(self._clone, Batch(**batch), training=False)
 
     def read(self) -> Members:
         """What the clone has, as a member."""
