@@ -11,17 +11,40 @@ import tensorflow as tf
 from keras_gdopt.functional import Data
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.samples import (
+    all_of,
+    are_alike,
+    as_dataset,
+    check_counts,
+    check_is_no_generator,
+    concatenate,
+    count_batches,
+    cut_to_size,
+    drawn,
+    drawn_batches,
+    in_memory,
+    is_endless,
+    sample_count,
+    stack_batches,
+    take_rows,
+    tells_its_shapes,
+)
 
 Tensor = Any
+
+
+# Steps that are handed to the device at a time, at most.
+_PORTION = 16
 
 
 class Portion(NamedTuple):
     """Steps that are made in one call.
 
-    `data` and `order` are what an engine's `train` takes.
+    `data` and `order` are what an engine's `train` takes. Where batches differ in shape or are
+    ragged, `data` has a list for each step, with a batch for each member, as `train_apart` takes.
     """
 
-    data: Data
+    data: Data | list[list[Data]]
     order: Tensor | None
     steps: int
 
@@ -34,14 +57,15 @@ class ArrayData:
         y: Targets, likewise, or `None`.
         sample_weight: One for each sample, or `None`.
         class_weight: A weight for each class, or `None`.
-        batch_size: Of training. 32 by default.
+        batch_size: Of training. 32 by default; where there are fewer samples, all of them.
         steps_per_epoch: Batches of an epoch; by default one pass over the samples, the
             last batch of which may be smaller.
+        fixed_batch_size: The only number of samples that the model takes, or `None`.
         seed: Of the run.
 
     Raises:
-        ValueError: If there are no samples, they differ in number, or are fewer than a
-            batch.
+        ValueError: If there are no samples, they differ in number, or some batch has
+            another size than the model takes.
     """
 
     def __init__(
@@ -53,20 +77,18 @@ class ArrayData:
         class_weight: dict[int, float] | None = None,
         batch_size: int | None = None,
         steps_per_epoch: int | None = None,
+        fixed_batch_size: int | None = None,
         seed: int,
     ) -> None:
-        batch_size = 32 if batch_size is None else batch_size
         self.data = in_memory(x, y, sample_weight, class_weight)
+        self._alike = are_alike([self.data])
         self._count = sample_count(self.data)
-        if batch_size > self._count:
-            raise ValueError(
-                "`batch_size` must be at most the number of samples. Received: "
-                f"batch_size={batch_size} with {self._count} sample(s)"
-            )
+        batch_size = min(32 if batch_size is None else batch_size, self._count)
         self._batch_size = batch_size
         self._full_steps, self._rest = divmod(self._count, batch_size)
         if steps_per_epoch is not None:
             self._full_steps, self._rest = steps_per_epoch, 0
+        _check_batch_size(batch_size, self._rest, fixed_batch_size)
         self.steps_per_epoch = self._full_steps + bool(self._rest)
         self._seed = seed
 
@@ -81,6 +103,9 @@ class ArrayData:
             draw = keys.generator(self._seed, generation, phase, member, epoch)
             orders.append(np.concatenate([draw.permutation(self._count) for _ in range(passes)]))
         order = np.stack(orders).astype("int32")
+        if not self._alike:
+            yield from self._apart(order)
+            return
         full = order[:, :needed].reshape(len(places), self._full_steps, self._batch_size)
         yield Portion(self.data, tf.constant(full.swapaxes(0, 1)), self._full_steps)
         if self._rest:
@@ -90,6 +115,17 @@ class ArrayData:
     def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
         """A sample of all members' common batch, without repetition."""
         return drawn(self.data, size, keys.generator(self._seed, generation, phase))
+
+    def _apart(self, order: np.ndarray) -> Iterator[Portion]:
+        """The steps of an epoch of ragged samples, in orders of shape `(members, samples)`."""
+        size, end = self._batch_size, self._full_steps * self._batch_size + self._rest
+        for first in range(0, self.steps_per_epoch, _PORTION):
+            last = min(first + _PORTION, self.steps_per_epoch)
+            steps = [
+                [take_rows(self.data, row[at : min(at + size, end)]) for row in order]
+                for at in range(first * size, last * size, size)
+            ]
+            yield Portion(steps, None, last - first)
 
 
 class StreamData:
@@ -101,16 +137,21 @@ class StreamData:
     last of a pass, if smaller, is filled up from the next pass. Fitness batches are whole
     steps of the same stream.
 
+    Where the dataset does not tell the shapes of samples, as after `padded_batch`, and where it is
+    ragged or sparse, batches are dealt as they are.
+
     Args:
         dataset: Of `x`, `(x, y)` or `(x, y, sample_weight)`.
         class_weight: A weight for each class, or `None`.
         steps_per_epoch: Batches that each member gets in an epoch; by default as many as
-            the data has.
+            the data has, which are counted where it does not tell.
+        fixed_batch_size: The only number of samples that the model takes, or `None`.
         members: How many.
         portion: How many steps are handed to the device at a time, at most.
 
     Raises:
-        ValueError: If the data is empty, or endless without `steps_per_epoch`.
+        ValueError: If the data is empty, or endless without `steps_per_epoch`, or its batches
+            have another size than the model takes.
     """
 
     def __init__(
@@ -119,26 +160,40 @@ class StreamData:
         *,
         class_weight: dict[int, float] | None = None,
         steps_per_epoch: int | None = None,
+        fixed_batch_size: int | None = None,
         members: int,
-        portion: int = 16,
+        portion: int = _PORTION,
     ) -> None:
         batches = as_dataset(dataset, class_weight)
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("The training data is empty. Expected at least one batch.")
+        check_counts(first)
         self._batch_size = sample_count(first)
+        _check_batch_size(self._batch_size, 0, fixed_batch_size)
         count = int(batches.cardinality())
         if steps_per_epoch is None:
-            if count < 0:
+            if is_endless(dataset):
                 raise ValueError(
-                    "`steps_per_epoch` must be given for data that is endless or does not tell "
-                    f"its length. Received: steps_per_epoch=None with {dataset!r}"
+                    "`steps_per_epoch` must be given for data that is endless. Received: "
+                    f"steps_per_epoch=None with {dataset!r}"
                 )
+            if count < 0:
+                count = count_batches(batches)
             steps_per_epoch = count
         self.steps_per_epoch = steps_per_epoch
         self._portion = portion
         self._members = members
-        self._steps = _dealt(batches, count, self._batch_size, members)
+        self._fixed_batch_size = fixed_batch_size
+        # After as many passes as make whole steps, each member would get the same batches
+        # again; so the deal then begins with another member.
+        self._together = math.lcm(max(count, 1), members) // members
+        self._as_they_are = not tells_its_shapes(batches)
+        if self._as_they_are:
+            self._steps = batches.repeat()
+        else:
+            same_size = batches.repeat().rebatch(self._batch_size, drop_remainder=True)
+            self._steps = same_size.batch(members, drop_remainder=True)
         self._taken = 0
         self._stream: Iterator[Data] | None = None
 
@@ -157,15 +212,26 @@ class StreamData:
             # Of two lengths at most, so that no more functions are compiled.
             length = min(self._portion, self.steps_per_epoch - first)
             steps = [self._next() for _ in range(length)]
-            data = tf.nest.map_structure(lambda *parts: tf.stack(parts), *steps)
+            if self._as_they_are:
+                if not are_alike([batch for batches in steps for batch in batches]):
+                    chosen = [[batches[place] for place in places] for batches in steps]
+                    yield Portion(chosen, None, length)
+                    continue
+                steps = [stack_batches(batches) for batches in steps]
+            data = stack_batches(steps)
             if not everyone:
                 data = tf.nest.map_structure(lambda p: tf.gather(p, list(places), axis=1), data)
             yield Portion(data, None, length)
 
-    def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
-        """The batches of the next steps together, about as many samples as `size`."""
+    def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data | list[Data]:
+        """The batches of the next steps together, about as many samples as `size`.
+
+        Batches that differ in shape come as a list.
+        """
         del generation, phase
         steps = [self._next() for _ in range(self.steps_of_fitness(size))]
+        if self._as_they_are:
+            return concatenate([batch for batches in steps for batch in batches])
 
         def joined(*parts: Tensor) -> Tensor:
             return tf.concat([tf.reshape(part, [-1, *part.shape[2:]]) for part in parts], axis=0)
@@ -176,11 +242,22 @@ class StreamData:
         """How many steps of the stream a fitness batch of about `size` samples takes."""
         return max(1, size // (self._members * self._batch_size))
 
-    def _next(self) -> Data:
+    def _next(self) -> Any:
+        """The next step: batches with an axis for the members, or a list of them."""
         if self._stream is None:
-            self._stream = iter(self._steps.skip(self._taken).prefetch(2))
+            taken = self._taken * (self._members if self._as_they_are else 1)
+            self._stream = iter(self._steps.skip(taken).prefetch(2))
+        turned = self._taken // self._together % self._members
         self._taken += 1
-        return next(self._stream)
+        if self._as_they_are:
+            batches = [next(self._stream) for _ in range(self._members)]
+            for batch in batches:
+                _check_batch_size(sample_count(batch), 0, self._fixed_batch_size)
+            return [batches[place - turned] for place in range(self._members)]
+        step = next(self._stream)
+        if not turned:
+            return step
+        return tf.nest.map_structure(lambda part: tf.roll(part, turned, axis=0), step)
 
 
 class DataArguments(NamedTuple):
@@ -199,6 +276,8 @@ class DataArguments(NamedTuple):
     seed: int = 0
     data_fn: Callable[[], Any] | None = None
     """Makes `x` and what belongs to it."""
+    fixed_batch_size: int | None = None
+    """The only number of samples that the model takes."""
 
     def made(self) -> "GenerationData":
         """The data itself.
@@ -220,9 +299,10 @@ class DataArguments(NamedTuple):
             raise ValueError("Expected training data. Received: x=None")
         return GenerationData(
             self._training_data(x, y, sample_weight),
-            fitness_data=None if self.fitness_data is None else _all_of(self.fitness_data),
+            fitness_data=None if self.fitness_data is None else all_of(self.fitness_data),
             fitness_samples=self.fitness_samples,
             epochs=self.epochs,
+            fixed_batch_size=self.fixed_batch_size,
             seed=self.seed,
         )
 
@@ -241,7 +321,9 @@ class DataArguments(NamedTuple):
                 )
 
         def arrays(part: Any) -> Any:
-            return tf.nest.map_structure(lambda a: None if a is None else np.asarray(a), part)
+            return tf.nest.map_structure(
+                lambda a: a if a is None or isinstance(a, tf.RaggedTensor) else np.asarray(a), part
+            )
 
         return self._replace(
             x=arrays(self.x),
@@ -261,15 +343,10 @@ class DataArguments(NamedTuple):
                 x,
                 class_weight=self.class_weight,
                 steps_per_epoch=self.steps_per_epoch,
+                fixed_batch_size=self.fixed_batch_size,
                 members=self.members,
             )
-        if hasattr(x, "__next__") or type(x).__module__.startswith("torch.utils"):
-            raise ValueError(
-                "A generator cannot be gone through again, as each generation and a resumed "
-                "run must. Use arrays, a `tf.data.Dataset` (such as "
-                "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
-                f"Received: x={x!r}"
-            )
+        check_is_no_generator("x", x)
         return ArrayData(
             x,
             y,
@@ -277,6 +354,7 @@ class DataArguments(NamedTuple):
             class_weight=self.class_weight,
             batch_size=self.batch_size,
             steps_per_epoch=self.steps_per_epoch,
+            fixed_batch_size=self.fixed_batch_size,
             seed=self.seed,
         )
 
@@ -292,6 +370,7 @@ class GenerationData:
         fitness_data: To draw fitness batches from; `None`: from the training data.
         fitness_samples: How many samples a fitness batch has, about.
         epochs: Of a member in a generation.
+        fixed_batch_size: The only number of samples that the model takes, or `None`.
         seed: Of the run.
     """
 
@@ -299,17 +378,19 @@ class GenerationData:
         self,
         data: ArrayData | StreamData,
         *,
-        fitness_data: Data | None,
+        fitness_data: Data | list[Data] | None,
         fitness_samples: int,
         epochs: int,
+        fixed_batch_size: int | None = None,
         seed: int,
     ) -> None:
         self._data = data
         self._fitness_data = fitness_data
         self._fitness_samples = fitness_samples
         self.epochs = epochs
+        self._fixed_batch_size = fixed_batch_size
         self._seed = seed
-        self._latest_batch: tuple[tuple[int, Phase] | None, Data] = (None, {})
+        self._latest_batch: tuple[tuple[int, Phase] | None, Data | list[Data]] = (None, {})
 
     @property
     def steps(self) -> int:
@@ -324,17 +405,23 @@ class GenerationData:
             self._data.go_to(self._start(generation, phase) + epoch * self._data.steps_per_epoch)
         yield from self._data.epoch(generation, phase, epoch, places)
 
-    def fitness_batch(self, generation: int, phase: Phase) -> Data:
-        """What all members are judged by in a phase."""
+    def fitness_batch(self, generation: int, phase: Phase) -> Data | list[Data]:
+        """What all members are judged by in a phase; a list where batches differ in shape."""
         if self._latest_batch[0] == (generation, phase):
             return self._latest_batch[1]
+        batch: Data | list[Data]
         if self._fitness_data is not None:
             draw = keys.generator(self._seed, generation, phase)
-            batch = drawn(self._fitness_data, self._fitness_samples, draw)
+            if isinstance(self._fitness_data, list):
+                batch = drawn_batches(self._fitness_data, self._fitness_samples, draw)
+            else:
+                batch = drawn(self._fitness_data, self._fitness_samples, draw)
         else:
             if isinstance(self._data, StreamData):
                 self._data.go_to(self._start(generation, phase))
             batch = self._data.fitness_batch(generation, phase, self._fitness_samples)
+        if self._fixed_batch_size is not None:
+            batch = cut_to_size(batch, self._fixed_batch_size)
         self._latest_batch = ((generation, phase), batch)
         return batch
 
@@ -353,157 +440,12 @@ class GenerationData:
         return generation * 2 * (self.steps + of_fitness) + phases[phase]
 
 
-def _dealt(batches: tf.data.Dataset, count: int, size: int, members: int) -> tf.data.Dataset:
-    """Steps, each with a batch of `size` samples for each member, without end."""
-    # After as many passes as make whole steps, each member would get the same batches
-    # again; so the deal then begins with another member.
-    together = math.lcm(max(count, 1), members) // members
-
-    def turned(step: Tensor, batches: Data) -> Data:
-        by = step // together % members
-        return tf.nest.map_structure(lambda part: tf.roll(part, by, axis=0), batches)
-
-    same_size = batches.repeat().rebatch(size, drop_remainder=True)
-    return same_size.batch(members, drop_remainder=True).enumerate().map(turned)
-
-
-# --- what data is made of ---------------------------------------------------------------
-
-
-def in_memory(
-    x: Any,
-    y: Any = None,
-    sample_weight: Any = None,
-    class_weight: dict[int, float] | None = None,
-    *,
-    what: str = "The training data",
-) -> Data:
-    """Samples as tensors, checked; an error calls them `what`.
-
-    Raises:
-        ValueError: If there are none, or the parts differ in their number.
-    """
-    parts = {"x": x, "y": y, "sample_weight": sample_weight}
-    data = {
-        name: tf.nest.map_structure(_as_tensor, _without_lists(part))
-        for name, part in parts.items()
-        if part is not None
-    }
-    counts = {part.shape[0] if part.shape.rank else None for part in tf.nest.flatten(data)}
-    if len(counts) != 1:
-        shapes = {
-            name: tf.nest.map_structure(lambda p: tuple(p.shape), p) for name, p in data.items()
-        }
+def _check_batch_size(size: int, rest: int, fixed: int | None) -> None:
+    """Raises if the model does not take batches of this size, or the last one's."""
+    if fixed is not None and (size != fixed or rest):
+        smaller = f", the last of {rest}" if rest else ""
         raise ValueError(
-            "All inputs, targets and sample weights must have the same number of samples. "
-            f"Received: {what[0].lower()}{what[1:]} with shapes {shapes}"
+            f"The model's input has a batch size of its own (as stateful layers need): expected "
+            f"batches of {fixed} samples. Use `batch_size={fixed}` and a multiple of {fixed} "
+            f"samples, or `steps_per_epoch`. Received: batches of {size} samples{smaller}"
         )
-    if not counts.pop():
-        raise ValueError(f"{what} is empty. Expected at least one sample.")
-    return _with_class_weight(data, class_weight)
-
-
-def _all_of(data: Any) -> Data:
-    """All samples of fitness data, in memory."""
-    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
-        batches = list(as_dataset(data, what="`fitness_data`"))
-        if not batches:
-            raise ValueError("`fitness_data` is empty. Expected at least one batch.")
-        return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
-    if not isinstance(data, (tuple, list)) or not 1 <= len(data) <= 3:
-        raise ValueError(
-            "`fitness_data` must be `(x, y)`, `(x, y, sample_weight)` or a dataset. Received: "
-            f"{type(data).__name__}"
-        )
-    return in_memory(*data, what="`fitness_data`")
-
-
-def as_dataset(
-    dataset: Any,
-    class_weight: dict[int, float] | None = None,
-    *,
-    what: str = "The training data",
-) -> tf.data.Dataset:
-    """A dataset of `Data`, from one of tuples or from a `PyDataset`; errors call it `what`."""
-    if isinstance(dataset, keras.utils.PyDataset):
-        dataset = _from_py_dataset(dataset, what)
-
-    def named(*parts: Any) -> Data:
-        if len(parts) == 1 and isinstance(parts[0], tuple):
-            parts = parts[0]
-        names = ("x", "y", "sample_weight")
-        data = {n: p for n, p in zip(names, parts, strict=False) if p is not None}
-        return _with_class_weight(data, class_weight)
-
-    return dataset.map(named)
-
-
-def _from_py_dataset(source: keras.utils.PyDataset, what: str) -> tf.data.Dataset:
-    """Its batches, in their order."""
-    count = source.num_batches
-    if count is None:
-        raise ValueError(
-            "Expected a `PyDataset` that tells its length. Received: one without `__len__`"
-        )
-    if not count:
-        raise ValueError(f"{what} is empty. Expected at least one batch.")
-    example = tf.nest.map_structure(_as_tensor, source[0])
-    signature = tf.nest.map_structure(
-        lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), example
-    )
-
-    def batches() -> Iterator[Any]:
-        for index in range(count):
-            yield source[index]
-
-    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(count))
-
-
-def sample_count(data: Data) -> int:
-    """How many samples there are."""
-    return int(tf.nest.flatten(data)[0].shape[0])
-
-
-def drawn(data: Data, size: int, draw: np.random.Generator) -> Data:
-    """Some of the samples, without repetition; all of them where `size` is more."""
-    count = sample_count(data)
-    if size >= count:
-        return data
-    rows = tf.constant(draw.choice(count, size, replace=False).astype("int32"))
-    return tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
-
-
-def _as_tensor(part: Any) -> tf.Tensor:
-    part = tf.convert_to_tensor(part)
-    # As Keras does: Python and NumPy floats become floatx.
-    return tf.cast(part, keras.config.floatx()) if part.dtype == tf.float64 else part
-
-
-def _without_lists(part: Any) -> Any:
-    """A list of arrays as a tuple; a list of numbers as an array."""
-    if isinstance(part, list):
-        return tuple(part) if part and hasattr(part[0], "shape") else np.asarray(part)
-    return part
-
-
-def _with_class_weight(data: Data, class_weight: dict[int, float] | None) -> Data:
-    if class_weight is None:
-        return data
-    y = data.get("y")
-    if y is None or tf.nest.is_nested(y):
-        raise ValueError(
-            "`class_weight` needs a model with one output. Received: targets in the structure "
-            f"{y!r}"
-        )
-    one_hot = y.shape.rank is not None and y.shape.rank > 1 and y.shape[-1] != 1
-    classes = tf.argmax(y, axis=-1) if one_hot else tf.reshape(tf.cast(y, tf.int64), [-1])
-    table = np.ones(max(class_weight) + 1, keras.config.floatx())
-    for index, weight in class_weight.items():
-        table[index] = weight
-    # Classes without a weight count once, those beyond the table, too.
-    weights = tf.gather(table, tf.minimum(classes, len(table) - 1))
-    weights = tf.where(classes < len(table), weights, tf.ones_like(weights))
-    if "sample_weight" in data:
-        weights *= tf.cast(tf.reshape(data["sample_weight"], [-1]), weights.dtype)
-    return {**data, "sample_weight": weights}

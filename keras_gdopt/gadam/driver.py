@@ -1,19 +1,18 @@
 """Gadam: trains a population of clones of a model, and evolves it."""
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_gdopt.functional import Data, check_is_built, check_is_trainable_by_its_loss
 from keras_gdopt.gadam import genetics, population
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
+from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.engines.stacked import why_not_stacked
@@ -21,6 +20,7 @@ from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.local_population import LocalPopulation
 from keras_gdopt.gadam.progress import Progress
+from keras_gdopt.gadam.samples import check_ends, check_is_no_generator, split
 from keras_gdopt.gadam.training import Training
 from keras_gdopt.optimizers.argument_checks import (
     check_tensorflow,
@@ -119,8 +119,8 @@ class Gadam:
         seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
 
     Raises:
-        ValueError: If the model is not compiled, cannot be cloned, trains in mixed
-            float16 or is too large; if an argument is out of range.
+        ValueError: If the model is not compiled, has no trainable weights, cannot be cloned,
+            trains in mixed float16 or is too large; if an argument is out of range.
         RuntimeError: With another backend than TensorFlow.
 
     Attributes:
@@ -164,6 +164,7 @@ class Gadam:
         _check_optimizer(model)
         check_is_trainable_by_its_loss(model)
         check_is_built(model)
+        _check_has_trainable_weights(model)
         _check_precision(model)
         self.model = model
         self.population_size = checked_count("population_size", population_size, minimum=2)
@@ -259,15 +260,17 @@ class Gadam:
             generations: How many to train; with a `checkpoint_dir` in all, those that are
                 in it included. Defaults to 10.
             epochs: Of a member in a generation. Defaults to 1.
-            batch_size: For arrays. Defaults to 32.
-            steps_per_epoch: Batches of a member in an epoch. Defaults to one pass.
+            batch_size: For arrays. Defaults to 32, or to all samples where there are fewer.
+            steps_per_epoch: Batches of a member in an epoch. Defaults to one pass; a dataset that
+                does not tell its length is counted once for it.
             sample_weight: For arrays, a weight for each sample.
-            class_weight: A weight for each class, for models with one output.
+            class_weight: A weight for each class, for models with one output and without sample
+                weights. A label is rounded; one without a weight counts once.
             fitness_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset of such
-                batches, that fitness batches are sampled from. Defaults to the training
-                data.
-            validation_data: As in Keras's `fit`; reported for the best member, never
-                selected on.
+                batches with an end, that fitness batches are sampled from. Defaults to the
+                training data.
+            validation_data: As in Keras's `fit`, and with an end; reported for the best member,
+                never selected on.
             validation_split: The part of the arrays, from their end, to validate on.
             validation_freq: Generations from one validation to the next. Defaults to 1.
             callbacks: Keras's, and `PopulationCallback`s.
@@ -286,8 +289,8 @@ class Gadam:
             distance of two members' weights), `children_survived`, and `val_*`.
 
         Raises:
-            ValueError: If the data is empty or unequal in length, an argument is out of
-                range, or `checkpoint_dir` is of another run.
+            ValueError: If the data is empty, unequal in length, endless or not what the model
+                takes, an argument is out of range, or `checkpoint_dir` is of another run.
             FloatingPointError: If no member of a generation has a finite loss.
         """
         generations = checked_count("generations", generations, minimum=1)
@@ -305,7 +308,11 @@ class Gadam:
         if validation_split:
             if validation_data is not None:
                 raise ValueError("Expected `validation_split` or `validation_data`. Received: both")
-            (x, y, sample_weight), validation_data = _split((x, y, sample_weight), validation_split)
+            (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
+        check_ends("validation_data", validation_data)
+        check_is_no_generator("validation_data", validation_data)
+        if class_weight is not None:
+            check_class_weight(class_weight)
         arguments = DataArguments(
             x,
             y,
@@ -319,6 +326,7 @@ class Gadam:
             members=self.population_size,
             seed=self.seed,
             data_fn=self._cluster.data_fn if self._cluster else None,
+            fixed_batch_size=population.batch_size_of(self.model),
         )
         data = arguments.made()
         verbose = 1 if verbose == "auto" else int(verbose)
@@ -506,10 +514,12 @@ class Gadam:
     def _load(self, place: int, model: keras.Model) -> None:
         self._population.load(place, model)
 
-    def _metrics(self, batch: Data) -> dict[str, float]:
+    def _metrics(self, batch: Data | list[Data]) -> dict[str, float]:
         """The compiled metrics of the model, which holds the best member."""
         self.model.reset_metrics()
-        values = self.model.test_on_batch(**batch, return_dict=True)
+        population.forget_sequences(self.model)
+        for one in batch if isinstance(batch, list) else [batch]:
+            values = self.model.test_on_batch(**one, return_dict=True)
         self.model.reset_metrics()
         return {name: _as_float(value) for name, value in values.items() if name != "loss"}
 
@@ -634,6 +644,16 @@ def _check_optimizer(model: Any) -> None:
         )
 
 
+def _check_has_trainable_weights(model: keras.Model) -> None:
+    if not model.trainable_variables:
+        raise ValueError(
+            f"The model '{model.name}' has no trainable weights. Expected a population of models "
+            "that differ in something. Set `layer.trainable = True` for some layers, and compile "
+            f"the model again. Received: {len(model.non_trainable_variables)} variables, all of "
+            "them not trainable"
+        )
+
+
 def _check_precision(model: keras.Model) -> None:
     layers = [
         layer.name
@@ -662,27 +682,3 @@ def _why_better_unrolled(model: keras.Model) -> str | None:
         if any(word in type(layer).__name__ for word in slow):
             return f"a stack of layers such as '{layer.name}' is slower than clones"
     return None
-
-
-def _split(arrays: tuple[Any, ...], part: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arrays without their end, and the end."""
-    x = arrays[0]
-    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)) or not 0.0 < part < 1.0:
-        raise ValueError(
-            "`validation_split` must be between 0 and 1, of arrays. Received: "
-            f"validation_split={part} with x of type {type(x).__name__}"
-        )
-    count = len(tf.nest.flatten(x)[0])
-    at = math.floor(count * (1.0 - part))
-    if not 0 < at < count:
-        raise ValueError(
-            f"`validation_split` leaves nothing to train or to validate on. Received: "
-            f"validation_split={part} of {count} sample(s)"
-        )
-
-    def cut(rows: slice) -> tuple[Any, ...]:
-        return tuple(
-            None if a is None else tf.nest.map_structure(lambda part: part[rows], a) for a in arrays
-        )
-
-    return cut(slice(0, at)), cut(slice(at, count))

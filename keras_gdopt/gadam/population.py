@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,30 +82,18 @@ def clone(model: keras.Model, seed: int) -> keras.Model:
         ValueError: If the clone's variables are not the model's.
     """
     drawn = np.random.default_rng(seed)
-    compiled = model.compiled
     python_state = random.getstate()
     random.seed(seed)  # initializers without a seed take theirs from here
     try:
-        if isinstance(model, keras.Sequential) or _is_functional(model):
-
-            def cloned_layer(layer: Any) -> Any:
-                if hasattr(layer, "adapt"):
-                    return layer  # adapted to data before, and never trained: shared
-                twin = type(layer).from_config(layer.get_config())
-                if isinstance(twin, keras.Layer):  # and no bare operation
-                    _reseed(twin, drawn)
-                return twin
-
-            # Keras would compile the clone through its config, which not every loss has.
-            model.compiled = False
-            twin = keras.models.clone_model(model, clone_function=cloned_layer, recursive=True)
-        else:
-            twin = type(model).from_config(model.get_config())
-            _reseed(twin, drawn)
+        clones: dict[int, tuple[Any, Any]] = {}
+        twin = _clone_layer(model, drawn, clones)
         if not twin.built:
             config = model.get_build_config()
             if config:
                 twin.build_from_config(config)
+        for layer, other in clones.values():
+            if not _is_cloned_by_parts(layer):
+                _copy_what_was_adapted(layer, other)
     except Exception as error:
         raise ValueError(
             f"The model '{model.name}' ({type(model).__name__}) cannot be cloned. Expected a "
@@ -112,7 +101,6 @@ def clone(model: keras.Model, seed: int) -> keras.Model:
             f"says all about it. Received this error: {error}"
         ) from error
     finally:
-        model.compiled = compiled
         random.setstate(python_state)
     for kind in ("trainable_variables", "non_trainable_variables"):
         expected = [tuple(v.shape) for v in getattr(model, kind)]
@@ -151,8 +139,60 @@ def _metric_of_its_own(metric: Any) -> Any:
         return metric  # of a function that no config can name: reset before each use
 
 
-def _is_functional(model: keras.Model) -> bool:
-    return type(model) is keras.Model or type(model).__name__ == "Functional"
+def _clone_layer(layer: Any, drawn: np.random.Generator, clones: dict[int, tuple[Any, Any]]) -> Any:
+    """A clone of a layer, or of a model and all models that are nested in it.
+
+    Keras's own `clone_model(recursive=True)` enters one level only before Keras 3.14.
+
+    Args:
+        layer: What to clone.
+        drawn: Draws the seeds of initializers.
+        clones: Layers and their clones, by the layers' ids: a shared layer has one.
+    """
+    if id(layer) in clones:
+        return clones[id(layer)][1]
+    if _is_cloned_by_parts(layer):
+        # Keras would compile the clone through its config, which not every loss has.
+        compiled, layer.compiled = layer.compiled, False
+        try:
+            twin = keras.models.clone_model(
+                layer, clone_function=lambda part: _clone_layer(part, drawn, clones)
+            )
+        finally:
+            layer.compiled = compiled
+    else:
+        twin = type(layer).from_config(layer.get_config())
+        if not isinstance(twin, keras.Layer):
+            return twin  # a bare operation
+        _reseed(twin, drawn)
+    clones[id(layer)] = layer, twin
+    return twin
+
+
+def _copy_what_was_adapted(layer: keras.Layer, twin: keras.Layer) -> None:
+    """Gives a clone what `adapt` taught a layer, or layers in it: statistics, vocabularies."""
+    adapted, others = (
+        [part for part in one._flatten_layers() if hasattr(part, "adapt")] for one in (layer, twin)
+    )
+    for part, other in zip(adapted, others, strict=True):
+        if not part.built:
+            continue
+        store: dict[str, Any] = {}
+        part.save_own_variables(store)
+        other.load_own_variables(store)
+        if hasattr(part, "save_assets"):
+            with tempfile.TemporaryDirectory() as directory:
+                part.save_assets(directory)
+                other.load_assets(directory)
+
+
+def _is_cloned_by_parts(layer: Any) -> bool:
+    """Whether it is a Sequential or functional model, whose layers are cloned one by one."""
+    return (
+        isinstance(layer, keras.Sequential)
+        or type(layer) is keras.Model
+        or type(layer).__name__ == "Functional"
+    )
 
 
 def _reseed(layer: Any, drawn: np.random.Generator) -> None:
@@ -223,6 +263,20 @@ def seed_generators(model: keras.Model) -> list[int]:
         for index, variable in enumerate(model.non_trainable_variables)
         if variable.name == "seed_generator_state"
     ]
+
+
+def forget_sequences(model: keras.Model) -> None:
+    """Lets layers begin anew that remember the batch before, as a `stateful` LSTM does."""
+    for layer in model._flatten_layers():
+        if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
+            layer.reset_state()
+
+
+def batch_size_of(model: keras.Model) -> int | None:
+    """The only number of samples in a batch that a model's inputs take, if they say one."""
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    sizes = {part.shape[0] for part in inputs if part is not None and part.shape}
+    return next((size for size in sizes if size is not None), None)
 
 
 # --- memory ----------------------------------------------------------------------------

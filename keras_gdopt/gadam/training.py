@@ -1,21 +1,29 @@
 """Trains, judges and breeds members on one machine."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gdopt.functional import Data
 from keras_gdopt.gadam import keys, population
 from keras_gdopt.gadam.breeding import Breeding, Plan
-from keras_gdopt.gadam.data import GenerationData
+from keras_gdopt.gadam.data import GenerationData, Portion
 from keras_gdopt.gadam.engines.stacked import StackedEngine
 from keras_gdopt.gadam.engines.unrolled import UnrolledEngine
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
+from keras_gdopt.gadam.samples import sample_count
 
 Tensor = Any
+
+_OF_TENSORFLOW = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)
+_LONGEST = 300  # characters of another's message
 
 
 class Training:
@@ -44,6 +52,7 @@ class Training:
             ]
             self.engine = UnrolledEngine(model, clones)
         self.count = count
+        self._model = model
         self._breeding = breeding
         self._seed = seed
         self._seed_generators = population.seed_generators(model)
@@ -76,6 +85,7 @@ class Training:
             ]
             state[index] = tf.cast(tf.constant(np.stack(drawn_keys)), state[index].dtype)
         members = members._replace(state=state)
+        self.engine.forget_sequences()
         losses: list[np.ndarray] = []
         for epoch in range(self.data.epochs):
             losses = []
@@ -83,16 +93,25 @@ class Training:
                 length = stride or portion.steps
                 for first in range(0, portion.steps, length):
                     last = min(first + length, portion.steps)
-                    members, of_steps = self.engine.train(
-                        members, portion.data, portion.order, first, last
-                    )
+                    members, of_steps = self._train(members, portion, first, last)
                     losses.append(of_steps)
                     heard(last - first, of_steps[-1])
         return self.engine.finalized(members), np.mean(np.concatenate(losses), axis=0)
 
     def fitness(self, members: Members, generation: int, phase: Phase) -> np.ndarray:
-        """The members' losses of the batch that they are judged by in a phase."""
-        return self.engine.losses(members, self.data.fitness_batch(generation, phase)).numpy()
+        """The members' losses of what they are judged by in a phase.
+
+        Of several batches the mean over all samples, as of `evaluate`.
+        """
+        self.engine.forget_sequences()
+        batch = self.data.fitness_batch(generation, phase)
+        if not isinstance(batch, list):
+            with self._errors_in_words(batch):
+                return self.engine.losses(members, batch).numpy()
+        with self._errors_in_words(batch[0]):
+            losses = self.engine.losses_apart(members, batch).numpy()
+        counts = [sample_count(one) for one in batch]
+        return np.average(losses, axis=0, weights=counts).astype(losses.dtype)
 
     def children(
         self,
@@ -115,3 +134,47 @@ class Training:
         fresh = self.engine.fresh_optimizer_state(self.count)
         updates = tf.zeros((self.count,), tf.int64)
         return Members(weights, list(state), fresh, updates), mutated
+
+    def _train(
+        self, members: Members, portion: Portion, first: int, last: int
+    ) -> tuple[Members, np.ndarray]:
+        data = portion.data
+        if isinstance(data, list):
+            with self._errors_in_words(data[0][0]):
+                return self.engine.train_apart(members, data[first:last])
+        with self._errors_in_words(data):
+            return self.engine.train(members, data, portion.order, first, last)
+
+    @contextlib.contextmanager
+    def _errors_in_words(self, data: Data) -> Iterator[None]:
+        """Says of which data a model does not take, without TensorFlow's graph."""
+        try:
+            yield
+        except (ValueError, TypeError, *_OF_TENSORFLOW) as error:
+            name = self._model.name
+            shapes = {
+                part: tf.nest.map_structure(lambda p: tuple(p.shape), value)
+                for part, value in data.items()
+            }
+            instead = ""
+            if isinstance(error, _OF_TENSORFLOW) and isinstance(self.engine, StackedEngine):
+                instead = " If `model.fit` takes it, use `Gadam(engine='unrolled')`."
+            raise ValueError(
+                f"The model '{name}' does not train on this data: {_core(error)}{instead} "
+                f"Received: data of shapes {reprlib.repr(shapes)}"
+            ) from error
+
+
+def _core(error: Exception) -> str:
+    """What an error says, without the code that it came from."""
+    text = str(error)
+    bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", text, re.DOTALL)  # as Keras marks it
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if bold:
+        core = bold.group(1)
+    elif lines and lines[0] == "in user code:":  # and then come the places
+        core = re.sub(r"^\w+(Error|Exception): ", "", lines[-1])
+    else:
+        core = lines[0] if lines else type(error).__name__
+    core = " ".join(re.sub(r"\{\{.*?\}\}", "", core).split())
+    return (core if len(core) <= _LONGEST else core[:_LONGEST] + "...").rstrip(".") + "."

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 
@@ -94,6 +95,24 @@ def two_inputs():
         "other": layers.Dense(1, name="other")(joined),
     }
     return keras.Model({"first": first, "second": second}, outputs)
+
+
+@keras.saving.register_keras_serializable("tests")
+class MeanOfWords(layers.Layer):
+    """Of texts that may be ragged."""
+
+    def call(self, x):
+        return tf.reduce_mean(x, axis=1)
+
+    def compute_output_shape(self, shape):
+        return (shape[0], shape[2])
+
+
+def texts():
+    """Takes batches of texts, each of any length."""
+    inputs = keras.Input((None,), dtype="int64", ragged=True)
+    words = layers.Embedding(8, 3)(inputs)
+    return keras.Model(inputs, layers.Dense(1)(MeanOfWords()(words)))
 
 
 @keras.saving.register_keras_serializable("tests")

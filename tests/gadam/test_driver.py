@@ -12,9 +12,10 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from keras_gdopt.gadam import PopulationCallback, population
+from keras_gdopt.gadam import PopulationCallback, population, samples
 from keras_gdopt.gadam.data import ArrayData, GenerationData, StreamData
 from keras_gdopt.gadam.keys import Phase
+from keras_gdopt.gadam.samples import as_dataset
 from tests.gadam import models
 from tests.parameters import slow
 
@@ -440,6 +441,91 @@ class _PyDataset(keras.utils.PyDataset):
         return self.x[rows], self.y[rows]
 
 
+def _padded(count=8, size=2):
+    """Texts in batches, each as long as its longest."""
+    texts = [[1 + (i * j) % 4 for j in range(1 + (5 * i) % 7)] for i in range(count)]
+    targets = np.linspace(-1, 1, count, dtype="float32")[:, None]
+    return [
+        (tf.ragged.constant(texts[i : i + size], tf.int32).to_tensor(), targets[i : i + size])
+        for i in range(0, count, size)
+    ]
+
+
+def _dataset(batches):
+    return tf.data.Dataset.from_generator(
+        lambda: iter(batches),
+        output_signature=(tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None, 1])),
+    )
+
+
+def test_batches_of_different_lengths_are_dealt_as_they_are():
+    """In turn, each with its last smaller batch, and without counting at hand."""
+    batches = _padded(count=9)
+    stream = StreamData(_dataset(batches), members=2)
+    assert stream.steps_per_epoch == 5
+    data = GenerationData(stream, fitness_data=None, fitness_samples=8, epochs=1, seed=1)
+    (portion,) = data.epoch(0, Phase.TRAIN_PARENTS, 0, range(2))
+    dealt = [batch for step in portion.data for batch in step]
+    assert len(dealt) == 10
+    for place, batch in enumerate(dealt):
+        np.testing.assert_array_equal(batch["x"], batches[place % 5][0])
+    judged = data.fitness_batch(0, Phase.FITNESS)
+    for batch, place in zip(judged, (1, 0, 3, 2), strict=True):  # the deal has moved on
+        np.testing.assert_array_equal(batch["x"], batches[place][0])
+    (again,) = data.epoch(0, Phase.TRAIN_PARENTS, 0, [1])
+    for step, both in zip(again.data, portion.data, strict=True):
+        np.testing.assert_array_equal(step[0]["x"], both[1]["x"])
+
+
+def test_counting_for_long_says_so(monkeypatch):
+    monkeypatch.setattr(samples, "_PATIENCE", 0.0)
+    with pytest.warns(UserWarning, match="counts the batches.*1 batches so far.*steps_per_epoch"):
+        StreamData(_dataset(_padded()), members=2)
+
+
+def test_fewer_samples_than_a_batch_are_one_batch(data):
+    x, y = data[0][:20], data[1][:20]
+    assert ArrayData(x, y, seed=1).steps_per_epoch == 1
+    start = models.linear().get_weights()
+    results = []
+    for batch_size in (20, 32, None):
+        model = _model()
+        model.set_weights(start)
+        _fit(_gadam(model), (x, y), batch_size=batch_size, generations=1)
+        results.append(model.get_weights()[0])
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_a_model_with_a_batch_size_of_its_own():
+    """A stateful LSTM is judged in batches of that size, too; others are refused in words."""
+    x, y = np.ones((8, 3, 2), "float32"), np.ones((8, 1), "float32")
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(4, 3, 2)), keras.layers.LSTM(2, stateful=True),
+         keras.layers.Dense(1)]
+    )  # fmt: skip
+    model.compile(gdopt.Adam(0.02), "mse")
+    gadam = _gadam(model, population_size=2)
+    with pytest.raises(ValueError, match=r"expected batches of 4 samples.*the last of 3"):
+        _fit(gadam, (x[:7], y[:7]), batch_size=4)
+    _fit(gadam, (x, y), batch_size=4, generations=1)
+    model.layers[0].reset_state()
+    losses = model.evaluate(x, y, batch_size=4, verbose=0)
+    np.testing.assert_allclose(gadam.fitness[0], losses, rtol=1e-5)
+
+
+def test_losses_and_metrics_of_each_output(rng):
+    x, y = models.samples_of_two(rng, count=40)
+    model = models.two_inputs()
+    model.compile(gdopt.Adam(0.02), {"one": "mse", "other": "mae"}, metrics={"one": ["mae"]})
+    history = _fit(_gadam(model), (x, y), validation_data=(x, y), generations=1).history
+    expected = model.evaluate(x, y, batch_size=40, verbose=0, return_dict=True)
+    np.testing.assert_allclose(history["fitness"][-1], expected.pop("loss"), rtol=1e-5)
+    for name, value in expected.items():
+        np.testing.assert_allclose(history[name][-1], value, rtol=1e-5)
+        assert history[f"val_{name}"][-1] > 0
+
+
 KINDS_OF_DATA = {
     "numpy": lambda x, y: (x, y),
     "tensors": lambda x, y: (tf.constant(x), tf.constant(y)),
@@ -496,6 +582,50 @@ def test_class_weights_weigh_samples(labels, loss, rng):
         _fit(_gadam(model), (x, labels(classes)), generations=1, **extra)
         results.append(model.get_weights()[0])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+
+
+def _weights_of_keras(x, y, class_weight):
+    """What Keras's `fit` trains with, seen by a loss."""
+    seen = []
+
+    class Seen(keras.losses.Loss):
+        def __call__(self, y_true, y_pred, sample_weight=None):
+            seen.append(sample_weight.numpy())
+            return keras.ops.mean(y_pred)
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", Seen(), run_eagerly=True)
+    model.fit(x, y, class_weight=class_weight, batch_size=len(x), shuffle=False, verbose=0)
+    return seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_weight"),
+    [
+        ([[-1.0], [1.0], [1.0], [-1.0]], {-1: 5.0, 1: 2.0}),
+        ([0, 1, 2, 7], {1: 3.0}),
+        ([0.9999, 0.0, 1.4, 2.6], {0: 2.0, 1: 3.0, 2: 4.0}),
+        (np.eye(4)[[2, 0, 3, 1]], {0: 2.0, 3: 0.5}),
+        ([True, False, True, True], {0: 2.0, 1: 3}),
+        ([0, 1, 1, 0], {}),
+    ],
+    ids=["signs", "missing", "floats", "one_hot", "bools", "none"],
+)
+def test_class_weights_are_keras_own(labels, class_weight):
+    """Of arrays. In a dataset Keras's TensorFlow fails on what is below 0 or above the last."""
+    x, y = np.zeros((4, 1), "float32"), np.array(labels)
+    expected = _weights_of_keras(x, y, class_weight)
+    arrays = ArrayData(x, y, class_weight=class_weight, seed=1).data
+    dataset = as_dataset(tf.data.Dataset.from_tensors((x, y)), class_weight)
+    for received in (arrays, next(iter(dataset))):
+        np.testing.assert_array_equal(received["sample_weight"], expected)
+
+
+def test_a_hinge_loss_with_class_weights_of_signs(data):
+    x, y = data[0], np.sign(data[1])
+    model = _model(loss="hinge")
+    assert _gadam(model).engine == "unrolled"
+    _fit(_gadam(model, engine="auto"), (x, y[:, :1]), class_weight={-1: 5.0, 1: 1.0}, generations=1)
 
 
 def test_fitness_data_of_ones_own(data):
@@ -650,16 +780,37 @@ def test_arguments_out_of_range(arguments, message):
         _gadam(**arguments)
 
 
+LISTS = [[1, 2, 3], [1], [2, 3]]
+ENDLESS = tf.data.Dataset.from_tensors((np.zeros((4, 6)), np.zeros((4, 3)))).repeat()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"generations": 0}, "`generations` must be"),
         ({"epochs": 0}, "`epochs` must be"),
-        ({"batch_size": 64}, r"at most the number of samples.*batch_size=64 with 48 sample\(s\)"),
         ({"y": np.zeros((47, 3))}, "must have the same number of samples"),
         ({"x": np.zeros((0, 6)), "y": np.zeros((0, 3))}, "The training data is empty"),
         ({"x": iter([1]), "y": None}, "A generator cannot be gone through again"),
-        ({"sample_weight": np.ones(3)}, "must have the same number of samples"),
+        ({"sample_weight": np.ones(3)}, r"sample_weight of 3 sample\(s\)"),
+        ({"x": LISTS}, r"`x` must be arrays.*Received: x with a list of list$"),
+        (
+            {"x": np.array(LISTS, object)},
+            r"`x` must be.*array of objects \(list\) of shape \(3,\)$",
+        ),
+        ({"x": np.array(LISTS, object), "validation_split": 0.3}, "`x` must be arrays"),
+        ({"sample_weight": LISTS}, "`sample_weight` must be arrays.*a list of list$"),
+        ({"x": np.zeros((48, 5))}, r"does not train on this data: .* value 6.*'x': \(48, 5\)"),
+        ({"fitness_data": ENDLESS}, r"`fitness_data` must have an end.*dataset\.take\(n\)"),
+        ({"validation_data": ENDLESS}, r"`validation_data` must have an end.*dataset\.take\(n\)"),
+        ({"validation_data": iter([1])}, "A generator cannot be gone .*validation_data="),
+        ({"x": tf.data.Dataset.range(4), "y": None, "batch_size": None}, r"Call `dataset\.batch"),
+        ({"class_weight": {"dog": 2.0}}, r"`class_weight` must be a dict.*\{'dog': 2.0\}$"),
+        ({"class_weight": [1.0, 2.0]}, "`class_weight` must be a dict"),
+        ({"class_weight": {0: 2.0}, "y": np.array(["a"] * 48)}, "y of shape .* type string"),
+        ({"class_weight": {0: 2.0}, "y": {"a": np.ones(48)}}, "one output.*Received: y in a dict$"),
+        ({"class_weight": {0: 2.0}, "y": None}, "`class_weight` needs the targets.*no y$"),
+        ({"class_weight": {0: 2.0}, "sample_weight": np.ones(48)}, "Expected `class_weight` or"),
         ({"validation_split": 1.5}, "`validation_split` must be between 0 and 1"),
         ({"validation_split": 0.999}, "leaves nothing to train or to validate on"),
         ({"validation_split": 0.5, "validation_data": (1, 2)}, "Expected `validation_split` or"),
@@ -677,8 +828,10 @@ def test_arguments_out_of_range(arguments, message):
 )
 def test_bad_data(arguments, message, data):
     given = {"x": data[0], "y": data[1], "batch_size": 16, "verbose": 0, **arguments}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         _gadam().fit(**given)
+    assert len(str(error.value)) < 700
+    assert "user code" not in str(error.value)
 
 
 def test_models_that_cannot_be_populations(monkeypatch):
@@ -695,6 +848,10 @@ def test_models_that_cannot_be_populations(monkeypatch):
         def train_step(self, data):
             return {}
 
+    frozen = _model()
+    frozen.trainable = False
+    with pytest.raises(ValueError, match="has no trainable weights"):
+        gdopt.Gadam(frozen)
     own = Own([keras.Input((6,)), keras.layers.Dense(3)])
     own.compile(gdopt.Adam(), "mse")
     with pytest.raises(ValueError, match="has a `train_step` of its own"):
@@ -709,7 +866,7 @@ def test_models_that_cannot_be_populations(monkeypatch):
             return self.out(inputs)
 
     closed = Closed(3)
-    closed.build((None, 6))
+    closed(np.zeros((1, 6)))
     closed.compile(gdopt.Adam(), "mse")
     with pytest.raises(ValueError, match="cannot be cloned"):
         _gadam(closed)._start_population()
@@ -802,13 +959,43 @@ def test_adapted_layers_stay_adapted(engine, data):
     x, y = 5 * data[0] + 30, data[1]
     normalization = keras.layers.Normalization()
     normalization.adapt(x)
-    model = keras.Sequential([keras.Input((6,)), normalization, keras.layers.Dense(3)])
+    model = keras.Sequential([keras.Input((6,)), normalization])
+    for _ in range(2):  # models deep, of which Keras's `clone_model` enters one before 3.14
+        inputs = keras.Input((6,))
+        model = keras.Model(inputs, model(inputs))
+    model = keras.Sequential([keras.Input((6,)), model, keras.layers.Dense(3)])
     model.compile(gdopt.Adam(0.02), "mse")
     gadam = _gadam(model, engine=engine, fitness_batch_size=48)
     _fit(gadam, (x, y))
     for trained in (model, gadam.member(0)):
         np.testing.assert_allclose(trained.evaluate(x, y, verbose=0), gadam.fitness[0], rtol=1e-4)
     assert gadam.fitness[-1] < 100
+
+
+class Adapted(keras.Model):
+    """Whose config does not tell what its layer learned."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = keras.layers.Normalization()
+        self.out = keras.layers.Dense(3)
+
+    def call(self, inputs):
+        return self.out(self.normalization(inputs))
+
+    def get_config(self):
+        return {}
+
+
+def test_a_clone_has_what_layers_of_a_subclassed_model_learned(data):
+    model = Adapted()
+    model.normalization.adapt(5 * data[0] + 30)
+    model(data[0])
+    twin = population.clone(model, seed=1)
+    twin.set_weights(model.get_weights())
+    np.testing.assert_array_equal(
+        twin.predict(data[0], verbose=0), model.predict(data[0], verbose=0)
+    )
 
 
 def test_layers_that_do_not_compile_are_unrolled():

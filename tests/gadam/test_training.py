@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import keys
-from keras_gdopt.gadam.data import ArrayData, GenerationData
+from keras_gdopt.gadam.data import ArrayData, GenerationData, StreamData
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.progress import Progress
 from tests.gadam import models
@@ -106,6 +106,65 @@ def test_each_member_is_trained_as_keras_would(engine, name, rng, float64):
         return model
 
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
+
+
+def _texts(kind, rng):
+    """Batches of texts, the last of them smaller: padded, each to its own length, or ragged."""
+    lengths = rng.permutation(10) % 3 + 2
+    texts = tf.RaggedTensor.from_row_lengths(rng.integers(1, 5, lengths.sum()), lengths)
+    y = rng.normal(size=(10, 1))
+    batches = [(texts[at : at + 3], y[at : at + 3]) for at in (0, 3, 6, 9)]
+    return [(x.to_tensor() if kind == "padded" else x, y) for x, y in batches]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("stacked", "padded"),
+        ("unrolled", "ragged"),
+        slow("stacked", "ragged"),
+        slow("unrolled", "padded"),
+    ],
+)
+def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind, rng, float64):
+    """Each member on the very batches that it is dealt."""
+    batches = _texts(kind, rng)
+    spec = tf.TensorSpec([None, None], tf.int64)
+    if kind == "ragged":
+        spec = tf.RaggedTensorSpec([None, None], tf.int64, ragged_rank=1)
+    dataset = tf.data.Dataset.from_generator(
+        lambda: iter(batches), output_signature=(spec, tf.TensorSpec([None, 1], tf.float64))
+    )
+    gadam = _gadam(models.texts(), engine)
+    data = GenerationData(
+        StreamData(dataset, members=MEMBERS), fitness_data=None, fitness_samples=9, epochs=1, seed=3
+    )
+    gadam._start_population()
+    before, training = gadam._population.members, gadam._population._training
+    training.data = data
+    trained, losses = training.trained(before, range(MEMBERS), 0, Phase.TRAIN_PARENTS)
+    fitness = training.fitness(trained, 0, Phase.FITNESS)
+    for member in range(MEMBERS):
+        model = models.texts()
+        model.compile(gdopt.Adam(0.01), "mse")
+        for variable, value in zip(model.trainable_variables, before.weights, strict=True):
+            variable.assign(value[member])
+        steps = [batches[(MEMBERS * step + member) % 4] for step in range(4)]
+        of_steps = []
+        for x, y in steps:
+            model.reset_metrics()
+            of_steps.append(model.train_on_batch(x, y))
+        np.testing.assert_allclose(losses[member], np.mean(of_steps), rtol=1e-10)
+        for received, variable in zip(trained.weights, model.trainable_variables, strict=True):
+            np.testing.assert_allclose(received[member], variable.numpy(), rtol=1e-10, atol=1e-12)
+        judged = data.fitness_batch(0, Phase.FITNESS)
+        judged = judged if isinstance(judged, list) else [judged]
+        of_batches = []
+        for batch in judged:
+            model.reset_metrics()
+            of_batches.append(model.test_on_batch(**batch))
+        expected = np.average(of_batches, weights=[len(batch["y"]) for batch in judged])
+        np.testing.assert_allclose(fitness[member], expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])

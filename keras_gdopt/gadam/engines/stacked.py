@@ -33,6 +33,9 @@ class StackedEngine:
         self._train = tf.function(self._train_steps, jit_compile=True, autograph=False)
         self._losses = tf.function(self._fitness_losses, jit_compile=True, autograph=False)
         self._finalize = tf.function(self._finalized, autograph=False)
+        # Of one member, for batches that differ in shape: XLA would compile each anew.
+        self._train_one = tf.function(self._member_step, autograph=False, reduce_retracing=True)
+        self._loss_of_one = tf.function(self._fitness_loss, autograph=False, reduce_retracing=True)
 
     # --- what the driver calls -----------------------------------------------
 
@@ -63,15 +66,32 @@ class StackedEngine:
         Returns:
             The members afterwards, and their losses, of shape `(last - first, members)`.
         """
-        rate = self._optimizer._learning_rate
-        constant = 0.0
-        if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            constant = self._optimizer.learning_rate
-        rate = tf.cast(tf.convert_to_tensor(constant), keras.config.floatx())
         members, losses = self._train(
-            members, data, order, rate, tf.constant(first), tf.constant(last)
+            members, data, order, self._constant_rate(), tf.constant(first), tf.constant(last)
         )
         return members, losses.numpy()[first:last]
+
+    def train_apart(
+        self, members: Members, steps: Sequence[Sequence[Data]]
+    ) -> tuple[Members, np.ndarray]:
+        """Makes steps with batches that differ in shape, one member after the other.
+
+        Args:
+            members: Before.
+            steps: For each step the batch of each member.
+
+        Returns:
+            The members afterwards, and their losses, of shape `(steps, members)`.
+        """
+        rate, trained = self._constant_rate(), []
+        losses = np.zeros((len(steps), self._size), keras.config.floatx())
+        for place in range(self._size):
+            member = tf.nest.map_structure(lambda value, at=place: value[at], members)
+            for step, batches in enumerate(steps):
+                member, loss = self._train_one(member, batches[place], rate)
+                losses[step, place] = loss
+            trained.append(member)
+        return tf.nest.map_structure(lambda *values: tf.stack(values), *trained), losses
 
     def finalized(self, members: Members) -> Members:
         """The members as their training ends, see `finalize_variable_values`."""
@@ -80,6 +100,31 @@ class StackedEngine:
     def losses(self, members: Members, batch: Data) -> Tensor:
         """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
         return self._losses(members.weights, members.state, batch)
+
+    def losses_apart(self, members: Members, batches: Sequence[Data]) -> Tensor:
+        """Each member's losses of batches that differ in shape: `(batches, members)`."""
+        losses = []
+        for place in range(self._size):
+            weights, state = (
+                [value[place] for value in part] for part in (members.weights, members.state)
+            )
+            of_member = []
+            for batch in batches:
+                loss, state = self._loss_of_one(weights, state, batch)
+                of_member.append(loss)
+            losses.append(tf.stack(of_member))
+        return tf.stack(losses, axis=1)
+
+    def forget_sequences(self) -> None:
+        """Nothing: no layer that can be stacked remembers the batch before."""
+
+    def _constant_rate(self) -> Tensor:
+        """The learning rate, or 0 where there is a schedule."""
+        rate = self._optimizer._learning_rate
+        constant = 0.0
+        if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            constant = self._optimizer.learning_rate
+        return tf.cast(tf.convert_to_tensor(constant), keras.config.floatx())
 
     def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
         """Gives a built optimizer of the model's class the state of a member's."""
@@ -149,11 +194,14 @@ class StackedEngine:
     def _fitness_losses(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
     ) -> Tensor:
-        def loss(member: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-            weights, state = member
-            return self._function.loss(weights, state, Batch(**batch), training=False)[0]
+        return tf.vectorized_map(
+            lambda member: self._fitness_loss(member[0], member[1], batch)[0], (weights, state)
+        )
 
-        return tf.vectorized_map(loss, (weights, state))
+    def _fitness_loss(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
+    ) -> tuple[Tensor, list[Tensor]]:
+        return self._function.loss(weights, state, Batch(**batch), training=False)
 
 
 def why_not_stacked(model: keras.Model) -> str | None:
@@ -162,12 +210,24 @@ def why_not_stacked(model: keras.Model) -> str | None:
         pure_step(model.optimizer)
     except ValueError as error:
         return f"its optimizer cannot be stacked ({error})"
+    losses = keras.tree.flatten(model._compile_config.config.get("loss"))
+    if any(map(_is_hinge, losses)):
+        return "its hinge loss looks at the labels of a batch to know their kind"
     for layer in model._flatten_layers():
         if not layer.supports_jit:
             return f"XLA does not compile the layer '{layer.name}'"
+        if getattr(layer, "stateful", False):
+            return f"the layer '{layer.name}' remembers the batch before (`stateful=True`)"
         if isinstance(layer, keras.layers.RNN) and not layer.unroll:
             return (
                 f"the recurrence of the layer '{layer.name}' is a loop, which cannot be "
                 "vectorized (`unroll=True` can)"
             )
     return None
+
+
+def _is_hinge(loss: Any) -> bool:
+    """Whether a loss takes labels of 0 and 1 as -1 and 1, by a condition on each batch."""
+    name = loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", ""))
+    of_keras = isinstance(loss, str | keras.losses.Loss) or "keras" in str(loss.__module__)
+    return of_keras and str(name).lower().replace("_", "") in ("hinge", "squaredhinge")

@@ -1,5 +1,6 @@
 """Trains each member as a Keras model of its own, all of them in one function."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.functional import Batch, Data, loss_of
+from keras_gdopt.gadam import population
 from keras_gdopt.gadam.population import Members
 
 Tensor = Any
@@ -30,6 +32,10 @@ class UnrolledEngine:
             clone.optimizer.build(clone.trainable_variables)
         self._train = tf.function(self._train_steps)
         self._losses = tf.function(self._fitness_losses, jit_compile=bool(model.jit_compile))
+        # Of one clone, for batches that differ in shape. All members take turns in the first, but
+        # for layers that remember the batch before: what they remember stays in the clone.
+        remembers = any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
+        self._ones = [_OneClone(clone) for clone in (clones if remembers else clones[:1])]
 
     # --- what the driver calls -----------------------------------------------
 
@@ -52,14 +58,27 @@ class UnrolledEngine:
         Arguments and results are those of `StackedEngine.train`.
         """
         self._load(members)
-        constant = not isinstance(
-            self._optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule
-        )
-        if constant and isinstance(self._optimizer.learning_rate, keras.Variable):
-            for clone in self._clones:
-                clone.optimizer.learning_rate = float(self._optimizer.learning_rate)
+        self._set_learning_rate()
         losses = self._train(data, order, tf.constant(first), tf.constant(last))
         return self._read(), losses.numpy()
+
+    def train_apart(
+        self, members: Members, steps: Sequence[Sequence[Data]]
+    ) -> tuple[Members, np.ndarray]:
+        """Makes steps with batches that differ in shape, one member after the other.
+
+        Arguments and results are those of `StackedEngine.train_apart`.
+        """
+        trained = []
+        losses = np.zeros((len(steps), len(self._clones)), keras.config.floatx())
+        for place in range(len(self._clones)):
+            one = self._ones[place % len(self._ones)]
+            one.load(members, place)
+            self._set_learning_rate()
+            for step, batches in enumerate(steps):
+                losses[step, place] = one.train(batches[place])
+            trained.append(one.read())
+        return tf.nest.map_structure(lambda *values: tf.stack(values), *trained), losses
 
     def finalized(self, members: Members) -> Members:
         """The members as their training ends, see `finalize_variable_values`."""
@@ -73,11 +92,34 @@ class UnrolledEngine:
         self._load(members, with_optimizer=False)
         return self._losses(batch)
 
+    def losses_apart(self, members: Members, batches: Sequence[Data]) -> Tensor:
+        """Each member's losses of batches that differ in shape: `(batches, members)`."""
+        losses = []
+        for place in range(len(self._clones)):
+            one = self._ones[place % len(self._ones)]
+            one.load(members, place, with_optimizer=False)
+            losses.append(tf.stack([one.loss(batch) for batch in batches]))
+        return tf.stack(losses, axis=1)
+
+    def forget_sequences(self) -> None:
+        """Lets layers begin anew that remember the batch before (`stateful=True`)."""
+        for clone in self._clones:
+            population.forget_sequences(clone)
+
     def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
         """Gives a built optimizer of the model's class the state of a member's."""
         for variable, value in zip(optimizer.variables, members.optimizer, strict=True):
             if variable is not optimizer._learning_rate:  # that is the model's own
                 variable.assign(value[member])
+
+    def _set_learning_rate(self) -> None:
+        """Gives the clones the learning rate of the model, which callbacks may change."""
+        constant = not isinstance(
+            self._optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule
+        )
+        if constant and isinstance(self._optimizer.learning_rate, keras.Variable):
+            for clone in self._clones:
+                clone.optimizer.learning_rate = float(self._optimizer.learning_rate)
 
     # --- members in and out of the clones ------------------------------------
 
@@ -122,6 +164,41 @@ class UnrolledEngine:
 
     def _fitness_losses(self, batch: Data) -> Tensor:
         return tf.stack([loss_of(clone, Batch(**batch), training=False) for clone in self._clones])
+
+
+class _OneClone:
+    """A clone that members are loaded into, one after the other."""
+
+    def __init__(self, clone: keras.Model) -> None:
+        self._clone = clone
+        self.train = tf.function(
+            lambda batch: _train_step(clone, Batch(**batch)), reduce_retracing=True
+        )
+        self.loss = tf.function(self._fitness_loss, reduce_retracing=True)
+
+    def load(self, members: Members, place: int, *, with_optimizer: bool = True) -> None:
+        """Gives the clone what a member has."""
+        values = [*members.weights, *members.state]
+        variables = [*self._clone.trainable_variables, *self._clone.non_trainable_variables]
+        if with_optimizer:
+            values += members.optimizer
+            variables += self._clone.optimizer.variables
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value[place])
+
+    def _fitness_loss(self, batch: Data) -> Tensor:
+        return loss_of(self._clone, Batch(**batch), training=False)
+
+    def read(self) -> Members:
+        """What the clone has, as a member."""
+        clone = self._clone
+        weights, state, optimizer = (
+            [tf.convert_to_tensor(variable) for variable in variables]
+            for variables in (
+                clone.trainable_variables, clone.non_trainable_variables, clone.optimizer.variables,
+            )
+        )  # fmt: skip
+        return Members(weights, state, optimizer, tf.cast(clone.optimizer.iterations, tf.int64))
 
 
 def _batch(data: Data, rows: Tensor | None, place: Tensor) -> Batch:
