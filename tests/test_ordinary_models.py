@@ -36,7 +36,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "Gadam": {
         "a `train_step` of its own": "'own_step.*' has a `train_step` of its own",
         "no trainable weights": "no trainable weights",
-        "mixed_float16": "mixed_float16",
+        "mixed_float16": "does not train in mixed float16",
     },
 }
 

@@ -226,7 +226,10 @@ class ClosureOptimizer(SavedStateOptimizer):
         raise NotImplementedError
 
     def forget(self, memory: Memory) -> Memory:
-        """A memory that no longer influences the next direction."""
+        """A memory that no longer influences the next direction.
+
+        The scalars that it changes are put back where rounding ends a step.
+        """
         raise NotImplementedError
 
     # --- the loss ------------------------------------------------------------
@@ -487,11 +490,15 @@ class ClosureOptimizer(SavedStateOptimizer):
                 ~failed & (change < self.change_tolerance * largest)
             )
             ended_by_rounding = stalled | (no_decrease & (progress.failures >= _MOST_FAILURES))
+            before_failures = select(failed, run.before_failures, _scalars(memory))
+            # What the failures made it forget may serve the next batch.
+            kept = select(ended_by_rounding, before_failures, _scalars(memory))
             return _Run(
                 iterations=run.iterations + 1,
                 evaluations=run.evaluations + found.evaluations,
                 point=after,
-                memory=memory,
+                memory={**memory, **kept},
+                before_failures=before_failures,
                 step=trial.step,
                 status=tf.where(stalled & ~failed & ~converged, _STALLED, found.status),
                 progress=progress,
@@ -505,11 +512,13 @@ class ClosureOptimizer(SavedStateOptimizer):
             searches.NO_DECREASE,
             tf.where(ended_by_rounding, _STALLED, searches.ACCEPTED),
         )
+        memory = {name: tf.convert_to_tensor(v) for name, v in self._memory.items()}
         run = _Run(
             iterations=tf.constant(0),
             evaluations=tf.constant(1),
             point=point,
-            memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
+            memory=memory,
+            before_failures=_scalars(memory),
             step=tf.zeros_like(point.loss),
             status=tf.where(finite, status, _LOSS_NOT_FINITE),
             progress=progress,
@@ -715,6 +724,8 @@ class _Run(NamedTuple):
     evaluations: Tensor
     point: Point
     memory: Memory
+    before_failures: Memory
+    """Scalars of the memory before the last line searches without a result."""
     step: Tensor
     status: Tensor
     progress: Progress
@@ -778,6 +789,11 @@ class _TrainStep:
 def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
     """The first trial along the negative gradient: no weights move by more than 1 together."""
     return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
+
+
+def _scalars(memory: Memory) -> Memory:
+    """The scalars in a memory."""
+    return {name: value for name, value in memory.items() if value.shape.rank == 0}
 
 
 def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:

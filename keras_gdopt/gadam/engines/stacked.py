@@ -228,6 +228,9 @@ def why_not_stacked(model: keras.Model) -> str | None:
 
 def _is_hinge(loss: Any) -> bool:
     """Whether a loss takes labels of 0 and 1 as -1 and 1, by a condition on each batch."""
-    name = loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", ""))
-    of_keras = isinstance(loss, str | keras.losses.Loss) or "keras" in str(loss.__module__)
-    return of_keras and str(name).lower().replace("_", "") in ("hinge", "squaredhinge")
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    return isinstance(loss, keras.losses.Hinge | keras.losses.SquaredHinge) or loss in (
+        keras.losses.hinge,
+        keras.losses.squared_hinge,
+    )
