@@ -132,8 +132,9 @@ class ClosureOptimizer(SavedStateOptimizer):
             precision).
         iterations_per_step: Iterations in a training step, at most.
         closure_chunks: In how many parts to go through a batch, for batches larger than
-            memory. Defaults to 1. Needs losses that are means over the samples, and cannot be
-            combined with batch normalization.
+            memory. Defaults to 1. Needs losses that are means over the samples, those that
+            layers add and a `compute_loss` of the model's own included; cannot be combined
+            with batch normalization or masks.
         gradient_tolerance: Converged where no entry of the gradient is larger. Defaults to
             1e-7.
         change_tolerance: Converged where an iteration changes the loss by less than this
@@ -832,6 +833,17 @@ def _check_chunks_add_up(model: keras.Model) -> None:
         raise ValueError(
             "`closure_chunks` cannot be combined with batch normalization, which would "
             f"normalize each part by itself. Received: the layers {names}"
+        )
+    masking = [
+        layer.name
+        for layer in model._flatten_layers()
+        if getattr(layer, "mask_zero", False) or isinstance(layer, keras.layers.Masking)
+    ]
+    if masking:
+        raise ValueError(
+            "`closure_chunks` cannot be combined with masks: a loss is the mean over what is not "
+            "masked, of which each part of a batch has another number. Received: the layers "
+            f"{masking}"
         )
     for loss in keras.tree.flatten(model.loss):
         reduction = getattr(loss, "reduction", "sum_over_batch_size")

@@ -173,8 +173,13 @@ class Newton(ClosureOptimizer):
         return {**memory, "damping": tf.where(kept < 0.25, self._raised(memory), damping)}
 
     def forget(self, memory: Memory) -> Memory:
-        """The next direction is nearer to the negative gradient."""
-        return {**memory, "damping": self._raised(memory)}
+        """The next direction is nearer to the negative gradient, and about 1 long at most.
+
+        Where the loss is almost flat along a direction, its curvature says nothing of how far
+        the gradient can be followed.
+        """
+        damping = tf.maximum(self._raised(memory), memory["gradient_norm"])
+        return {**memory, "damping": damping}
 
     @staticmethod
     def _raised(memory: Memory) -> Tensor:

@@ -307,3 +307,13 @@ def test_as_few_evaluations_as_scipy(make, method, options):
 def test_keras_holds_the_first_point_in_floatx():
     assert keras.config.floatx() == "float64"
     assert point_of(model_of(PROBLEMS[0].function, (1.5, 2.5), gdopt.LBFGS())).dtype == "float64"
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg"])
+def test_newton_leaves_where_the_loss_is_almost_flat(solver):
+    """There the curvature is 4e-44 and the gradient -1; the minimum of the loss is at 100."""
+    optimizer = gdopt.Newton(solver=solver, iterations_per_step=200, jit_compile=False)
+    model = model_of(lambda x: 100.0 - x[0] + tf.exp(x[0] - 100.0), (0.0,), optimizer)
+    step(model)
+    step(model)
+    assert point_of(model)[0] == pytest.approx(100.0, abs=1e-6)

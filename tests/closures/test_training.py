@@ -473,6 +473,11 @@ def test_chunks_that_do_not_add_up():
     optimizer = gdopt.LBFGS(closure_chunks=2)
     with pytest.raises(ValueError, match=r"cannot be combined with batch normalization"):
         _model(optimizer, [keras.layers.BatchNormalization()])
+    for layer in (keras.layers.Masking(), keras.layers.Embedding(4, 2, mask_zero=True)):
+        masked = keras.Sequential([keras.Input((3, 1)), layer, keras.layers.Dense(1)])
+        masked.compile(optimizer, "mse")
+        with pytest.raises(ValueError, match=rf"combined with masks.*{layer.name}"):
+            optimizer.attach(masked)
     model = _model(optimizer, attach=False)
     model.compile(optimizer, keras.losses.MeanSquaredError(reduction="sum"))
     with pytest.raises(ValueError, match=r"means over the samples.*reduction='sum'"):
