@@ -44,7 +44,7 @@ _STATUSES = (
 
 _MOST_FAILURES = 2
 _MOST_STALLED = 20
-_LESS = 0.9  # a gradient shorter by this factor is no rounding
+_LESS = 0.9  # a gradient that is less by this factor is not so by rounding
 
 _WHY_REFUSED = {
     "weight_decay": "add a regularizer to the layers, so that it is part of the loss",
@@ -86,12 +86,13 @@ class Progress(NamedTuple):
     failures: Tensor
     """Line searches without a result, one after the other."""
     stalled: Tensor
-    """Iterations since the lowest loss or the shortest gradient."""
+    """Iterations since the lowest loss or the least gradient."""
     lowest_loss: Tensor
-    shortest_gradient: Tensor
+    least_gradient: Tensor
+    """Of the gradient, the largest entry."""
     loss: Tensor
     """Where the last iteration ended."""
-    gradient_norm: Tensor
+    gradient: Tensor
 
 
 class Proposal(NamedTuple):
@@ -267,8 +268,8 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         There the gradient, or the change of the loss, is within its tolerance, or rounding
         keeps the loss from falling: two line searches in a row found no lower loss, or
-        neither the loss nor the norm of its gradient fell by more than rounding in 20
-        iterations. `line_search_status` tells which. Steps that start there, on the same
+        neither the loss nor the largest entry of its gradient fell by more than rounding in
+        20 iterations. `line_search_status` tells which. Steps that start there, on the same
         batch, evaluate the loss once.
         """
         return self._report is not None and bool(self._report["converged"].numpy())
@@ -542,13 +543,13 @@ class ClosureOptimizer(SavedStateOptimizer):
     def _progress_at(self, point: Point) -> tuple[Progress, Tensor]:
         """What was saved if a step goes on where the last one ended; and if rounding ended it."""
         saved = Progress(*tf.unstack(tf.convert_to_tensor(self._progress)))
-        length = norm(point.gradient)
+        largest = _largest_entry(point.gradient)
         # Evaluated again, neither need be the same to the last bit.
         same_loss = tf.abs(point.loss - saved.loss) <= searches.rounding_of(saved.loss)
-        same_gradient = tf.abs(length - saved.gradient_norm) <= (1 - _LESS) * saved.gradient_norm
-        goes_on = same_loss & same_gradient & (saved.gradient_norm > 0)
-        zero = tf.zeros_like(length)
-        fresh = Progress(zero, zero, point.loss, length, point.loss, length)
+        same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
+        goes_on = same_loss & same_gradient & (saved.gradient > 0)
+        zero = tf.zeros_like(largest)
+        fresh = Progress(zero, zero, point.loss, largest, point.loss, largest)
         ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
         return select(goes_on, saved, fresh), goes_on & ended
 
@@ -558,7 +559,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         return searches.armijo if self.line_search == "armijo" else searches.exact
 
     def _is_flat(self, point: Point) -> Tensor:
-        return tf.reduce_max(tf.abs(point.gradient)) <= self.gradient_tolerance
+        return _largest_entry(point.gradient) <= self.gradient_tolerance
 
     # --- what is recorded ----------------------------------------------------
 
@@ -779,18 +780,21 @@ def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
 
 
 def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
-    length = norm(after.gradient)
+    largest = _largest_entry(after.gradient)
     falls = after.loss < before.lowest_loss - searches.rounding_of(before.lowest_loss)
-    shortens = length < _LESS * before.shortest_gradient
-    better = falls | shortens
+    better = falls | (largest < _LESS * before.least_gradient)
     return Progress(
         failures=tf.where(failed, before.failures + 1, 0.0),
-        stalled=tf.where(better, tf.zeros_like(length), before.stalled + 1),
+        stalled=tf.where(better, tf.zeros_like(largest), before.stalled + 1),
         lowest_loss=tf.where(better, after.loss, before.lowest_loss),
-        shortest_gradient=tf.where(better, length, before.shortest_gradient),
+        least_gradient=tf.where(better, largest, before.least_gradient),
         loss=after.loss,
-        gradient_norm=length,
+        gradient=largest,
     )
+
+
+def _largest_entry(gradient: Tensor) -> Tensor:
+    return tf.reduce_max(tf.abs(gradient))
 
 
 def _is_compiled(model: keras.Model, asked: bool | str) -> bool:
