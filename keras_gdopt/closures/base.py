@@ -447,7 +447,10 @@ class ClosureOptimizer(SavedStateOptimizer):
             variable.assign(value)
         for name, variable in self._memory.items():
             variable.assign(run.memory[name])
-        self._progress.assign(tf.stack(run.progress))
+        saved = tf.stack(run.progress)
+        # Where no loss is finite, the next step tries again.
+        gave_up = (run.progress.failures >= _MOST_FAILURES) & ~run.converged
+        self._progress.assign(tf.where(gave_up, tf.zeros_like(saved), saved))
         self._iterations.assign_add(1)
         self._report_on(run, start, learning_rate, loss)
         return run.point.loss
@@ -457,7 +460,8 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         def iteration(run: _Run) -> _Run:
             point = run.point
-            proposal = self.direction(point, run.memory, learning_rate, loss)
+            memory = select(run.forgets, self.forget(run.memory), run.memory)
+            proposal = self.direction(point, memory, learning_rate, loss)
             # What is remembered may be from before a layer was frozen.
             proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
             proposal, slope = self._descending(point, proposal, learning_rate)
@@ -475,7 +479,10 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
             after = select(failed, point, after)
             memory = self.remember(proposal.memory, point, after, proposal)
-            memory = select(failed, self.forget(proposal.memory), memory)
+            # After one failure the next direction begins anew; after two the memory is what it
+            # was, for a batch that it may suit.
+            kept = select(run.forgets, run.memory, proposal.memory)
+            memory = select(failed, kept, memory)
             progress = _progress_after(run.progress, after, failed)
             stalled = progress.stalled >= _MOST_STALLED
             # Steps to losses that are not finite may become shorter.
@@ -491,6 +498,7 @@ class ClosureOptimizer(SavedStateOptimizer):
                 evaluations=run.evaluations + found.evaluations,
                 point=after,
                 memory=memory,
+                forgets=failed,
                 step=trial.step,
                 status=tf.where(stalled & ~failed & ~converged, _STALLED, found.status),
                 progress=progress,
@@ -499,6 +507,7 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
         progress, ended_by_rounding = self._progress_at(point)
+        last_failed = self._progress[Progress._fields.index("failures")] > 0
         status = tf.where(
             progress.failures >= _MOST_FAILURES,
             searches.NO_DECREASE,
@@ -509,6 +518,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             evaluations=tf.constant(1),
             point=point,
             memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
+            forgets=last_failed,
             step=tf.zeros_like(point.loss),
             status=tf.where(finite, status, _LOSS_NOT_FINITE),
             progress=progress,
@@ -714,6 +724,8 @@ class _Run(NamedTuple):
     evaluations: Tensor
     point: Point
     memory: Memory
+    forgets: Tensor
+    """Whether the next direction is to be one without it."""
     step: Tensor
     status: Tensor
     progress: Progress
