@@ -44,7 +44,7 @@ _STATUSES = (
 
 _MOST_FAILURES = 2
 _MOST_STALLED = 20
-_LESS = 0.9  # a gradient shorter by this factor is no rounding
+_LESS = 0.9  # a gradient that is less by this factor is not so by rounding
 
 _WHY_REFUSED = {
     "weight_decay": "add a regularizer to the layers, so that it is part of the loss",
@@ -86,12 +86,13 @@ class Progress(NamedTuple):
     failures: Tensor
     """Line searches without a result, one after the other."""
     stalled: Tensor
-    """Iterations since the lowest loss or the shortest gradient."""
+    """Iterations since the lowest loss or the least gradient."""
     lowest_loss: Tensor
-    shortest_gradient: Tensor
+    least_gradient: Tensor
+    """Of the gradient, the largest entry."""
     loss: Tensor
     """Where the last iteration ended."""
-    gradient_norm: Tensor
+    gradient: Tensor
 
 
 class Proposal(NamedTuple):
@@ -227,10 +228,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         raise NotImplementedError
 
     def forget(self, memory: Memory) -> Memory:
-        """A memory that no longer influences the next direction.
-
-        The scalars that it changes are put back where rounding ends a step.
-        """
+        """A memory that no longer influences the next direction."""
         raise NotImplementedError
 
     # --- the loss ------------------------------------------------------------
@@ -273,8 +271,8 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         There the gradient, or the change of the loss, is within its tolerance, or rounding
         keeps the loss from falling: two line searches in a row found no lower loss, or
-        neither the loss nor the norm of its gradient fell by more than rounding in 20
-        iterations. `line_search_status` tells which. Steps that start there, on the same
+        neither the loss nor the largest entry of its gradient fell by more than rounding in
+        20 iterations. `line_search_status` tells which. Steps that start there, on the same
         batch, evaluate the loss once.
         """
         return self._report is not None and bool(self._report["converged"].numpy())
@@ -452,7 +450,10 @@ class ClosureOptimizer(SavedStateOptimizer):
             variable.assign(value)
         for name, variable in self._memory.items():
             variable.assign(run.memory[name])
-        self._progress.assign(tf.stack(run.progress))
+        saved = tf.stack(run.progress)
+        # Where no loss is finite, the next step tries again.
+        gave_up = (run.progress.failures >= _MOST_FAILURES) & ~run.converged
+        self._progress.assign(tf.where(gave_up, tf.zeros_like(saved), saved))
         self._iterations.assign_add(1)
         self._report_on(run, start, learning_rate, loss)
         return run.point.loss
@@ -462,7 +463,8 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         def iteration(run: _Run) -> _Run:
             point = run.point
-            proposal = self.direction(point, run.memory, learning_rate, loss)
+            memory = select(run.forgets, self.forget(run.memory), run.memory)
+            proposal = self.direction(point, memory, learning_rate, loss)
             # What is remembered may be from before a layer was frozen.
             proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
             proposal, slope = self._descending(point, proposal, learning_rate)
@@ -480,7 +482,10 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
             after = select(failed, point, after)
             memory = self.remember(proposal.memory, point, after, proposal)
-            memory = select(failed, self.forget(proposal.memory), memory)
+            # After one failure the next direction begins anew; after two the memory is what it
+            # was, for a batch that it may suit.
+            kept = select(run.forgets, run.memory, proposal.memory)
+            memory = select(failed, kept, memory)
             progress = _progress_after(run.progress, after, failed)
             stalled = progress.stalled >= _MOST_STALLED
             # Steps to losses that are not finite may become shorter.
@@ -491,15 +496,12 @@ class ClosureOptimizer(SavedStateOptimizer):
                 ~failed & (change < self.change_tolerance * largest)
             )
             ended_by_rounding = stalled | (no_decrease & (progress.failures >= _MOST_FAILURES))
-            before_failures = select(failed, run.before_failures, _scalars(memory))
-            # What the failures made it forget may serve the next batch.
-            kept = select(ended_by_rounding, before_failures, _scalars(memory))
             return _Run(
                 iterations=run.iterations + 1,
                 evaluations=run.evaluations + found.evaluations,
                 point=after,
-                memory={**memory, **kept},
-                before_failures=before_failures,
+                memory=memory,
+                forgets=failed,
                 step=trial.step,
                 status=tf.where(stalled & ~failed & ~converged, _STALLED, found.status),
                 progress=progress,
@@ -508,18 +510,18 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
         progress, ended_by_rounding = self._progress_at(point)
+        last_failed = self._progress[Progress._fields.index("failures")] > 0
         status = tf.where(
             progress.failures >= _MOST_FAILURES,
             searches.NO_DECREASE,
             tf.where(ended_by_rounding, _STALLED, searches.ACCEPTED),
         )
-        memory = {name: tf.convert_to_tensor(v) for name, v in self._memory.items()}
         run = _Run(
             iterations=tf.constant(0),
             evaluations=tf.constant(1),
             point=point,
-            memory=memory,
-            before_failures=_scalars(memory),
+            memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
+            forgets=last_failed,
             step=tf.zeros_like(point.loss),
             status=tf.where(finite, status, _LOSS_NOT_FINITE),
             progress=progress,
@@ -554,13 +556,13 @@ class ClosureOptimizer(SavedStateOptimizer):
     def _progress_at(self, point: Point) -> tuple[Progress, Tensor]:
         """What was saved if a step goes on where the last one ended; and if rounding ended it."""
         saved = Progress(*tf.unstack(tf.convert_to_tensor(self._progress)))
-        length = norm(point.gradient)
+        largest = _largest_entry(point.gradient)
         # Evaluated again, neither need be the same to the last bit.
         same_loss = tf.abs(point.loss - saved.loss) <= searches.rounding_of(saved.loss)
-        same_gradient = tf.abs(length - saved.gradient_norm) <= (1 - _LESS) * saved.gradient_norm
-        goes_on = same_loss & same_gradient & (saved.gradient_norm > 0)
-        zero = tf.zeros_like(length)
-        fresh = Progress(zero, zero, point.loss, length, point.loss, length)
+        same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
+        goes_on = same_loss & same_gradient & (saved.gradient > 0)
+        zero = tf.zeros_like(largest)
+        fresh = Progress(zero, zero, point.loss, largest, point.loss, largest)
         ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
         return select(goes_on, saved, fresh), goes_on & ended
 
@@ -570,7 +572,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         return searches.armijo if self.line_search == "armijo" else searches.exact
 
     def _is_flat(self, point: Point) -> Tensor:
-        return tf.reduce_max(tf.abs(point.gradient)) <= self.gradient_tolerance
+        return _largest_entry(point.gradient) <= self.gradient_tolerance
 
     # --- what is recorded ----------------------------------------------------
 
@@ -725,8 +727,8 @@ class _Run(NamedTuple):
     evaluations: Tensor
     point: Point
     memory: Memory
-    before_failures: Memory
-    """Scalars of the memory before the last line searches without a result."""
+    forgets: Tensor
+    """Whether the next direction is to be one without it."""
     step: Tensor
     status: Tensor
     progress: Progress
@@ -792,24 +794,22 @@ def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
     return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
 
 
-def _scalars(memory: Memory) -> Memory:
-    """The scalars in a memory."""
-    return {name: value for name, value in memory.items() if value.shape.rank == 0}
-
-
 def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
-    length = norm(after.gradient)
+    largest = _largest_entry(after.gradient)
     falls = after.loss < before.lowest_loss - searches.rounding_of(before.lowest_loss)
-    shortens = length < _LESS * before.shortest_gradient
-    better = falls | shortens
+    better = falls | (largest < _LESS * before.least_gradient)
     return Progress(
         failures=tf.where(failed, before.failures + 1, 0.0),
-        stalled=tf.where(better, tf.zeros_like(length), before.stalled + 1),
+        stalled=tf.where(better, tf.zeros_like(largest), before.stalled + 1),
         lowest_loss=tf.where(better, after.loss, before.lowest_loss),
-        shortest_gradient=tf.where(better, length, before.shortest_gradient),
+        least_gradient=tf.where(better, largest, before.least_gradient),
         loss=after.loss,
-        gradient_norm=length,
+        gradient=largest,
     )
+
+
+def _largest_entry(gradient: Tensor) -> Tensor:
+    return tf.reduce_max(tf.abs(gradient))
 
 
 def _is_compiled(model: keras.Model, asked: bool | str) -> bool:

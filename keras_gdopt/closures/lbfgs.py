@@ -15,7 +15,7 @@ from keras_gdopt.closures.base import (
     first_step_downhill,
 )
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.closures.vectors import cosine, norm
+from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_count
 
 
@@ -121,12 +121,12 @@ class LBFGS(ClosureOptimizer):
         """One pair more, if it keeps H positive definite."""
         del proposal
         step, change = after.weights - before.weights, after.gradient - before.gradient
-        epsilon = np.finfo(step.dtype.as_numpy_dtype).eps
-        kept = cosine(step, change) > epsilon
-        # H is the same for any multiple of a pair: of this one no product over- or underflows.
+        # H is the same for any multiple of a pair. With this one no product over- or underflows,
+        # and that of both is the cosine of their angle.
         scale = tf.sqrt(norm(step)) * tf.sqrt(norm(change))
         step, change = (tf.math.divide_no_nan(vector, scale) for vector in (step, change))
         product = tf.reduce_sum(step * change)
+        kept = product > np.finfo(step.dtype.as_numpy_dtype).eps
         place, size = memory["next_pair"], memory["products"].shape[0]
 
         def with_row(name: str, row: Tensor) -> Tensor:
