@@ -84,12 +84,13 @@ class Gadam:
     6. the children train as in 1;
     7. of parents and children the g fittest on a new batch survive.
 
-    A survivor keeps its optimizer's state, a child starts with a fresh one, and has the
-    non-trainable state (statistics of batch normalization) of its fitter parent. Fitness
-    losses are means over the batch, as Keras's losses are, where the paper has sums: that
-    changes no choice, only the unit of `tolerance`. At the end of each training the
-    optimizer finalizes its weights, as it does at the end of `fit`. All that is random
-    depends on the seed, the generation, the member and the purpose only.
+    A survivor keeps its optimizer's state, a child starts with a fresh one (so that a learning
+    rate schedule begins anew with it), and has the non-trainable state (statistics of batch
+    normalization) of its fitter parent. Fitness losses are means over the batch, as Keras's
+    losses are, where the paper has sums: that changes no choice, only the unit of `tolerance`.
+    At the end of each training the optimizer finalizes its weights, as it does at the end of
+    `fit`. All that is random depends on the seed, the generation, the member and the purpose
+    only.
 
     Keras has no counterpart.
 

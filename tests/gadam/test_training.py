@@ -298,3 +298,20 @@ def test_a_child_has_the_state_of_its_fitter_parent(rng):
             for value in population._children.state:
                 np.testing.assert_array_equal(value[child], np.full(6, fitter))
     assert fitter_ones == {0, 1}
+
+
+def test_a_rate_for_each_layer():
+    """Of 0 for the last one, whose weights stay what all members start from."""
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this version of Keras has no MultiOptimizer")
+    model = models.dense()
+    rates = {f".*{model.layers[-1].name}.*": gdopt.Momentum(0.0)}
+    model.compile(
+        keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(gdopt.Adam(0.1), rates)),
+        "mse",
+    )
+    gadam = gdopt.Gadam(model, 2, mutation_rate=0.0, initializer="ones", seed=1)
+    gadam.fit(*models.samples(np.random.default_rng(0)), generations=2, verbose=0)
+    first, last = model.layers
+    assert all(np.all(weight == 1.0) for weight in last.get_weights())
+    assert all(np.all(weight != 1.0) for weight in first.get_weights())

@@ -109,17 +109,19 @@ class UnrolledEngine:
     def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
         """Gives a built optimizer of the model's class the state of a member's."""
         for variable, value in zip(optimizer.variables, members.optimizer, strict=True):
-            if variable is not optimizer._learning_rate:  # that is the model's own
+            # Learning rates are the model's own.
+            if not any(variable is each._learning_rate for each in _rated(optimizer)):
                 variable.assign(value[member])
 
     def _set_learning_rate(self) -> None:
-        """Gives the clones the learning rate of the model, which callbacks may change."""
-        constant = not isinstance(
-            self._optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule
-        )
-        if constant and isinstance(self._optimizer.learning_rate, keras.Variable):
-            for clone in self._clones:
-                clone.optimizer.learning_rate = float(self._optimizer.learning_rate)
+        """Gives the clones the learning rates of the model, which callbacks may change."""
+        for clone in self._clones:
+            for own, other in zip(_rated(self._optimizer), _rated(clone.optimizer), strict=True):
+                is_schedule = isinstance(
+                    own._learning_rate, keras.optimizers.schedules.LearningRateSchedule
+                )
+                if not is_schedule and isinstance(own.learning_rate, keras.Variable):
+                    other.learning_rate = float(own.learning_rate)
 
     # --- members in and out of the clones ------------------------------------
 
@@ -199,6 +201,11 @@ class _OneClone:
             )
         )  # fmt: skip
         return Members(weights, state, optimizer, tf.cast(clone.optimizer.iterations, tf.int64))
+
+
+def _rated(optimizer: Any) -> list[Any]:
+    """The optimizers that have a learning rate: those inside of a `MultiOptimizer`, or it."""
+    return list(getattr(optimizer, "optimizers", [optimizer]))
 
 
 def _batch(data: Data, rows: Tensor | None, place: Tensor) -> Batch:
