@@ -151,8 +151,6 @@ class ClosureOptimizer(SavedStateOptimizer):
             training step; in a step without `attach`.
     """
 
-    takes_gradients = False
-
     hyperparameters: ClassVar[Sequence[str]] = ()
     """Names of the constructor's own arguments, kept as attributes of that name."""
 

@@ -162,9 +162,8 @@ class Lookahead(WrappingOptimizer):
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         """Weights and slow weights; without integers, which no gradient ever moves."""
         pairs = zip(self._trainable_variables, self._slots.get("slow", ()), strict=True)
-        for weight, slow in pairs:
-            if slow is not None and keras.backend.is_float_dtype(slow.dtype):
-                yield weight, slow
+        is_float = keras.backend.is_float_dtype
+        return (pair for pair in pairs if pair[1] is not None and is_float(pair[1].dtype))
 
     def _own_metrics(self) -> dict[str, float]:
         return self._tensorflow_sync.recorded() if self._tensorflow_sync is not None else {}

@@ -4,7 +4,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -34,9 +34,6 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     `_slot_initial_values` and `_slot_shape`. `tf.train.Checkpoint` goes by the structure of objects
     instead; its own `assert_consumed()` tells what did not fit.
     """
-
-    takes_gradients: ClassVar[bool] = True
-    """Whether `apply` is all that a training step needs of the optimizer."""
 
     # NumPy arrays by name that came before `build`; set without Keras's tracking.
     _loaded_state: dict[str, np.ndarray] | None = None

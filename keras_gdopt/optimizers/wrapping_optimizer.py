@@ -276,7 +276,7 @@ def _resolved(optimizer: Any) -> Any:
             f"Received: optimizer={optimizer!r} (of type {type(optimizer).__name__})"
         )
     for each in chain(resolved):
-        if not getattr(each, "takes_gradients", True):
+        if hasattr(each, "attach"):
             raise ValueError(
                 "Argument `optimizer` must be an optimizer that makes a step from gradients. "
                 f"{type(each).__name__} evaluates the loss itself: compile with it and `attach` "
