@@ -23,6 +23,7 @@ from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.samples import check_ends, check_is_no_generator, split
 from keras_gdopt.gadam.training import Training
 from keras_gdopt.optimizers.argument_checks import (
+    check_is_floating,
     check_tensorflow,
     checked_choice,
     checked_count,
@@ -120,8 +121,9 @@ class Gadam:
         seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
 
     Raises:
-        ValueError: If the model is not compiled, has no trainable weights, cannot be cloned,
-            trains in mixed float16 or is too large; if an argument is out of range.
+        ValueError: If the model is not compiled, has no trainable weights or some that are not
+            floating, cannot be cloned, trains in mixed float16 or is too large; if an argument
+            is out of range.
         RuntimeError: With another backend than TensorFlow.
 
     Attributes:
@@ -165,7 +167,7 @@ class Gadam:
         _check_optimizer(model)
         check_is_trainable_by_its_loss(model)
         check_is_built(model)
-        _check_has_trainable_weights(model)
+        _check_trainable_weights(model)
         _check_precision(model)
         self.model = model
         self.population_size = checked_count("population_size", population_size, minimum=2)
@@ -645,7 +647,10 @@ def _check_optimizer(model: Any) -> None:
         )
 
 
-def _check_has_trainable_weights(model: keras.Model) -> None:
+def _check_trainable_weights(model: keras.Model) -> None:
+    for variable in model.trainable_variables:
+        # Mutation would draw fractions into it.
+        check_is_floating("Gadam", variable.path, variable.dtype)
     if not model.trainable_variables:
         raise ValueError(
             f"The model '{model.name}' has no trainable weights. Expected a population of models "

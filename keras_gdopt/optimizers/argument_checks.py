@@ -122,7 +122,7 @@ def checked_count(name: str, value: Any, *, minimum: int) -> int:
 
 
 def check_is_floating(owner: str, path: str, dtype: Any) -> None:
-    """Raises if a variable's dtype is none in which an update can be made.
+    """Raises if a variable's dtype cannot hold an update.
 
     Args:
         owner: Name of the optimizer's class, for the message.
@@ -130,7 +130,7 @@ def check_is_floating(owner: str, path: str, dtype: Any) -> None:
         dtype: Of the variable.
 
     Raises:
-        ValueError: If the dtype is complex, an integer's, or another one that is not floating.
+        ValueError: If the dtype is not floating: complex, integer or boolean.
     """
     name = keras.backend.standardize_dtype(dtype)
     if keras.backend.is_float_dtype(name):
@@ -139,8 +139,8 @@ def check_is_floating(owner: str, path: str, dtype: Any) -> None:
     if name.startswith("complex"):
         advice = "Use two real variables, one for each part."
     raise ValueError(
-        f"{owner} updates variables in float32, float64 and bfloat16: the change of any other "
-        f"would be cut to its dtype. {advice} Received: variable '{path}' of dtype {name}"
+        f"{owner} updates variables in float32, float64 and bfloat16: in any other dtype part of "
+        f"an update would be lost. {advice} Received: variable '{path}' of dtype {name}"
     )
 
 

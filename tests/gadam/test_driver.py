@@ -834,6 +834,17 @@ def test_bad_data(arguments, message, data):
     assert "user code" not in str(error.value)
 
 
+def test_integers_among_the_trainable_weights_are_refused():
+    """Mutation would draw fractions into them."""
+    model = models.dense()
+    layer = model.layers[0]
+    layer._tracker.unlock()
+    layer.add_weight(shape=(), initializer="zeros", dtype="int32", name="counter")
+    model.compile(gdopt.Adam(), "mse")
+    with pytest.raises(ValueError, match=r"Gadam updates .*'.*counter' of dtype int32"):
+        gdopt.Gadam(model, 2)
+
+
 def test_models_that_cannot_be_populations(monkeypatch):
     with pytest.raises(ValueError, match="must be compiled with a loss"):
         gdopt.Gadam(models.dense())

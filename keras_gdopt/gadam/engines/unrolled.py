@@ -110,13 +110,19 @@ class UnrolledEngine:
         """Gives a built optimizer of the model's class the state of a member's."""
         for variable, value in zip(optimizer.variables, members.optimizer, strict=True):
             # Learning rates are the model's own.
-            if not any(variable is each._learning_rate for each in _rated(optimizer)):
+            if not any(
+                variable is each._learning_rate for each in _optimizers_with_a_rate(optimizer)
+            ):
                 variable.assign(value[member])
 
     def _set_learning_rate(self) -> None:
         """Gives the clones the learning rates of the model, which callbacks may change."""
         for clone in self._clones:
-            for own, other in zip(_rated(self._optimizer), _rated(clone.optimizer), strict=True):
+            for own, other in zip(
+                _optimizers_with_a_rate(self._optimizer),
+                _optimizers_with_a_rate(clone.optimizer),
+                strict=True,
+            ):
                 is_schedule = isinstance(
                     own._learning_rate, keras.optimizers.schedules.LearningRateSchedule
                 )
@@ -203,7 +209,7 @@ class _OneClone:
         return Members(weights, state, optimizer, tf.cast(clone.optimizer.iterations, tf.int64))
 
 
-def _rated(optimizer: Any) -> list[Any]:
+def _optimizers_with_a_rate(optimizer: Any) -> list[Any]:
     """The optimizers that have a learning rate: those inside of a `MultiOptimizer`, or it."""
     return list(getattr(optimizer, "optimizers", [optimizer]))
 
