@@ -766,7 +766,7 @@ class _TrainStep:
         loss = self._minimize(
             {name: part for name, part in batch.items() if part is not None},
             keeps_gradient=optimizer._keeps_gradient,
-            trained=frozenset(id(variable) for variable in model.trainable_variables),
+            trained=tuple(id(variable) for variable in model.trainable_variables),
         )
         arguments = {"training": True} if model._call_has_training_arg else {}
         y_pred = model(x, **arguments)  # moves the model's state
@@ -776,7 +776,7 @@ class _TrainStep:
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data, *, keeps_gradient: bool, trained: frozenset[int]) -> Tensor:
+    def _traced(self, data: Data, *, keeps_gradient: bool, trained: tuple[int, ...]) -> Tensor:
         del keeps_gradient, trained  # another trace for each, as they are read elsewhere
         model, optimizer = self._both()
         function = ModelFunction(model, optimizer._trainable_variables)

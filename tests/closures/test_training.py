@@ -232,18 +232,20 @@ def test_attach_changes_nothing_that_is_seen():
     assert not np.array_equal(model.get_weights()[0], before)
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
 @every_closure_alike
-def test_nothing_is_traced_again(cls):
+def test_nothing_is_traced_again(cls, run_eagerly):
     traces = []
 
     @keras.saving.register_keras_serializable("tests")
     class Counting(keras.layers.Layer):
         def call(self, inputs):
-            traces.append(1)
+            if not tf.executing_eagerly():
+                traces.append(1)
             return inputs
 
     optimizer = _plain(cls, iterations_per_step=2)
-    model = _model(optimizer, [Counting()])
+    model = _model(optimizer, [Counting()], run_eagerly=run_eagerly)
     _fit(model)
     at_first = len(traces)
     _fit(model, epochs=3)
