@@ -75,7 +75,7 @@ def _cells(kind: str) -> Iterator[tuple[str, Any, str, str, str, bool]]:
             if data == default:
                 refused = REFUSED[kind]
                 if model not in refused:
-                    trained = [name for name in settings if name not in {*refused, "eager"}]
+                    trained = [name for name in settings if name not in {*refused, "eager", "jit"}]
                     todo = [name for name in settings if name in new_settings]
                     setting = next(iter(todo), trained[i % len(trained)])
                     if setting not in refused:
@@ -160,7 +160,8 @@ def _train_first_order(case: Any, model: str, data: str, setting: str) -> None:
 
 
 def _train_with_closures(case: Any, model: str, data: str, setting: str) -> None:
-    optimizer = case(**SETTINGS[setting].optimizer)
+    compiled = {} if setting in ("as it comes", "jit") else {"jit_compile": False}
+    optimizer = case(**compiled, **SETTINGS[setting].optimizer)
     built = _compiled(model, setting, lambda **arguments: optimizer)
     optimizer.attach(built)
     before = built.get_weights()

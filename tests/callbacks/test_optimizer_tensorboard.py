@@ -90,7 +90,7 @@ def _expected(after, x, y, batch_size):
     return expected
 
 
-@every_optimizer_with("jit_compile", [False, True])
+@every_optimizer_with("jit_compile", [False, True], alike=True)
 def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
     x, y = _data(rng)
     model = _model(case(learning_rate=0.01), jit_compile=jit_compile)
@@ -250,7 +250,7 @@ class _Breaks(keras.callbacks.Callback):
             raise self._error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [slow(RuntimeError("broken")), KeyboardInterrupt()], ids=repr)
 def test_event_files_are_whole_when_training_breaks(error, rng, tmp_path):
     model = _model(gdopt.Adam())
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=2)

@@ -323,7 +323,7 @@ def test_a_real_tensorboard_shows_it(load_fast, run, serving):
 # --- how training ends -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [slow(RuntimeError("broken")), KeyboardInterrupt()], ids=repr)
 def test_files_are_whole_and_closed_when_training_breaks(error, tmp_path):
     gadam, callback = _gadam(), PopulationTensorBoard(tmp_path)
     with pytest.raises(type(error)):

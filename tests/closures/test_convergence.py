@@ -1,5 +1,7 @@
 """The algorithms against their equations, analytic optima and SciPy."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def _quadratic(size, rng, condition=5.0):
     return function, hessian, minimum
 
 
-@pytest.mark.parametrize("size", [1, slow(2), 8, slow(20)])
+@pytest.mark.parametrize("size", [slow(1), slow(2), 8, slow(20)])
 @pytest.mark.parametrize(
     ("make", "more"),
     [
@@ -71,7 +73,7 @@ def test_both_betas_go_the_same_way_on_a_quadratic(rng):
     [
         ("wolfe", True),
         ("armijo", False),
-        ("exact", False),
+        slow("exact", False),
         slow("wolfe", False),
         slow("armijo", True),
         slow("exact", True),
@@ -169,7 +171,7 @@ def test_lbfgs_leaves_out_a_pair_without_curvature():
     assert points[3].sum() < points[2].sum() < points[0].sum()
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("jit_compile", [slow(True), False])
 def test_newton_descends_where_the_hessian_is_not_positive(jit_compile):
     # A saddle at 0, minima at x = (+-1, 0).
     def function(x):
@@ -285,19 +287,25 @@ def _evaluations_of_scipy(problem, method, options):
     return at_end
 
 
+_LBFGS = gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}
+
+
 @pytest.mark.parametrize(
-    ("make", "method", "options"),
+    ("make", "method", "options", "problems"),
     [
-        slow(gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}),
-        slow(lambda **kw: gdopt.Newton(solver="exact", **kw), "Newton-CG", {"xtol": 1e-14}),
-        slow(lambda **kw: gdopt.Newton(solver="cg", **kw), "Newton-CG", {"xtol": 1e-14}),
-        (gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}),
+        (*_LBFGS, PROBLEMS[:2]),
+        slow(*_LBFGS, PROBLEMS),
+        slow(gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}, PROBLEMS),
+        *(
+            slow(functools.partial(gdopt.Newton, solver=s), "Newton-CG", {"xtol": 1e-14}, PROBLEMS)
+            for s in ("exact", "cg")
+        ),
     ],
-    ids=["cg", "newton", "newton_cg", "lbfgs"],
+    ids=["a few", "lbfgs", "cg", "newton", "newton_cg"],
 )
-def test_as_few_evaluations_as_scipy(make, method, options):
+def test_as_few_evaluations_as_scipy(make, method, options, problems):
     ratios = {}
-    for problem in PROBLEMS:
+    for problem in problems:
         ours = _evaluations(problem, make(gradient_tolerance=0.0, jit_compile=False))
         ratios[str(problem)] = ours / _evaluations_of_scipy(problem, method, options)
     assert np.median(list(ratios.values())) <= 1.3, ratios

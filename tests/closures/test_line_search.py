@@ -441,7 +441,7 @@ def test_units_of_the_loss_and_the_step_make_no_difference(name, dtype):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        (name, dtype) if (name == "wolfe") == (dtype == "float32") else slow(name, dtype)
+        (name, dtype) if (name, dtype) == ("wolfe", "float32") else slow(name, dtype)
         for name in SEARCHES
         for dtype in DTYPES
     ],

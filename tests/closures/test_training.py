@@ -65,7 +65,7 @@ def test_there_are_three():
 @pytest.mark.parametrize(
     ("cls", "jit_compile"),
     [
-        *((cls, True) for cls in closure_classes()),
+        *((cls, True) if cls is gdopt.Newton else slow(cls, True) for cls in closure_classes()),
         *((cls, False) if cls is gdopt.LBFGS else slow(cls, False) for cls in closure_classes()),
     ],
 )
@@ -135,7 +135,7 @@ def test_gradients_can_be_asked_for_after_a_training(cls):
         np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-5)
 
 
-@every_closure
+@every_closure_alike
 def test_iterations_in_one_step_are_those_of_as_many_steps(cls):
     one = _model(_plain(cls, iterations_per_step=3))
     _fit(one)
@@ -157,8 +157,9 @@ def _assert_same(model, expected):
 
 
 # How state comes back is up to the base class, what it is to each.
-WAYS = [(cls, "keras") for cls in closure_classes()]
-WAYS += [(gdopt.LBFGS, "weights"), (gdopt.LBFGS, "pickle"), slow(gdopt.LBFGS, "deepcopy")]
+WAYS = [(gdopt.LBFGS, "keras"), (gdopt.Newton, "weights"), (gdopt.ConjugateGradient, "pickle")]
+WAYS += [slow(cls, "keras") for cls in (gdopt.Newton, gdopt.ConjugateGradient)]
+WAYS += [slow(gdopt.LBFGS, way) for way in ("weights", "pickle", "deepcopy")]
 
 
 @pytest.mark.parametrize(("cls", "way"), WAYS, ids=lambda value: getattr(value, "__name__", value))
@@ -186,7 +187,7 @@ def test_goes_on_bit_equal(cls, way, tmp_path):
     _assert_same(loaded, model)
 
 
-@every_closure
+@every_closure_alike
 def test_state_of_another_size_is_refused(cls, tmp_path):
     model = _model(_plain(cls))
     _fit(model)
