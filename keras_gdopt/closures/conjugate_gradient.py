@@ -41,8 +41,10 @@ class ConjugateGradient(ClosureOptimizer):
             fall as much as in the iteration before (of $\min(1, 1/\|g\|_1)$ in the first
             one). Defaults to 1.0.
         beta: `"polak_ribiere"` or `"fletcher_reeves"`. Defaults to `"polak_ribiere"`.
-        line_search: `"wolfe"`, `"armijo"` or `"exact"`; with `"exact"` a quadratic of n weights
-            is minimized in n iterations. Defaults to `"wolfe"`.
+        line_search: `"wolfe"`, `"armijo"` or `"exact"`. With `"exact"` a quadratic of n weights
+            is minimized in n iterations. `"armijo"` asks nothing of the slope where a step
+            ends, so directions are hardly conjugate: where features differ much in scale it is
+            as slow as steepest descent. Defaults to `"wolfe"`.
         iterations_per_step: Iterations in a training step, at most. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance`, `jit_compile` and
             `name`, see `ClosureOptimizer`.

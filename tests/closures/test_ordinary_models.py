@@ -302,7 +302,6 @@ def test_the_units_of_features_do_not_matter_to_newton(arguments):
         slow(gdopt.LBFGS, {"line_search": "armijo"}),
         slow(gdopt.LBFGS, {"line_search": "exact"}),
         slow(gdopt.Newton, {"line_search": "armijo"}),
-        slow(gdopt.ConjugateGradient, {"line_search": "armijo", "iterations_per_step": 1000}),
         slow(gdopt.ConjugateGradient, {"line_search": "exact"}),
     ],
 )
