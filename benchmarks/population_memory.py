@@ -37,7 +37,7 @@ def main() -> None:
         "| --- | ---: | ---: | ---: | ---: |"
     )
     x, y = data()
-    for engine in ("stacked", "unrolled", gdopt.RayEngine(2)):
+    for engine in ("stacked", "mapped", gdopt.RayEngine(2)):
         memory = _Memory()
         gadam = gdopt.Gadam(compiled(mlp, gdopt.Adam()), 16, seed=0, engine=engine)
         gadam.fit(

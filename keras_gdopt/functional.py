@@ -37,6 +37,8 @@ class ModelFunction:
 
     Attributes:
         is_frozen: For each weight, whether the model does not train it.
+        state_variables: The model's other variables, and then those in which layers remember
+            the batch before (`stateful=True`), which are no variables of the model to Keras.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class ModelFunction:
         self.state_variables: list[keras.Variable] = [
             variable for variable in model.non_trainable_variables if id(variable) not in weights
         ]
+        known = {*weights, *map(id, self.state_variables)}
+        self.state_variables += [v for v in remembered_variables(model) if id(v) not in known]
         trained = {id(variable) for variable in trainable}
         self.is_frozen = [id(v) not in trained for v in self.trainable_variables]
 
@@ -80,6 +84,16 @@ class ModelFunction:
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
             loss = loss_of(self.model, batch, training=training)
         return loss, [scope.get_current_value(variable) for variable in self.state_variables]
+
+
+def remembered_variables(model: keras.Model) -> list[keras.Variable]:
+    """The variables in which layers remember the batch before, as a `stateful` LSTM does."""
+    states = [
+        getattr(layer, "states", None)
+        for layer in model._flatten_layers()
+        if getattr(layer, "stateful", False)
+    ]
+    return [part for part in keras.tree.flatten(states) if isinstance(part, keras.Variable)]
 
 
 def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:

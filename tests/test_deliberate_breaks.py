@@ -177,8 +177,8 @@ BREAKS = [
         ("tests/gadam/test_training.py",),
     ),
     Break(
-        "unrolled_members_are_judged_as_in_training",
-        "keras_gdopt/gadam/engines/unrolled.py",
+        "mapped_members_are_judged_as_in_training",
+        "keras_gdopt/gadam/engines/mapped.py",
         "loss_of(clone, Batch(**batch), training=False)",
         "loss_of(clone, Batch(**batch), training=True)",
         ("tests/gadam/test_training.py",),

@@ -104,6 +104,14 @@ class PopulationCheckpoint:
 
     def _check_identity(self, record: dict[str, Any]) -> None:
         """Raises if a checkpoint is of another run."""
+        if record["identity"].get("engine") == "unrolled":
+            raise _OtherRunError(
+                f"The directory '{self._directory}' is of the engine 'unrolled' of version 0.1.0, "
+                "whose members were Keras models, each with an optimizer of its own; no engine of "
+                "this version knows what they kept. Let version 0.1.0 end the run, or begin one "
+                "in another `checkpoint_dir` from the weights of its best member. Received: "
+                f"generation {record['generation']} of {len(record['identities'])} members"
+            )
         differences = [
             f"{name} was {record['identity'].get(name)!r} and is {value!r}"
             for name, value in self._identity.items()

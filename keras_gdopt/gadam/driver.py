@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
 from keras_gdopt.gadam.data import DataArguments, GenerationData
-from keras_gdopt.gadam.engines.stacked import why_not_stacked
+from keras_gdopt.gadam.engine import ENGINES, chosen_engine
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.local_population import LocalPopulation
@@ -29,8 +30,8 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_count,
     checked_number,
 )
+from keras_gdopt.optimizers.pure_step import pure_step
 
-ENGINES = ("auto", "stacked", "unrolled")
 _FITNESS_SAMPLES = 1024
 
 
@@ -114,16 +115,17 @@ class Gadam:
             drawn from. Defaults to `None`: the first member starts from the model's
             weights, and the layers' own initializers, seeded anew for each, draw the
             others'. Frozen weights are the model's.
-        engine: `"stacked"` trains all members as one XLA function over stacked weights,
-            `"unrolled"` a Keras model for each, in one function. Defaults to `"auto"`:
-            stacked where the layers and the optimizer can be stacked and gain from it. A
-            `RayEngine` trains in many processes or on many machines, in the better of both.
+        engine: `"stacked"` makes each operation one of all members, in a function that XLA
+            compiles; `"mapped"` goes through the members side by side. Defaults to `"auto"`:
+            stacked where the layers can be and gain from it. A `RayEngine` trains in many
+            processes or on many machines, in the better of both. (`"unrolled"` is an old name
+            of `"mapped"`.)
         seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
 
     Raises:
         ValueError: If the model is not compiled, has no trainable weights or some that are not
-            floating, cannot be cloned, trains in mixed float16 or is too large; if an argument
-            is out of range.
+            floating, cannot be cloned, trains in mixed float16 or is too large; if its optimizer
+            is not of this package, or `lazy`; if an argument is out of range.
         RuntimeError: With another backend than TensorFlow.
 
     Attributes:
@@ -182,7 +184,14 @@ class Gadam:
         self._cluster = engine if isinstance(engine, RayEngine) else None
         if self._cluster is not None:
             engine = "auto"
-        self._engine_asked_for = checked_choice("engine", engine, ENGINES)
+        if engine == "unrolled":
+            warnings.warn(
+                "The engine 'unrolled' is called 'mapped' now: `Gadam(engine='mapped')`.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            engine = "mapped"
+        engine = checked_choice("engine", engine, ENGINES)
         if seed is None:
             seed = random.SystemRandom().randrange(2**31)
         self.seed = checked_count("seed", seed, minimum=0)
@@ -199,9 +208,10 @@ class Gadam:
         self._identities: list[int] = []
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
+        self._step = _pure_step(model)
         times = _times_held_here(self._cluster)
         population.check_fits_in_memory(model, model.optimizer, self.population_size, times)
-        self.engine = self._chosen_engine()
+        self.engine, self._engine_reason = chosen_engine(model, engine)
 
     # --- what came out -------------------------------------------------------
 
@@ -374,7 +384,14 @@ class Gadam:
                 callback_list.on_epoch_begin(generation)
                 for listener in listeners:
                     listener.on_generation_begin(generation)
-                progress = Progress(verbose, generation, last, 2 * data.steps, callback_list)
+                progress = Progress(
+                    verbose,
+                    generation,
+                    last,
+                    2 * data.steps,
+                    callback_list,
+                    first_waits_for=self._first_waits_for() if generation == done else None,
+                )
                 logs, details, ends = self._one_generation(generation, data, progress)
                 if validation_data is not None and (generation + 1) % validation_freq == 0:
                     logs.update(self._validated(validation_data, batch_size, callback_list))
@@ -455,20 +472,13 @@ class Gadam:
 
     # --- the parts -----------------------------------------------------------
 
-    def _chosen_engine(self) -> str:
-        """The engine's name; notes the reason."""
-        reason = why_not_stacked(self.model)
-        if self._engine_asked_for == "stacked" and reason:
-            raise ValueError(
-                f"The engine 'stacked' cannot train the model '{self.model.name}': {reason}. "
-                "Use engine='unrolled' or 'auto'."
-            )
-        if self._engine_asked_for != "auto":
-            self._engine_reason = "as asked for"
-            return self._engine_asked_for
-        reason = reason or _why_better_unrolled(self.model)
-        self._engine_reason = reason or "all layers can be stacked"
-        return "unrolled" if reason else "stacked"
+    def _first_waits_for(self) -> str:
+        """What is done before the first step of a `fit`."""
+        if self.engine == "stacked":
+            work = "tracing the step of all members, which XLA compiles"
+        else:
+            work = "tracing the step of one member"
+        return f"{work}, in each worker" if self._cluster else work
 
     def _start_population(self) -> None:
         """Makes the first population and what trains it, once."""
@@ -597,13 +607,11 @@ class Gadam:
         }
 
     def _record(self, history: keras.callbacks.History) -> dict[str, Any]:
-        rate = self.model.optimizer._learning_rate
-        constant = isinstance(rate, keras.Variable)
         return {
             "generation": self._generation,
             "identities": self._identities,
             "fitness": self._fitness.tolist(),
-            "learning_rate": float(rate) if constant else None,
+            "learning_rate": self._step.learning_rates(),
             "history": {k: np.asarray(vs).tolist() for k, vs in history.history.items()},
             "epochs": history.epoch,
             "lineage": list(self.lineage),
@@ -614,8 +622,9 @@ class Gadam:
         self._identities = record["identities"]
         self._fitness = np.array(record["fitness"])
         self.lineage = Lineage(record["lineage"])
-        if record["learning_rate"] is not None:
-            self.model.optimizer.learning_rate = record["learning_rate"]
+        rates = record["learning_rate"]
+        # Version 0.1.0 knew of one only.
+        self._step.set_learning_rates(rates if isinstance(rates, list) else [rates])
 
 
 def _as_float(value: Any) -> Any:
@@ -647,6 +656,16 @@ def _check_optimizer(model: Any) -> None:
         )
 
 
+def _pure_step(model: keras.Model) -> Any:
+    """The step of a model's optimizer on values, or an error that says why there is none."""
+    try:
+        return pure_step(model.optimizer)
+    except ValueError as error:
+        raise ValueError(
+            f"Gadam cannot train the model '{model.name}' with its optimizer. {error}"
+        ) from None
+
+
 def _check_trainable_weights(model: keras.Model) -> None:
     for variable in model.trainable_variables:
         # Mutation would draw fractions into it.
@@ -676,15 +695,7 @@ def _check_precision(model: keras.Model) -> None:
 
 def _times_held_here(cluster: RayEngine | None) -> int:
     """How often this machine holds a member."""
-    # Parents, children, what training makes of them, and clones or copies to train in.
+    # Parents, children, what training makes of them, and what a step computes.
     where_trained = 4 if cluster is None or cluster.address is None else 0
     copied = cluster is not None and cluster.safekeeping == "driver"
     return where_trained + copied
-
-
-def _why_better_unrolled(model: keras.Model) -> str | None:
-    slow = ("Conv", "LSTM", "GRU", "RNN", "Bidirectional", "TimeDistributed")
-    for layer in model._flatten_layers():
-        if any(word in type(layer).__name__ for word in slow):
-            return f"a stack of layers such as '{layer.name}' is slower than clones"
-    return None

@@ -27,9 +27,9 @@ class Members(NamedTuple):
     state: list[Tensor]
     """In the order of the model's non-trainable variables."""
     optimizer: Any
-    """What the optimizers keep, in a structure that the engine knows."""
-    updates: Tensor
-    """How many updates each member has made, in int64."""
+    """What the optimizers keep, in the structure of their `pure_step`."""
+    batches: Tensor
+    """How many batches each member's optimizer has seen, in int64."""
 
 
 def selected(places: Tensor, parents: Members, children: Members) -> Members:

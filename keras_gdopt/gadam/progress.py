@@ -12,7 +12,13 @@ class Progress:
     """Keras's bar over the steps of a generation, and the callbacks' batches."""
 
     def __init__(
-        self, verbose: int, generation: int, generations: int, steps: int, callbacks: Any
+        self,
+        verbose: int,
+        generation: int,
+        generations: int,
+        steps: int,
+        callbacks: Any,
+        first_waits_for: str | None = None,
     ) -> None:
         self._verbose = verbose
         self._heading = f"Generation {generation + 1}/{generations}"
@@ -20,15 +26,24 @@ class Progress:
         self._callbacks = callbacks
         self._started = time.perf_counter()
         self._bar = None
+        self._waiting = bool(verbose and first_waits_for)
+        if self._waiting:
+            print(f"To the first losses: {first_waits_for} ... ", end="", flush=True)
         # How many steps are made between two looks at the losses.
         self.stride = steps
         if verbose == 1:
-            print(self._heading)
+            if not self._waiting:
+                print(self._heading)
             self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
             self.stride = max(1, math.ceil(steps / 20))
 
     def add(self, steps: int, losses: np.ndarray) -> None:
         """Shows steps that were made, and the best member's loss."""
+        if self._waiting:
+            print(f"{time.perf_counter() - self._started:.1f} s")
+            self._waiting = False
+            if self._bar is not None:
+                print(self._heading)
         best = float(np.nanmin(losses)) if np.any(np.isfinite(losses)) else math.nan
         self._callbacks.on_train_batch_begin(self._made)
         self._made += steps

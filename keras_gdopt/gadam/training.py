@@ -14,8 +14,7 @@ from keras_gdopt.functional import Data
 from keras_gdopt.gadam import keys, population
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.data import GenerationData, Portion
-from keras_gdopt.gadam.engines.stacked import StackedEngine
-from keras_gdopt.gadam.engines.unrolled import UnrolledEngine
+from keras_gdopt.gadam.engine import Engine, SharedVariableError
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.samples import sample_count
@@ -31,7 +30,7 @@ class Training:
 
     Args:
         model: Compiled and built.
-        engine: `"stacked"` or `"unrolled"`.
+        engine: `"stacked"` or `"mapped"`.
         count: How many members it trains together.
         breeding: Of the run.
         seed: Of the run.
@@ -42,15 +41,8 @@ class Training:
     def __init__(
         self, model: keras.Model, engine: str, count: int, *, breeding: Breeding, seed: int
     ) -> None:
-        self.engine: StackedEngine | UnrolledEngine
-        if engine == "stacked":
-            self.engine = StackedEngine(model, count)
-        else:
-            clones = [
-                population.compiled_as(model, population.clone(model, seed=member), metrics=False)
-                for member in range(count)
-            ]
-            self.engine = UnrolledEngine(model, clones)
+        self.engine = Engine(model, count, engine)
+        self._is_stacked = engine == "stacked"
         self.count = count
         self._model = model
         self._breeding = breeding
@@ -84,8 +76,7 @@ class Training:
                 for place in places
             ]
             state[index] = tf.cast(tf.constant(np.stack(drawn_keys)), state[index].dtype)
-        members = members._replace(state=state)
-        self.engine.forget_sequences()
+        members = self.engine.with_sequences(members._replace(state=state))
         losses: list[np.ndarray] = []
         for epoch in range(self.data.epochs):
             losses = []
@@ -96,14 +87,15 @@ class Training:
                     members, of_steps = self._train(members, portion, first, last)
                     losses.append(of_steps)
                     heard(last - first, of_steps[-1])
-        return self.engine.finalized(members), np.mean(np.concatenate(losses), axis=0)
+        members = self.engine.without_sequences(self.engine.finalized(members))
+        return members, np.mean(np.concatenate(losses), axis=0)
 
     def fitness(self, members: Members, generation: int, phase: Phase) -> np.ndarray:
         """The members' losses of what they are judged by in a phase.
 
         Of several batches the mean over all samples, as of `evaluate`.
         """
-        self.engine.forget_sequences()
+        members = self.engine.with_sequences(members)
         batch = self.data.fitness_batch(generation, phase)
         if not isinstance(batch, list):
             with self._errors_in_words(batch):
@@ -132,8 +124,8 @@ class Training:
         """
         weights, mutated = self._breeding.children(plan, first, second, children)
         fresh = self.engine.fresh_optimizer_state(self.count)
-        updates = tf.zeros((self.count,), tf.int64)
-        return Members(weights, list(state), fresh, updates), mutated
+        batches = tf.zeros((self.count,), tf.int64)
+        return Members(weights, list(state), fresh, batches), mutated
 
     def _train(
         self, members: Members, portion: Portion, first: int, last: int
@@ -150,6 +142,8 @@ class Training:
         """Says of which data a model does not take, without TensorFlow's graph."""
         try:
             yield
+        except SharedVariableError:
+            raise
         except (ValueError, TypeError, *_OF_TENSORFLOW) as error:
             name = self._model.name
             shapes = {
@@ -157,8 +151,8 @@ class Training:
                 for part, value in data.items()
             }
             instead = ""
-            if isinstance(error, _OF_TENSORFLOW) and isinstance(self.engine, StackedEngine):
-                instead = " If `model.fit` takes it, use `Gadam(engine='unrolled')`."
+            if isinstance(error, _OF_TENSORFLOW) and self._is_stacked:
+                instead = " If `model.fit` takes it, use `Gadam(engine='mapped')`."
             raise ValueError(
                 f"The model '{name}' does not train on this data: {_core(error)}{instead} "
                 f"Received: data of shapes {reprlib.repr(shapes)}"

@@ -1,4 +1,4 @@
-"""An optimizer's step on values instead of variables, for models that are trained in a stack."""
+"""An optimizer's step on values instead of variables, for the members of a population."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,15 @@ from keras_gdopt.optimizers.lookahead import Lookahead
 State = Any
 """What an optimizer keeps, as a structure of tensors."""
 
+# Since Keras 3.15.
+_MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
+
 
 class PureStep:
     """The step of a `GradientOptimizer` as a pure function of weights and state.
 
-    Clipping, decay, rule, moving averages and constraints, as in `apply`; reads and
-    changes no variable.
+    Accumulation, clipping, decay, rule, moving averages and constraints, as in `apply`; reads
+    and changes no variable.
 
     Args:
         optimizer: A built optimizer.
@@ -28,77 +31,134 @@ class PureStep:
     """
 
     def __init__(self, optimizer: GradientOptimizer) -> None:
-        for name in ("lazy", "gradient_accumulation_steps", "loss_scale_factor"):
-            if getattr(optimizer, name):
-                raise ValueError(
-                    f"`{name}` needs an optimizer with variables of its own. Received: "
-                    f"{name}={getattr(optimizer, name)} with {type(optimizer).__name__}"
-                )
+        if optimizer.lazy:
+            raise ValueError(
+                "`lazy=True` updates rows of a variable in place. Members of a population share "
+                "none, and their embeddings get exact updates of all rows: leave `lazy` out. "
+                f"Received: lazy=True with {type(optimizer).__name__}"
+            )
         self._optimizer = optimizer
         self._step = optimizer._tensorflow_step
+        self._batches_per_update = optimizer.gradient_accumulation_steps or 1
+
+    # --- the state -----------------------------------------------------------
 
     def variables(self) -> State:
         """The optimizer's variables, in the structure of the state."""
         averages = getattr(self._optimizer, "_model_variables_moving_average", [])
-        return {"slots": dict(self._optimizer._slots), "averages": list(averages)}
+        state = {"slots": dict(self._optimizer._slots), "averages": list(averages)}
+        if self._batches_per_update > 1:
+            state["sums"] = list(self._optimizer._accumulated_gradients)
+        return state
 
     def initial_state(self) -> State:
         """The state of an optimizer that never stepped."""
         initial = self._optimizer._slot_initial_values()
-        return {
-            "slots": {
-                name: [tf.fill(slot.shape, tf.cast(initial[name], slot.dtype)) for slot in slots]
-                for name, slots in self._optimizer._slots.items()
-            },
-            "averages": [tf.zeros(v.shape, v.dtype) for v in self.variables()["averages"]],
+        state = tf.nest.map_structure(lambda v: tf.zeros(v.shape, v.dtype), self.variables())
+        state["slots"] = {
+            name: [tf.fill(slot.shape, tf.cast(initial[name], slot.dtype)) for slot in slots]
+            for name, slots in self._optimizer._slots.items()
         }
+        return state
+
+    def load(self, state: State, batches: Tensor) -> None:
+        """Gives the optimizer a state, and how many batches it has seen."""
+        _assign(self.variables(), state)
+        self._optimizer._iterations.assign(batches)
+
+    def learning_rates(self) -> list[float | None]:
+        """The learning rate; `None` where there is a schedule."""
+        rate = self._optimizer._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            return [None]
+        return [float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))]
+
+    def set_learning_rates(self, rates: Sequence[float | None]) -> None:
+        """Gives the optimizer what `learning_rates` returned."""
+        (rate,) = rates
+        if rate is not None and isinstance(self._optimizer._learning_rate, keras.Variable):
+            self._optimizer.learning_rate = rate
+
+    # --- a step --------------------------------------------------------------
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss whose gradients a step takes, see `loss_scale_factor`."""
+        return self._optimizer.scale_loss(loss)
+
+    def makes_update(self, batches: Tensor) -> Tensor:
+        """Whether the step after that many batches moves the weights."""
+        return tf.equal((batches + 1) % self._batches_per_update, 0)
 
     def __call__(
         self,
         grads: Sequence[Tensor],
         weights: Sequence[Tensor],
         state: State,
-        learning_rate: Tensor,
-        updates: Tensor,
+        learning_rates: Sequence[Tensor],
+        batches: Tensor,
     ) -> tuple[list[Tensor], State]:
-        """One update.
+        """One step.
 
         Args:
-            grads: Dense, in the order of the optimizer's variables.
+            grads: Dense, of the scaled loss, in the order of the optimizer's variables.
             weights: In the same order.
             state: The state before.
-            learning_rate: A scalar.
-            updates: How many updates were made before, in an integer dtype.
+            learning_rates: A scalar, which counts where there is no schedule.
+            batches: How many steps were made before, in an integer dtype.
 
         Returns:
             The new weights, in their dtypes, and the new state.
         """
-        optimizer, step = self._optimizer, updates + 1
+        optimizer, updates = self._optimizer, batches // self._batches_per_update + 1
+        (learning_rate,) = learning_rates
+        if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            learning_rate = optimizer._learning_rate(batches)
+        grads = [
+            tf.cast(g, computation_dtype(w.dtype)) for g, w in zip(grads, weights, strict=True)
+        ]
+        if optimizer.loss_scale_factor:
+            grads = [gradient * (1.0 / optimizer.loss_scale_factor) for gradient in grads]
+        new = dict(state)
+        due = self.makes_update(batches)
+        if "sums" in state:
+            sums = [tf.cast(s, g.dtype) + g for s, g in zip(state["sums"], grads, strict=True)]
+            grads = [total / self._batches_per_update for total in sums]
+            new["sums"] = [
+                tf.cast(tf.where(due, tf.zeros_like(total), total), before.dtype)
+                for total, before in zip(sums, state["sums"], strict=True)
+            ]
         slots = {
             index: {name: values[index] for name, values in state["slots"].items()}
             for index in range(len(weights))
         }
-        grads = [
-            tf.cast(g, computation_dtype(w.dtype)) for g, w in zip(grads, weights, strict=True)
-        ]
-        _, values, slots = self._step.updated(
-            grads, dict(enumerate(weights)), slots, learning_rate, step
+        _, values, new_slots = self._step.updated(
+            grads, dict(enumerate(weights)), slots, learning_rate, updates
         )
-        averages = state["averages"]
+        if "sums" in state:
+            for index, weight in enumerate(weights):
+                kept = tf.cast(weight, values[index].dtype)
+                values[index] = tf.where(due, values[index], kept)
+                new_slots[index] = {
+                    name: tf.where(due, value, tf.cast(slots[index][name], value.dtype))
+                    for name, value in new_slots[index].items()
+                }
         if optimizer.use_ema:
+            averages = state["averages"]
             pairs = {index: (averages[index], value) for index, value in values.items()}
-            moved, overwriting = self._step.averaged(pairs, step)
-            averages = [moved[index] for index in range(len(averages))]
+            moved, overwriting = self._step.averaged(pairs, updates)
+            new["averages"] = [moved[index] for index in range(len(averages))]
             values.update(overwriting)
         for index, variable in enumerate(optimizer._trainable_variables):
             if variable.constraint is not None:
                 values[index] = variable.constraint(values[index])
         weights = [tf.cast(values[index], weight.dtype) for index, weight in enumerate(weights)]
-        lists = {name: [slots[i][name] for i in range(len(weights))] for name in state["slots"]}
-        return weights, {"slots": lists, "averages": averages}
+        new["slots"] = {
+            name: [new_slots[i][name] for i in range(len(weights))] for name in state["slots"]
+        }
+        return weights, new
 
     def finalized(
-        self, weights: Sequence[Tensor], state: State, updates: Tensor
+        self, weights: Sequence[Tensor], state: State, batches: Tensor
     ) -> tuple[list[Tensor], State]:
         """What `finalize_variable_values` does at the end of training."""
         finals, slots = [], {name: list(values) for name, values in state["slots"].items()}
@@ -107,7 +167,7 @@ class PureStep:
             final, own = self._optimizer._finalized(weight, own)
             if self._optimizer.use_ema:
                 average = tf.cast(state["averages"][index], weight.dtype)
-                final = tf.where(updates > 0, average, final)
+                final = tf.where(batches > 0, average, final)
             finals.append(final)
             for name, value in own.items():
                 slots[name][index] = value
@@ -138,23 +198,46 @@ class PureLookahead:
             "fast_updates": tf.zeros(count.shape, count.dtype),
         }
 
+    def load(self, state: State, batches: Tensor) -> None:
+        """Gives the optimizer a state, and how many batches it has seen."""
+        own = {name: value for name, value in self.variables().items() if name != "inner"}
+        _assign(own, {name: state[name] for name in own})
+        self._inner.load(state["inner"], batches)
+
+    def learning_rates(self) -> list[float | None]:
+        """The inner optimizer's, see `PureStep.learning_rates`."""
+        return self._inner.learning_rates()
+
+    def set_learning_rates(self, rates: Sequence[float | None]) -> None:
+        """Gives the inner optimizer what `learning_rates` returned."""
+        self._inner.set_learning_rates(rates)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as the inner optimizer scales it."""
+        return self._inner.scaled(loss)
+
+    def makes_update(self, batches: Tensor) -> Tensor:
+        """Whether the step after that many batches moves the weights."""
+        return self._inner.makes_update(batches)
+
     def __call__(
         self,
         grads: Sequence[Tensor],
         weights: Sequence[Tensor],
         state: State,
-        learning_rate: Tensor,
-        updates: Tensor,
+        learning_rates: Sequence[Tensor],
+        batches: Tensor,
     ) -> tuple[list[Tensor], State]:
-        """One update of the inner optimizer, and where it is due one of the slow weights."""
+        """A step of the inner optimizer, and where it is due one of the slow weights."""
         count, alpha = state["fast_updates"], self._optimizer.slow_step_size
         slow = [
             tf.where(count == 0, tf.cast(weight, value.dtype), value)
             for weight, value in zip(weights, state["slow"], strict=True)
         ]
-        weights, inner = self._inner(grads, weights, state["inner"], learning_rate, updates)
-        count += 1
-        due = count % self._optimizer.sync_period == 0
+        weights, inner = self._inner(grads, weights, state["inner"], learning_rates, batches)
+        updates = self.makes_update(batches)
+        count += tf.cast(updates, count.dtype)
+        due = updates & (count % self._optimizer.sync_period == 0)
         slow = [
             tf.where(due, value + alpha * (tf.cast(weight, value.dtype) - value), value)
             for weight, value in zip(weights, slow, strict=True)
@@ -166,10 +249,10 @@ class PureLookahead:
         return weights, {"inner": inner, "slow": slow, "fast_updates": count}
 
     def finalized(
-        self, weights: Sequence[Tensor], state: State, updates: Tensor
+        self, weights: Sequence[Tensor], state: State, batches: Tensor
     ) -> tuple[list[Tensor], State]:
         """What `finalize_variable_values` does at the end of training."""
-        weights, inner = self._inner.finalized(weights, state["inner"], updates)
+        weights, inner = self._inner.finalized(weights, state["inner"], batches)
         weights = [
             tf.where(state["fast_updates"] > 0, tf.cast(value, weight.dtype), weight)
             for weight, value in zip(weights, state["slow"], strict=True)
@@ -177,11 +260,91 @@ class PureLookahead:
         return weights, {**state, "inner": inner, "fast_updates": state["fast_updates"] * 0}
 
 
-def pure_step(optimizer: keras.optimizers.Optimizer) -> PureStep | PureLookahead:
+class PureMultiOptimizer:
+    """The step of a `keras.optimizers.MultiOptimizer` around optimizers of this package.
+
+    See `PureStep`. The state is a list of theirs, without those that have no variables.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        place = {id(v): index for index, v in enumerate(optimizer._trainable_variables)}
+        used = [each for each in optimizer.optimizers if each.built]
+        self._steps = [pure_step(each) for each in used]
+        self._places = [[place[id(v)] for v in each._trainable_variables] for each in used]
+
+    def variables(self) -> State:
+        """The optimizers' variables, in the structure of the state."""
+        return [step.variables() for step in self._steps]
+
+    def initial_state(self) -> State:
+        """The state of optimizers that never stepped."""
+        return [step.initial_state() for step in self._steps]
+
+    def load(self, state: State, batches: Tensor) -> None:
+        """Gives the optimizers a state, and how many batches they have seen."""
+        for step, own in zip(self._steps, state, strict=True):
+            step.load(own, batches)
+        self._optimizer.iterations.assign(batches)
+
+    def learning_rates(self) -> list[float | None]:
+        """The learning rates; `None` for a schedule."""
+        return [rate for step in self._steps for rate in step.learning_rates()]
+
+    def set_learning_rates(self, rates: Sequence[float | None]) -> None:
+        """Gives the optimizers what `learning_rates` returned."""
+        for step, rate in zip(self._steps, rates, strict=True):
+            step.set_learning_rates([rate])
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss whose gradients a step takes, see `loss_scale_factor`."""
+        return self._optimizer.scale_loss(loss)
+
+    def makes_update(self, batches: Tensor) -> Tensor:
+        """Whether a step counts as an update, as a `MultiOptimizer` counts each."""
+        return tf.ones_like(batches, tf.bool)
+
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        state: State,
+        learning_rates: Sequence[Tensor],
+        batches: Tensor,
+    ) -> tuple[list[Tensor], State]:
+        """A step of each optimizer."""
+        weights, new = list(weights), []
+        for step, places, own, rate in zip(
+            self._steps, self._places, state, learning_rates, strict=True
+        ):
+            moved, own = step(
+                [grads[i] for i in places], [weights[i] for i in places], own, [rate], batches
+            )
+            new.append(own)
+            for place, weight in zip(places, moved, strict=True):
+                weights[place] = weight
+        return weights, new
+
+    def finalized(
+        self, weights: Sequence[Tensor], state: State, batches: Tensor
+    ) -> tuple[list[Tensor], State]:
+        """What `finalize_variable_values` does at the end of training."""
+        weights, new = list(weights), []
+        for step, places, own in zip(self._steps, self._places, state, strict=True):
+            finals, own = step.finalized([weights[i] for i in places], own, batches)
+            new.append(own)
+            for place, weight in zip(places, finals, strict=True):
+                weights[place] = weight
+        return weights, new
+
+
+def pure_step(
+    optimizer: keras.optimizers.Optimizer,
+) -> PureStep | PureLookahead | PureMultiOptimizer:
     """The step of one of our optimizers as a pure function.
 
     Args:
-        optimizer: A built optimizer of this package.
+        optimizer: A built optimizer of this package, or a `MultiOptimizer` around some.
 
     Raises:
         ValueError: If it is none of ours, or does what only variables can.
@@ -190,7 +353,30 @@ def pure_step(optimizer: keras.optimizers.Optimizer) -> PureStep | PureLookahead
         return PureStep(optimizer)
     if isinstance(optimizer, Lookahead):
         return PureLookahead(optimizer)
-    raise ValueError(
-        f"Expected an optimizer of this package. Received: {type(optimizer).__name__} of "
-        f"{type(optimizer).__module__}"
+    if isinstance(optimizer, _MULTI_OPTIMIZER):
+        return PureMultiOptimizer(optimizer)
+    name = type(optimizer).__name__
+    instead = (
+        f"keras_gdopt.{_SAME_RULE[name]} has its rule (docs/migrating.md compares the arguments)"
+        if name in _SAME_RULE and type(optimizer).__module__.startswith("keras.")
+        else "Write its rule as a subclass of keras_gdopt.GradientOptimizer (docs/own_rule.md)"
     )
+    raise ValueError(
+        f"Expected an optimizer of keras_gdopt, whose step can be made on the weights of many "
+        f"models. {instead}. Received: {name} of {type(optimizer).__module__}"
+    )
+
+
+# Of Keras's optimizers, the class of this package with the same rule.
+_SAME_RULE = {
+    "SGD": "GradientDescent, Momentum or NAG",
+    "Adam": "Adam",
+    "AdamW": "Adam with `weight_decay`",
+    **{name: name for name in ("RMSprop", "Adagrad", "Adadelta", "Nadam")},
+}
+
+
+def _assign(variables: State, values: State) -> None:
+    pairs = zip(tf.nest.flatten(variables), tf.nest.flatten(values), strict=True)
+    for variable, value in pairs:
+        variable.assign(value)

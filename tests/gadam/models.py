@@ -57,6 +57,28 @@ def recurrent(unroll=False):
     )
 
 
+def remembering():
+    """Takes batches of 8 sequences, each of which goes on in the next batch."""
+    return keras.Sequential(
+        [
+            keras.Input(batch_shape=(8, 6)),
+            layers.Reshape((3, 2)),
+            layers.LSTM(4, stateful=True),
+            layers.Dense(3),
+        ]
+    )
+
+
+def words(texts):
+    """Takes strings."""
+    vectorization = layers.TextVectorization(8, output_sequence_length=4)
+    vectorization.adapt(texts)
+    inputs = keras.Input((), dtype="string")
+    ids = vectorization(inputs)
+    averages = layers.GlobalAveragePooling1D()(layers.Embedding(8, 3, mask_zero=True)(ids))
+    return keras.Model(inputs, layers.Dense(1)(averages))
+
+
 def unrolled_recurrent():
     return recurrent(unroll=True)
 

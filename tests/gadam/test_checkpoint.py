@@ -60,9 +60,9 @@ def _assert_same_run(one, other):
     ("kind", "engine"),
     [
         ("arrays", "stacked"),
-        ("dataset", "unrolled"),
+        ("dataset", "mapped"),
         ("ragged", "stacked"),
-        slow("arrays", "unrolled"),
+        slow("arrays", "mapped"),
         slow("dataset", "stacked"),
     ],
 )
@@ -134,7 +134,7 @@ def test_only_some_generations_are_saved(rng, tmp_path):
         ({"size": 4}, "population_size was 3 and is 4"),
         ({"seed": 6}, "seed was 5 and is 6"),
         ({"amsgrad": True}, "optimizer was"),
-        ({"engine": "unrolled"}, "engine was 'stacked' and is 'unrolled'"),
+        ({"engine": "mapped"}, "engine was 'stacked' and is 'mapped'"),
     ],
 )
 def test_a_directory_of_another_run_is_refused(other, message, directory):
@@ -217,7 +217,7 @@ def _start(directory, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_killed_ten_times_it_ends_as_if_never_killed(engine, tmp_path, rng):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

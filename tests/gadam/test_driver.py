@@ -173,7 +173,7 @@ def test_an_individuals_fitness_is_that_of_the_member_in_its_slot(run):
 # --- what comes out ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_each_member_is_a_model_with_its_optimizer(engine, data):
     gadam = _gadam(engine=engine, fitness_batch_size=48)
     _fit(gadam, data)
@@ -546,10 +546,7 @@ STREAMS = ("shuffled", "weighted", "py_dataset")
             (kind, "stacked") if kind in STREAMS else slow(kind, "stacked")
             for kind in KINDS_OF_DATA
         ),
-        *(
-            slow(kind, "unrolled") if kind in STREAMS else (kind, "unrolled")
-            for kind in KINDS_OF_DATA
-        ),
+        *(slow(kind, "mapped") if kind in STREAMS else (kind, "mapped") for kind in KINDS_OF_DATA),
     ],
 )
 def test_kinds_of_data(kind, engine, data):
@@ -624,7 +621,7 @@ def test_class_weights_are_keras_own(labels, class_weight):
 def test_a_hinge_loss_with_class_weights_of_signs(data):
     x, y = data[0], np.sign(data[1])
     model = _model(loss="hinge")
-    assert _gadam(model).engine == "unrolled"
+    assert _gadam(model).engine == "mapped"
     _fit(_gadam(model, engine="auto"), (x, y[:, :1]), class_weight={-1: 5.0, 1: 1.0}, generations=1)
 
 
@@ -658,7 +655,7 @@ def test_early_stopping_restores_the_best_of_all_generations(data):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
+@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
 def test_reduce_lr_on_plateau_slows_the_members(engine, data):
     """To nothing, so that training, but for its genetics, stands still."""
     reduce = keras.callbacks.ReduceLROnPlateau(
@@ -728,7 +725,7 @@ def test_an_interrupted_fit_leaves_the_best_member_so_far(data):
 # --- what must not happen ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
+@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
 def test_nothing_is_traced_again_over_fifty_generations(engine, data):
     gadam = _gadam(engine=engine)
     _fit(gadam, data, generations=1)
@@ -902,7 +899,7 @@ def test_mixed_float16_is_refused_with_the_reason():
         _gadam()
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
+@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
 def test_mixed_bfloat16_trains(engine, data):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     gadam = _gadam(engine=engine)
@@ -922,7 +919,7 @@ def test_mixed_bfloat16_trains(engine, data):
 def test_what_cannot_be_stacked(model, message):
     with pytest.raises(ValueError, match=message):
         _gadam(model(), engine="stacked")
-    assert _gadam(model()).engine == "unrolled"
+    assert _gadam(model()).engine == "mapped"
 
 
 def test_a_model_is_not_held_by_what_trained_it(data):
@@ -947,7 +944,7 @@ class _OwnMetric(keras.metrics.Mean):
         super().update_state(keras.ops.abs(y - prediction))
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
+@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
 def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, data):
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(3, activation="tanh")(inputs)
@@ -965,7 +962,7 @@ def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, da
     assert model.compiled
 
 
-@pytest.mark.parametrize("engine", [slow("stacked"), "unrolled"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
 def test_adapted_layers_stay_adapted(engine, data):
     x, y = 5 * data[0] + 30, data[1]
     normalization = keras.layers.Normalization()
@@ -1009,13 +1006,13 @@ def test_a_clone_has_what_layers_of_a_subclassed_model_learned(data):
     )
 
 
-def test_layers_that_do_not_compile_are_unrolled():
+def test_layers_that_do_not_compile_are_mapped():
     model = keras.Sequential(
         [keras.Input((8, 8, 1)), keras.layers.RandomRotation(0.1), keras.layers.Flatten(),
          keras.layers.Dense(3)]
     )  # fmt: skip
     model.compile(gdopt.Adam(), "mse")
-    assert _gadam(model).engine == "unrolled"
+    assert _gadam(model).engine == "mapped"
     with pytest.raises(ValueError, match="XLA does not compile the layer 'random_rotation"):
         _gadam(model, engine="stacked")
 
@@ -1028,7 +1025,7 @@ def test_a_model_compiled_anew_needs_a_new_population(data):
         _fit(gadam, data)
 
 
-@pytest.mark.parametrize("engine", [slow("stacked"), "unrolled"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
 def test_an_interrupted_fit_keeps_the_learning_rate_of_callbacks(engine, data):
     def act(epoch, logs):
         if epoch == 1:

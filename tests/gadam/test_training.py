@@ -84,10 +84,10 @@ def _assert_members_equal_models(gadam, trained, losses, before, data, twin, rto
         if name != "dropout"
     ]
     + [
-        # By every change those that are unrolled unless asked for otherwise, and dropout.
-        ("unrolled", name)
+        # By every change those that are mapped unless asked for otherwise, and dropout.
+        ("mapped", name)
         if name in ("convolution", "dropout", "recurrent")
-        else slow("unrolled", name)
+        else slow("mapped", name)
         for name in UNROLLED
     ],
 )
@@ -121,9 +121,9 @@ def _texts(kind, rng):
     ("engine", "kind"),
     [
         ("stacked", "padded"),
-        ("unrolled", "ragged"),
+        ("mapped", "ragged"),
         slow("stacked", "ragged"),
-        slow("unrolled", "padded"),
+        slow("mapped", "padded"),
     ],
 )
 def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind, rng, float64):
@@ -167,7 +167,7 @@ def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind
         np.testing.assert_allclose(fitness[member], expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("unrolled")])
+@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
 def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64):
     x, y = models.samples_of_two(rng)
     loss = {"one": "mse", "other": "mae"}
@@ -184,7 +184,7 @@ def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64)
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
-@every_optimizer_with("engine", ["stacked", "unrolled"], alike=True)
+@every_optimizer_with("engine", ["stacked", "mapped"], alike=True)
 def test_every_optimizer_trains_members(case, engine, rng, float64):
     """With a schedule, clipping and decay, over a second training of old members, too."""
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8)
@@ -200,25 +200,110 @@ def test_every_optimizer_trains_members(case, engine, rng, float64):
         return model
 
     _assert_members_equal_models(gadam, trained, losses, before, data, twin, rtol=1e-9)
-    assert trained.updates.numpy().tolist() == [6] * MEMBERS
+    assert trained.batches.numpy().tolist() == [6] * MEMBERS
 
 
-def test_optimizers_of_keras_train_in_clones(rng, float64):
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+def test_members_accumulate_gradients_of_a_scaled_loss(engine, rng, float64):
+    """Six batches, so that the second training begins in the middle of an update."""
+    settings = {"gradient_accumulation_steps": 4, "loss_scale_factor": 64.0, "use_ema": True}
     x, y = models.samples(rng)
-    gadam = _gadam(models.dense(), "auto", keras.optimizers.Adam(0.01, clipnorm=0.5))
-    assert gadam.engine == "unrolled"
+    gadam = _gadam(models.dense(), engine, gdopt.Adam(0.01, **settings))
     data = _data(gadam, x, y)
     before, trained, losses = _train(gadam, data)
 
     def twin():
         model = models.dense()
-        model.compile(keras.optimizers.Adam(0.01, clipnorm=0.5), "mse")
+        model.compile(gdopt.Adam(0.01, **settings), "mse")
         return model
 
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
-@pytest.mark.parametrize("engine", ["stacked", "unrolled"])
+def test_sequences_that_go_on_in_the_next_batch(rng, float64):
+    """Each phase of training begins with none."""
+    x, y = models.samples(rng, count=24)
+    gadam = _gadam(models.remembering(), "auto")
+    assert gadam.engine == "mapped"
+    data = _data(gadam, x, y)
+    for _ in range(2):
+        before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = models.remembering()
+        model.compile(gdopt.Adam(0.01), "mse")
+        return model
+
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin)
+
+
+def test_words(rng, float64):
+    words = np.array([["the cat"], ["a dog"], ["the cat and the dog"], ["mice"]] * 5)[:, 0]
+    y = rng.normal(size=(20, 1))
+    gadam = _gadam(models.words(words), "auto")
+    assert gadam.engine == "mapped"
+    data = _data(gadam, tf.constant(words), y)
+    before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = models.words(words)
+        model.compile(gdopt.Adam(0.01), "mse")
+        return model
+
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin)
+
+
+def test_mixed_bfloat16(rng):
+    """To the digits that it has."""
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    x, y = (array.astype("float32") for array in models.samples(rng))
+    gadam = _gadam(models.dense(), "mapped")
+    data = _data(gadam, x, y)
+    before, trained, losses = _train(gadam, data)
+
+    def twin():
+        model = models.dense()
+        model.compile(gdopt.Adam(0.01), "mse")
+        return model
+
+    assert all(weight.dtype == "float32" for weight in trained.weights)
+    _assert_members_equal_models(gadam, trained, losses, before, data, twin, rtol=2e-2)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Counting(keras.layers.Layer):
+    """Counts its calls, in a raw variable that Keras does not know of."""
+
+    def __init__(self, nested=False, **kwargs):
+        super().__init__(**kwargs)
+        self.nested = nested
+        self.calls = tf.Variable(0.0, trainable=False)
+
+    def call(self, inputs):
+        count = lambda: self.calls.assign_add(1.0)  # noqa: E731
+        if self.nested:
+            tf.function(count)()
+        else:
+            count()
+        return inputs
+
+    def get_config(self):
+        return {**super().get_config(), "nested": self.nested}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+def test_a_raw_variable_that_all_members_would_share(engine, nested, rng):
+    x, y = models.samples(rng)
+    model = keras.Sequential(
+        [keras.Input((6,)), Counting(nested, name="counts"), keras.layers.Dense(3)]
+    )
+    gadam = _gadam(model, engine)
+    with pytest.raises(ValueError, match=r"(?s)raw `tf.Variable`.*add_weight.*Received: .*counts"):
+        gadam.fit(x, y, generations=1, batch_size=8, verbose=0)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_members_drop_different_units(engine, rng):
     """Members that are alike, and see all samples at once, differ in their losses only by
     their dropout; so do the two trainings of a generation."""
@@ -241,7 +326,7 @@ def test_both_engines_agree_over_three_generations(name, rng, float64):
     x, y = models.samples(rng, count=40)
     runs = []
     start = None
-    for engine in ("stacked", "unrolled"):
+    for engine in ("stacked", "mapped"):
         model = getattr(models, name)()
         start = start or model.get_weights()
         model.set_weights(start)
@@ -271,7 +356,7 @@ def test_children_begin_with_a_fresh_optimizer_and_survivors_keep_theirs(rng):
     born = [gadam.lineage[identity]["generation"] for identity in gadam._identities]
     # Born as a child of generation k: three steps as a child, and three in each one after.
     expected = [3 * (4 - generation + (generation > 0)) for generation in born]
-    assert gadam._population.members.updates.numpy().tolist() == expected
+    assert gadam._population.members.batches.numpy().tolist() == expected
 
 
 def test_a_child_has_the_state_of_its_fitter_parent(rng):

@@ -11,9 +11,9 @@ class RayEngine:
     """Trains the members of a population in the workers of a Ray cluster.
 
     Each worker trains a shard of the population: `population_size / num_workers` members,
-    stacked or unrolled, as one machine would. Which member is trained where, and in what
-    order workers finish, changes nothing in the result. A child is trained where one of
-    its parents is, as far as there is room, so that only the other one's weights move.
+    trained as on one machine. Which member is trained where, and in what order workers finish,
+    changes nothing in the result. A child is trained where one of its parents is, as far as
+    there is room, so that only the other one's weights move.
 
     A worker that dies or hangs is replaced, and only what it was doing is done again. On a
     node that leaves the cluster others take over its shards, from a copy of the survivors.

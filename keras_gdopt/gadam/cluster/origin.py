@@ -18,7 +18,7 @@ class Held(NamedTuple):
     weights: Any
     state: Any
     optimizer: Any
-    """Its optimizer's state and the number of its updates."""
+    """Its optimizer's state and the number of its batches."""
     home: int
     """The shard that it was trained in."""
     node: str
@@ -58,7 +58,7 @@ class InDriver:
         node, found = this_node(), []
         for place in places:
             own = tf.nest.map_structure(lambda array, at=place: array[at], self.members)
-            parts = (own.weights, own.state, (own.optimizer, own.updates))
+            parts = (own.weights, own.state, (own.optimizer, own.batches))
             weights, state, optimizer = (ray.put(part) for part in parts)
             found.append(Held(weights, state, optimizer, self._homes[place], node))
         return found

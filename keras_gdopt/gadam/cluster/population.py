@@ -24,8 +24,7 @@ from keras_gdopt.gadam.cluster.origin import FromKeys, Held, InDirectory, InDriv
 from keras_gdopt.gadam.cluster.pool import LostError, Pool, Task, alive_nodes, connect
 from keras_gdopt.gadam.cluster.worker import Setup, Shard
 from keras_gdopt.gadam.data import DataArguments, GenerationData
-from keras_gdopt.gadam.engines.stacked import StackedEngine
-from keras_gdopt.gadam.engines.unrolled import UnrolledEngine
+from keras_gdopt.gadam.engine import Engine
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
@@ -39,7 +38,7 @@ class _Generation:
     """What is known of a generation: enough to make it again from its first survivors."""
 
     number: int
-    learning_rate: float | None
+    learning_rates: list[float | None]
     homes: list[int]
     """The shard of each member."""
     plan: Plan | None = None
@@ -73,7 +72,7 @@ class RayPopulation:
     Args:
         engine: What the user said.
         model: Compiled and built.
-        inner_engine: `"stacked"` or `"unrolled"`.
+        inner_engine: `"stacked"` or `"mapped"`.
         size: How many members there are.
         initializer: See `population.new_member`.
         breeding: The arguments of `Breeding`, but for the seed.
@@ -98,11 +97,7 @@ class RayPopulation:
         self._safekeeping_freq = engine.safekeeping_freq
         self._in_files = engine.safekeeping == "checkpoint_dir"
         # Trains nothing here: it knows the optimizer's state.
-        self._engine: StackedEngine | UnrolledEngine
-        if inner_engine == "stacked":
-            self._engine = StackedEngine(model, 1)
-        else:
-            self._engine = UnrolledEngine(model, [model])
+        self._engine = Engine(model, 1, inner_engine)
         connect(engine.address, self._shards * engine.threads_per_worker)
         setup = Setup(
             model=_as_bytes(model),
@@ -206,9 +201,7 @@ class RayPopulation:
         homes = placement.balanced(old, self._shards, self._capacity)
         moved = sum(home != before for home, before in zip(homes, old, strict=True))
         self._moved["bytes_rebalanced"] += moved * sum(self._bytes_of_a_member())
-        rate = self._model.optimizer._learning_rate
-        constant = isinstance(rate, keras.Variable)
-        self._now = _Generation(generation, float(rate) if constant else None, homes)
+        self._now = _Generation(generation, self._engine.learning_rates(), homes)
         self._now.begin()
         return self._train_parents(self._now, range(self._size), progress)
 
@@ -258,10 +251,10 @@ class RayPopulation:
     def load(self, place: int, model: keras.Model) -> None:
         """Puts a member into a model, its optimizer's state included."""
         self._begin()
-        ((weights, state, (optimizer, updates)),) = self._undeterred(lambda: self._got([place]))
+        ((weights, state, (optimizer, batches)),) = self._undeterred(lambda: self._got([place]))
         population.fill(model, weights, state)
         alone = tf.nest.map_structure(
-            lambda value: tf.constant(value)[None], Members(weights, state, optimizer, updates)
+            lambda value: tf.constant(value)[None], Members(weights, state, optimizer, batches)
         )
         self._engine.load_optimizer(alone, 0, model.optimizer)
 
@@ -393,7 +386,7 @@ class RayPopulation:
         for number in range(self._shards):
             own = [place for place in places if homes[place] == number]
             if own:
-                shards[number] = Shard(generation.number, phase, own, generation.learning_rate)
+                shards[number] = Shard(generation.number, phase, own, generation.learning_rates)
         return shards
 
     # --- what gets lost -----------------------------------------------------------
@@ -410,7 +403,7 @@ class RayPopulation:
 
     def _restore(self, error: LostError) -> None:
         """Makes again what was on nodes that are gone."""
-        now = self._now or _Generation(-1, None, [])
+        now = self._now or _Generation(-1, [], [])
         until = time.monotonic() + _TO_SEE
         while not any(
             lost := [self._lost(held) for held in (self._survivors, now.parents, now.children)]
@@ -474,10 +467,10 @@ class RayPopulation:
     def _got_together(self) -> Members:
         """All survivors, in this process."""
         parts = self._got(range(self._size))
-        weights, state, (optimizer, updates) = tf.nest.map_structure(
+        weights, state, (optimizer, batches) = tf.nest.map_structure(
             lambda *arrays: np.stack(arrays), *parts
         )
-        return Members(weights, state, optimizer, updates)
+        return Members(weights, state, optimizer, batches)
 
     def _like(self, size: int) -> Members:
         """The shapes and types of members."""
@@ -499,7 +492,7 @@ class RayPopulation:
         like = self._like(1)
         weights, state, optimizer = (
             sum(spec.shape.num_elements() * spec.dtype.size for spec in tf.nest.flatten(part))
-            for part in (like.weights, like.state, [like.optimizer, like.updates])
+            for part in (like.weights, like.state, [like.optimizer, like.batches])
         )
         return weights, state, optimizer
 

@@ -41,15 +41,15 @@ class Shard(NamedTuple):
     phase: Phase
     places: list[int]
     """In the population, or of children in their order."""
-    learning_rate: float | None
-    """`None` where the optimizer has a schedule."""
+    learning_rates: list[float | None]
+    """See `Engine.learning_rates`."""
 
 
 class Worker:
     """An actor. Its methods are functions of their arguments alone.
 
     Those that train return the losses of a shard first, and then three values for each member:
-    weights, state, and its optimizer's state with the number of its updates. Shards
+    weights, state, and its optimizer's state with the number of its batches. Shards
     smaller than a worker's capacity are filled up, so that nothing is compiled twice.
     """
 
@@ -113,8 +113,8 @@ class Worker:
     def train_parents(self, shard: Shard, *parts: Arrays) -> tuple[Any, ...]:
         """Trains members, of each of which come weights, state and optimizer."""
         weights, state, optimizers = (self._stacked(parts[of::3]) for of in range(3))
-        optimizer, updates = optimizers
-        return self._trained(Members(weights, state, optimizer, updates), shard, ())
+        optimizer, batches = optimizers
+        return self._trained(Members(weights, state, optimizer, batches), shard, ())
 
     def train_children(self, shard: Shard, plan: Plan, *parts: Arrays) -> tuple[Any, ...]:
         """Breeds and trains; of each child come the parents' weights and one's state."""
@@ -134,8 +134,7 @@ class Worker:
 
     def _trained(self, members: Members, shard: Shard, more: tuple[Any, ...]) -> tuple[Any, ...]:
         count = len(shard.places)
-        if shard.learning_rate is not None:
-            self._model.optimizer.learning_rate = shard.learning_rate
+        self._training.engine.set_learning_rates(shard.learning_rates)
         members, losses = self._training.trained(
             members, self._filled_up(shard.places), shard.generation, shard.phase
         )
@@ -143,11 +142,11 @@ class Worker:
         returned: list[Any] = [(losses[:count], *more)]
         for index in range(count):
             own = tf.nest.map_structure(lambda array, at=index: array[at], arrays)
-            returned += [own.weights, own.state, (own.optimizer, own.updates)]
+            returned += [own.weights, own.state, (own.optimizer, own.batches)]
         return tuple(returned)
 
     def _fresh(self) -> tuple[Any, np.ndarray]:
-        """The optimizer's state of a member that was never trained, and its updates."""
+        """The optimizer's state of a member that was never trained, and its batches."""
         fresh = self._training.engine.fresh_optimizer_state(1)
         return tf.nest.map_structure(lambda value: value.numpy()[0], fresh), np.zeros((), "int64")
 

@@ -1,0 +1,405 @@
+"""Trains the members of a population: one member's step, mapped over all of them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.functional import Batch, Data, ModelFunction
+from keras_gdopt.gadam.population import Members
+from keras_gdopt.optimizers.pure_step import pure_step
+
+Tensor = Any
+
+ENGINES = ("auto", "stacked", "mapped")
+
+# How TensorFlow's operations begin that change a variable.
+_ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply", "ResourceStridedSliceAssign")
+
+
+class SharedVariableError(ValueError):
+    """A layer assigns a variable that the members of a population would share."""
+
+
+class Engine:
+    """The step of one member, as a pure function, mapped over all members.
+
+    Forward, backward, update and the loop over the steps are one function of the members, whose
+    weights lie in stacks. It is traced once for each shape of a batch. `"stacked"` makes each
+    operation one of all members (`tf.vectorized_map`), and XLA compiles the whole; `"mapped"`
+    goes through the members side by side (`tf.map_fn`), for layers that cannot be stacked or
+    lose by it.
+
+    Args:
+        model: Compiled and built.
+        population_size: How many members.
+        name: `"stacked"`, for a model that `why_not_stacked` has nothing against, or
+            `"mapped"`.
+
+    Raises:
+        ValueError: If the optimizer's step cannot be made on values.
+    """
+
+    def __init__(self, model: keras.Model, population_size: int, name: str) -> None:
+        self._function = ModelFunction(model)
+        self._step = pure_step(model.optimizer)
+        self._size = population_size
+        self._kept_state = len(model.non_trainable_variables)
+        self._begun = _values_without_sequences(model, self._function.state_variables)
+        self._model_name = model.name
+        self._shares = ""  # an error, if tracing finds what members would share
+        stacks = name == "stacked"
+        self._map = self._stacked if stacks else self._side_by_side
+        train = self._train_stack if stacks else self._train_side_by_side
+        self._train = tf.function(train, jit_compile=stacks, autograph=False)
+        self._losses = tf.function(self._fitness_losses, jit_compile=stacks, autograph=False)
+        self._finalize = tf.function(self._finalized, autograph=False)
+        # Of one member, for batches that differ in shape.
+        self._train_one = tf.function(self._member_step, autograph=False, reduce_retracing=True)
+        self._loss_of_one = tf.function(self._fitness_loss, autograph=False, reduce_retracing=True)
+
+    # --- what is not training ------------------------------------------------
+
+    def fresh_optimizer_state(self, count: int) -> Any:
+        """The state of optimizers that never stepped, for `count` members."""
+        return tf.nest.map_structure(
+            lambda value: tf.repeat(value[None], count, axis=0), self._step.initial_state()
+        )
+
+    def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
+        """Gives a built optimizer of the model's class the state of a member's."""
+        state = tf.nest.map_structure(lambda value: value[member], members.optimizer)
+        pure_step(optimizer).load(state, members.batches[member])
+
+    def learning_rates(self) -> list[float | None]:
+        """Those of the model's optimizers; `None` where there is a schedule."""
+        return self._step.learning_rates()
+
+    def set_learning_rates(self, rates: Sequence[float | None]) -> None:
+        """Gives the model's optimizers what `learning_rates` returned."""
+        self._step.set_learning_rates(rates)
+
+    def with_sequences(self, members: Members) -> Members:
+        """The members as they are trained and judged.
+
+        What layers remember of the batch before (`stateful=True`) is part of their state, and
+        there is nothing yet.
+        """
+        places = range(len(self._function.state_variables))
+        begun = {
+            place: tf.repeat(value[None], self._size, axis=0)
+            for place, value in self._begun.items()
+        }
+        state = [begun[p] if p in begun else members.state[p] for p in places]
+        return members._replace(state=state)
+
+    def without_sequences(self, members: Members) -> Members:
+        """The members as they are kept."""
+        return members._replace(state=members.state[: self._kept_state])
+
+    # --- training and judging ------------------------------------------------
+
+    def train(
+        self,
+        members: Members,
+        data: Data,
+        order: Tensor | None,
+        first: int,
+        last: int,
+    ) -> tuple[Members, np.ndarray]:
+        """Makes the steps from `first` up to, not including, `last`.
+
+        Args:
+            members: Before.
+            data: All samples; or without an `order`, batches of shape
+                `(steps, members, batch, ...)`.
+            order: The samples of each batch, of shape `(steps, members, batch)`.
+            first: The first step.
+            last: The step after the last one.
+
+        Returns:
+            The members afterwards, and their losses, of shape `(last - first, members)`.
+
+        Raises:
+            SharedVariableError: If a layer assigns a `tf.Variable` that Keras does not know.
+        """
+        steps = tf.constant(first), tf.constant(last)
+        with self._sharing_in_words():
+            members, losses = self._train(members, data, order, self._rates(), *steps)
+        return members, losses.numpy()[-(last - first) :]
+
+    def train_apart(
+        self, members: Members, steps: Sequence[Sequence[Data]]
+    ) -> tuple[Members, np.ndarray]:
+        """Makes steps with batches that differ in shape, one member after the other.
+
+        Args:
+            members: Before.
+            steps: For each step the batch of each member.
+
+        Returns:
+            The members afterwards, and their losses, of shape `(steps, members)`.
+        """
+        rates, trained = self._rates(), []
+        losses = np.zeros((len(steps), self._size), keras.config.floatx())
+        for place in range(self._size):
+            member = tf.nest.map_structure(lambda value, at=place: value[at], members)
+            for step, batches in enumerate(steps):
+                with self._sharing_in_words():
+                    member, loss = self._train_one(member, batches[place], rates)
+                losses[step, place] = loss
+            trained.append(member)
+        return tf.nest.map_structure(lambda *values: tf.stack(values), *trained), losses
+
+    def finalized(self, members: Members) -> Members:
+        """The members as their training ends, see `finalize_variable_values`."""
+        return self._finalize(members)
+
+    def losses(self, members: Members, batch: Data) -> Tensor:
+        """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
+        return self._losses(members.weights, members.state, batch)
+
+    def losses_apart(self, members: Members, batches: Sequence[Data]) -> Tensor:
+        """Each member's losses of batches that differ in shape: `(batches, members)`."""
+        losses = []
+        for place in range(self._size):
+            weights, state = (
+                [value[place] for value in part] for part in (members.weights, members.state)
+            )
+            of_member = []
+            for batch in batches:
+                loss, state = self._loss_of_one(weights, state, batch)
+                of_member.append(loss)
+            losses.append(tf.stack(of_member))
+        return tf.stack(losses, axis=1)
+
+    def _rates(self) -> list[Tensor]:
+        rates = self._step.learning_rates()
+        return [tf.constant(rate or 0.0, keras.config.floatx()) for rate in rates]
+
+    # --- what is traced ------------------------------------------------------
+
+    def _stacked(self, function: Any, elements: Any, like: Any) -> Any:
+        del like
+        # Random numbers are drawn in a loop, of which it would warn.
+        return tf.vectorized_map(function, elements, warn=False)
+
+    def _side_by_side(self, function: Any, elements: Any, like: Any) -> Any:
+        return tf.map_fn(
+            function, elements, fn_output_signature=like, parallel_iterations=self._size
+        )
+
+    def _train_stack(
+        self,
+        members: Members,
+        data: Data,
+        order: Tensor | None,
+        rates: Sequence[Tensor],
+        first: Tensor,
+        last: Tensor,
+    ) -> tuple[Members, Tensor]:
+        # XLA needs a length that is known.
+        steps = tf.nest.flatten(data)[0].shape[0] if order is None else order.shape[0]
+        losses = tf.zeros((steps, self._size), keras.config.floatx())
+
+        def body(index: Tensor, members: Members, losses: Tensor) -> tuple:
+            # By gather: a slice would be compiled anew for each index.
+            rows = index if order is None else tf.gather(order, index)
+            batch = tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
+            members, loss = self._map(
+                lambda pair: self._member_step(pair[0], pair[1], rates), (members, batch), None
+            )
+            place = [[index + steps - last]]
+            return index + 1, members, tf.tensor_scatter_nd_update(losses, place, [loss])
+
+        _, members, losses = tf.while_loop(
+            lambda index, *_: index < last, body, (first, members, losses)
+        )
+        return members, losses
+
+    def _train_side_by_side(
+        self,
+        members: Members,
+        data: Data,
+        order: Tensor | None,
+        rates: Sequence[Tensor],
+        first: Tensor,
+        last: Tensor,
+    ) -> tuple[Members, Tensor]:
+        def batch_of(index: Tensor, member: Tensor) -> Data:
+            place = tf.stack([index, member])
+            if order is None:
+                return tf.nest.map_structure(lambda part: tf.gather_nd(part, place), data)
+            rows = tf.gather_nd(order, place)
+            return tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
+
+        def trained(pair: tuple[Tensor, Members]) -> tuple[Members, Tensor]:
+            place, member = pair
+
+            def body(index: Tensor, member: Members, losses: tf.TensorArray) -> tuple:
+                member, loss = self._member_step(member, batch_of(index, place), rates)
+                return index + 1, member, losses.write(index - first, loss)
+
+            losses = tf.TensorArray(keras.config.floatx(), size=last - first, element_shape=())
+            _, member, losses = tf.while_loop(
+                lambda index, *_: index < last, body, (first, member, losses)
+            )
+            return member, losses.stack()
+
+        like = _one_of(members), tf.TensorSpec((None,), keras.config.floatx())
+        members, losses = self._map(trained, (tf.range(self._size), members), like)
+        return members, tf.transpose(losses)
+
+    def _member_step(
+        self, member: Members, batch: Data, rates: Sequence[Tensor]
+    ) -> tuple[Members, Tensor]:
+        weights = member.weights
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss, state = self._function.loss(weights, member.state, Batch(**batch))
+            scaled = self._step.scaled(loss)
+        self._check_nothing_is_shared()
+        # Zeros where the loss does not depend on a weight.
+        grads = tape.gradient(scaled, weights, unconnected_gradients="zero")
+        grads = [tf.convert_to_tensor(gradient) for gradient in grads]
+        weights, optimizer = self._step(grads, weights, member.optimizer, rates, member.batches)
+        member = Members(weights, state, optimizer, member.batches + 1)
+        return member, tf.cast(loss, keras.config.floatx())
+
+    def _check_nothing_is_shared(self) -> None:
+        """Raises if what is traced assigns a variable, which all members would share.
+
+        A layer's Keras variables are values here; only a raw `tf.Variable` is assigned.
+        """
+        name = _assigning_operation(tf.compat.v1.get_default_graph())
+        if name:
+            self._shares = (
+                f"A layer of the model '{self._model_name}' assigns a raw `tf.Variable` in its "
+                "`call`, which all members would share. Make it a variable of the layer, by "
+                "`self.add_weight(..., trainable=False)`, of which each member has its own. "
+                f"Received: the operation '{name}'"
+            )
+            raise ValueError(self._shares)
+
+    @contextlib.contextmanager
+    def _sharing_in_words(self) -> Iterator[None]:
+        """Passes on that something is shared, which tracing makes another error of."""
+        try:
+            yield
+        except Exception:
+            if self._shares:
+                raise SharedVariableError(self._shares) from None
+            raise
+
+    def _finalized(self, members: Members) -> Members:
+        def member(member: Members) -> Members:
+            weights, optimizer = self._step.finalized(
+                member.weights, member.optimizer, member.batches
+            )
+            return member._replace(weights=weights, optimizer=optimizer)
+
+        return self._map(member, members, _one_of(members))
+
+    def _fitness_losses(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
+    ) -> Tensor:
+        return self._map(
+            lambda member: self._fitness_loss(member[0], member[1], batch)[0],
+            (weights, state),
+            tf.TensorSpec((), keras.config.floatx()),
+        )
+
+    def _fitness_loss(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
+    ) -> tuple[Tensor, list[Tensor]]:
+        loss, state = self._function.loss(weights, state, Batch(**batch), training=False)
+        return tf.cast(loss, keras.config.floatx()), state
+
+
+def chosen_engine(model: keras.Model, asked_for: str) -> tuple[str, str]:
+    """The engine for a model, and the reason.
+
+    Args:
+        model: Compiled, its optimizer built.
+        asked_for: One of `ENGINES`.
+
+    Raises:
+        ValueError: If `"stacked"` was asked for and the model cannot be.
+    """
+    reason = why_not_stacked(model)
+    if asked_for == "stacked" and reason:
+        raise ValueError(
+            f"The engine 'stacked' cannot train the model '{model.name}': {reason}. Use "
+            "engine='mapped' or 'auto'."
+        )
+    if asked_for != "auto":
+        return asked_for, "as asked for"
+    reason = reason or _why_slow_in_a_stack(model)
+    return ("mapped", reason) if reason else ("stacked", "all layers can be stacked")
+
+
+def why_not_stacked(model: keras.Model) -> str | None:
+    """Why a model cannot be trained in a stack, or `None`."""
+    losses = keras.tree.flatten(model._compile_config.config.get("loss"))
+    if any(map(_is_hinge, losses)):
+        return "its hinge loss looks at the labels of a batch to know their kind"
+    for layer in model._flatten_layers():
+        if not layer.supports_jit:
+            return f"XLA does not compile the layer '{layer.name}'"
+        if getattr(layer, "stateful", False):
+            return f"the layer '{layer.name}' remembers the batch before (`stateful=True`)"
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            return (
+                f"the recurrence of the layer '{layer.name}' is a loop, which cannot be "
+                "vectorized (`unroll=True` can)"
+            )
+    return None
+
+
+def _why_slow_in_a_stack(model: keras.Model) -> str | None:
+    slow = ("Conv", "LSTM", "GRU", "RNN", "Bidirectional", "TimeDistributed")
+    for layer in model._flatten_layers():
+        if any(word in type(layer).__name__ for word in slow):
+            return f"a stack of layers such as '{layer.name}' is slower than one by one"
+    return None
+
+
+def _is_hinge(loss: Any) -> bool:
+    """Whether a loss takes labels of 0 and 1 as -1 and 1, by a condition on each batch."""
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    return isinstance(loss, keras.losses.Hinge | keras.losses.SquaredHinge) or loss in (
+        keras.losses.hinge,
+        keras.losses.squared_hinge,
+    )
+
+
+def _values_without_sequences(model: keras.Model, state: Sequence[Any]) -> dict[int, Tensor]:
+    """What layers that remember the batch before begin with, by its place in the state."""
+    with keras.StatelessScope() as scope:
+        for layer in model._flatten_layers():
+            if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
+                layer.reset_state()
+    values = {index: scope.get_current_value(variable) for index, variable in enumerate(state)}
+    return {index: value for index, value in values.items() if value is not None}
+
+
+def _assigning_operation(graph: Any) -> str | None:
+    """The name of an operation that changes a variable, itself or in a function that it calls."""
+    functions = {f.signature.name: f.node_def for f in graph.as_graph_def().library.function}
+
+    def assigns(node: Any) -> bool:
+        if node.op.startswith(_ASSIGNING):
+            return True
+        called = [attribute.func.name for attribute in node.attr.values()]
+        return any(assigns(inner) for name in called for inner in functions.get(name, ()))
+
+    return next((op.name for op in graph.get_operations() if assigns(op.node_def)), None)
+
+
+def _one_of(members: Members) -> Any:
+    """The shapes and types of one member."""
+    return tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape[1:], v.dtype), members)

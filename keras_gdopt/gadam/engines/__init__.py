@@ -1,1 +1,0 @@
-"""How the members of a population are trained: all in one stack, or each as a model."""
