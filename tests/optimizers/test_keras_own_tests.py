@@ -65,12 +65,14 @@ WITH_ANY = ("optimizer", "optimizer_sparse", "loss_scale_optimizer", "multi_opti
 @pytest.mark.slow
 def test_what_keras_tests_of_its_optimizers_holds_for_ours(tmp_path):
     tests = Path(keras.__file__).parent / "src" / "optimizers"
+    if not (tests / "adam_test.py").exists():
+        pytest.skip("this version of Keras comes without its tests")
     classes = "SGD|Adam|AdamW|Adagrad|Adadelta|RMSprop|Nadam"
     (tmp_path / "stand_ins.py").write_text(STAND_INS)
     for name in (*TESTED, *WITH_ANY):
         path = tests / f"{name}_test.py"
         if not path.exists():
-            continue  # not in this version of Keras
+            continue  # its subject is not in this version of Keras
         text = re.sub(
             rf"^from keras\.src\.optimizers\.({'|'.join(TESTED)}) import",
             "from stand_ins import",
