@@ -2,6 +2,7 @@
 
 python -m benchmarks.population            # everything
 python -m benchmarks.population mlp-16     # one part; `--help` lists the parts
+python -m benchmarks.population maps --before DIRECTORY  # a checkout of the version before
 """
 
 import os
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 
 import keras_gdopt as gdopt
-from benchmarks.side_by_side import Contender, Work, run
+from benchmarks.side_by_side import BEFORE, Contender, Work, of_another_version, run
 from keras_gdopt.gadam.data import DataArguments
 from keras_gdopt.gadam.keys import Phase
 
@@ -106,8 +107,10 @@ def generation(build: Callable[[], keras.Model], members: int) -> Contender:
     return Contender("Gadam, whole generation", make, steps=2 * members * STEPS)
 
 
-def training(build: Callable[[], keras.Model], members: int, engine: str) -> Contender:
-    """The training of all members for an epoch, alone."""
+def training(
+    build: Callable[[], keras.Model], members: int, engine: str, steps: int = STEPS
+) -> Contender:
+    """The training of all members for an epoch, or the first steps of one, alone."""
 
     def make() -> Callable[[], object]:
         x, y = data()
@@ -120,13 +123,34 @@ def training(build: Callable[[], keras.Model], members: int, engine: str) -> Con
         def step() -> object:
             nonlocal population
             population, losses = gadam._population._training.engine.train(
-                population, portion.data, portion.order, 0, STEPS
+                population, portion.data, portion.order, 0, steps
             )
             return losses
 
         return step
 
-    return Contender(f"Gadam's training, {engine}", make, steps=members * STEPS)
+    return Contender(f"Gadam's training, {engine}", make, steps=members * steps)
+
+
+def first_fit(build: Callable[[], keras.Model]) -> Contender:
+    """Keras's first `fit` of a new model, tracing included."""
+
+    def step() -> object:
+        x, y = data()
+        return compiled(build, keras.optimizers.Adam()).fit(x, y, batch_size=BATCH, verbose=0)
+
+    return Contender("Keras's first fit", lambda: step)
+
+
+def first_generation(build: Callable[[], keras.Model], members: int) -> Contender:
+    """A first generation, from making the population to its end."""
+
+    def step() -> object:
+        x, y = data()
+        gadam = gdopt.Gadam(compiled(build, gdopt.Adam()), members, seed=0)
+        return gadam.fit(x, y, generations=1, batch_size=BATCH, verbose=0)
+
+    return Contender("Gadam, first generation", lambda: step)
 
 
 def jax_mlp(members: int) -> Contender:
@@ -203,7 +227,46 @@ def _mlp_of(members: int, times_jax: float, times_fit: float | None) -> list[Wor
     ]
 
 
+def _maps() -> list[Work]:
+    """Members side by side, beside the clones of version 0.1.0, and what their start costs."""
+    works = []
+    for build in (cnn, lstm):
+        name = build.__name__.upper()
+        for steps, bound, what in ((STEPS, 1.1, "steps alone"), (1, 1.1, "a first step")):
+            ours = training(build, 16, "mapped", steps)
+            contenders = [ours]
+            if checkout := os.environ.get(BEFORE):
+                code = f"population.training(population.{build.__name__}, 16, 'unrolled', {steps})"
+                contenders = [of_another_version(checkout, "before, clones", code), ours]
+            works.append(Work(f"{name}, g = 16, {what}", contenders, bounds={ours.name: bound}))
+    return works
+
+
+def _stacks() -> list[Work]:
+    """Stacks, beside those of the version before."""
+    works = []
+    for build in (mlp, mlp_with_normalization_and_dropout):
+        ours = training(build, 16, "stacked")
+        contenders = [ours]
+        if checkout := os.environ.get(BEFORE):
+            code = f"population.training(population.{build.__name__}, 16, 'stacked')"
+            contenders = [of_another_version(checkout, "before", code), ours]
+        works.append(
+            Work(f"{build.__name__}, g = 16, steps alone", contenders, bounds={ours.name: 1.05})
+        )
+    return works
+
+
 WORKS = {
+    "maps": _maps,
+    "stacks": _stacks,
+    "first-generation": lambda: [
+        Work(
+            "CNN, g = 16, from nothing",
+            [first_fit(cnn), first_generation(cnn, 16)],
+            bounds={"Gadam, first generation": 5.0},
+        )
+    ],
     "mlp-4": lambda: _mlp_of(4, 0.95, None),
     "mlp-16": lambda: _mlp_of(16, 1.1, 10.0),
     "mlp-64": lambda: _mlp_of(64, 1.1, None),

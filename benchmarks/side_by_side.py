@@ -1,9 +1,11 @@
 """Times contenders in turn, within one process, and prints a table of each work."""
 
 import argparse
+import atexit
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +16,9 @@ from pathlib import Path
 
 _PAGE = 4096
 
+BEFORE = "KERAS_GDOPT_BEFORE"
+"""The environment variable with the checkout of the version before, see `--before`."""
+
 
 @dataclass
 class Contender:
@@ -23,11 +28,14 @@ class Contender:
         name: As the table shows it.
         make: Called once; returns a function that returns when its work is done.
         steps: How many steps one call of that function makes.
+        process: The number of the process that it runs in.
     """
 
     name: str
     make: Callable[[], Callable[[], object]]
     steps: int = 1
+    process: int | str = "self"
+    """Which one's memory is its."""
     compile_seconds: float = field(default=0.0, init=False)
     memory: float = field(default=0.0, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
@@ -60,7 +68,7 @@ def measure(work: Work, repetitions: int) -> None:
     steps = []
     for contender in work.contenders:
         gc.collect()
-        with _PeakMemory() as peak:
+        with _PeakMemory(contender.process) as peak:
             started = time.perf_counter()
             step = contender.make()
             step()
@@ -79,6 +87,53 @@ def measure(work: Work, repetitions: int) -> None:
                 step()
             passed = time.perf_counter() - started
             contender.seconds.append(passed / (work.calls * contender.steps))
+
+
+def of_another_version(checkout: str, name: str, contender: str) -> Contender:
+    """A contender with the package of another checkout, in a process of its own.
+
+    The benchmarks are those of this checkout.
+
+    Args:
+        checkout: The other one's directory.
+        name: As the table shows it.
+        contender: What makes it, as an expression: `"population.training(...)"`.
+    """
+    module, ours = contender.split(".")[0], Path(__file__).parents[1]
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(checkout).resolve())!r})
+import keras_gdopt
+sys.path.insert(0, {str(ours)!r})
+from benchmarks import {module}
+contender = {contender}
+print(contender.steps, flush=True)
+step = None
+for _ in sys.stdin:
+    if step is None:
+        step = contender.make()
+    else:
+        step()
+    print("done", flush=True)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin and child.stdout
+    atexit.register(child.kill)
+    stdin, stdout = child.stdin, child.stdout
+    steps = int(stdout.readline())  # when all is imported
+
+    def call() -> None:
+        print(file=stdin, flush=True)
+        if stdout.readline() != "done\n":
+            raise RuntimeError(f"The process of '{name}' has died.")
+
+    def make() -> Callable[[], object]:
+        call()
+        return call
+
+    return Contender(name, make, steps, child.pid)
 
 
 HEADER = """\
@@ -107,10 +162,13 @@ def rows(work: Work) -> str:
 
 
 class _PeakMemory:
-    """By how much the process's resident memory grew at most."""
+    """By how much a process's resident memory grew at most."""
+
+    def __init__(self, process: int | str) -> None:
+        self._process = process
 
     def __enter__(self) -> "_PeakMemory":
-        self._before = self._most = resident()
+        self._before = self._most = resident(self._process)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -118,7 +176,7 @@ class _PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.001):
-            self._most = max(self._most, resident())
+            self._most = max(self._most, resident(self._process))
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -157,7 +215,10 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("work", nargs="*", help=f"any of {', '.join(works)}; default: all")
     parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--before", metavar="CHECKOUT", help="another version to stand beside ours")
     arguments = parser.parse_args()
+    if arguments.before:
+        os.environ[BEFORE] = arguments.before
     unknown = set(arguments.work) - set(works)
     if unknown:
         parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")

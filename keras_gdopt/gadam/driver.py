@@ -99,7 +99,8 @@ class Gadam:
     Args:
         model: A built and compiled `keras.Model` that can be cloned: Sequential,
             functional, or subclassed with a `get_config`. Members are trained with its
-            optimizer, loss and settings. `fit` leaves the best member in it.
+            optimizer, loss and settings; the optimizer is one of this package, or a `Lookahead`
+            or `keras.optimizers.MultiOptimizer` around some. `fit` leaves the best member in it.
         population_size: How many members g, at least 2. Defaults to 10. Training makes
             2 g times the steps that `model.fit` would.
         mutation_rate: The probability $p_{mut}$ in [0, 1]. Defaults to 0.01.

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from tests.gadam import models
 from tests.parameters import slow
 
@@ -140,6 +141,31 @@ def test_only_some_generations_are_saved(rng, tmp_path):
 def test_a_directory_of_another_run_is_refused(other, message, directory):
     with pytest.raises(ValueError, match=rf"holds another run.*Received: {message}"):
         _gadam(**other).fit(**_arrays(), generations=4, verbose=0, checkpoint_dir=directory)
+
+
+def _saved_by_version_0_1_0(directory, **identity):
+    """A run of two generations, with what that version wrote in another way."""
+    gadam = _gadam()
+    gadam.fit(**_arrays(), generations=2, verbose=0)
+    record = gadam._record(gadam.model.history)
+    (rate,) = record["learning_rate"]
+    checkpoint = PopulationCheckpoint(directory, {**gadam._run_identity(), **identity})
+    checkpoint.save(gadam._population.members, {**record, "learning_rate": rate})
+
+
+def test_a_stack_of_version_0_1_0_goes_on(tmp_path):
+    _saved_by_version_0_1_0(tmp_path)
+    expected, resumed = _gadam(), _gadam()
+    history = expected.fit(**_arrays(), generations=3, verbose=0).history
+    received = resumed.fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=tmp_path).history
+    assert received == history
+    np.testing.assert_array_equal(resumed.fitness, expected.fitness)
+
+
+def test_clones_of_version_0_1_0_do_not(tmp_path):
+    _saved_by_version_0_1_0(tmp_path, engine="unrolled")
+    with pytest.raises(ValueError, match=r"(?s)engine 'unrolled' of version 0\.1\.0.*best member"):
+        _gadam(engine="mapped").fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -106,10 +106,19 @@ def test_any_number_of_workers_gives_the_same(cluster, float64, name, workers):
 
 
 @pytest.mark.slow
-def test_optimizers_of_keras_are_trained_in_workers(cluster, float64):
+def test_several_optimizers_are_trained_in_workers(cluster, float64):
+    """Each with a rate of its own."""
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this version of Keras has no MultiOptimizer")
+
+    def optimizer():
+        schedule = keras.optimizers.schedules.CosineDecay(0.05, 20)
+        others = {".*bias": gdopt.Momentum(schedule)}
+        optimizers = keras.optimizers.OptimizerMap(gdopt.Adam(0.02), others)
+        return keras.optimizers.MultiOptimizer(optimizers)
+
     local, distributed = (
-        _run(engine, optimizer=keras.optimizers.Adam(0.02))
-        for engine in ("auto", gdopt.RayEngine(2))
+        _run(engine, optimizer=optimizer()) for engine in ("auto", gdopt.RayEngine(2))
     )
     _assert_same_run(local, distributed, rtol=1e-8)
 

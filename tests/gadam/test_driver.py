@@ -47,7 +47,7 @@ def _trace_counts(gadam):
     runner = members._training.engine
     functions = [breeding._choose, breeding._breed, members._diversity]
     functions += [runner._train, runner._losses]
-    functions += [runner._finalize] if gadam.engine == "stacked" else []
+    functions += [runner._finalize]
     return [function.experimental_get_tracing_count() for function in functions]
 
 
@@ -182,7 +182,7 @@ def test_each_member_is_a_model_with_its_optimizer(engine, data):
         loss = member.evaluate(*data, verbose=0)
         np.testing.assert_allclose(loss, gadam.fitness[rank], rtol=1e-5)
         place = gadam._ranks()[rank]
-        assert int(member.optimizer.iterations) == int(gadam._population.members.updates[place])
+        assert int(member.optimizer.iterations) == int(gadam._population.members.batches[place])
         assert any(np.any(v.numpy()) for v in member.optimizer._slots["momentum"])
     before = gadam.member(0).get_weights()
     member.fit(*data, verbose=0)
@@ -697,8 +697,9 @@ def test_what_is_printed(data, capsys):
     _fit(gadam, data, verbose=2)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"Gadam: 4 members of 'sequential\S*', engine 'stacked' \(all", lines[0])
-    assert re.match(r"Generation 1/2 - [\d.]+s - loss: .* - children_survived: \d", lines[1])
-    assert len(lines) == 3
+    assert re.fullmatch(r"To the first losses: tracing the step of all .* [\d.]+ s", lines[1])
+    assert re.match(r"Generation 1/2 - [\d.]+s - loss: .* - children_survived: \d", lines[2])
+    assert len(lines) == 4
     _fit(_gadam(), data, verbose=1)
     printed = capsys.readouterr().out
     assert "Generation 2/2" in printed
@@ -911,15 +912,33 @@ def test_mixed_bfloat16_trains(engine, data):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: _model(models.recurrent), "the recurrence of the layer 'lstm.*' is a loop"),
-        (lambda: _model(optimizer=keras.optimizers.Adam()), "its optimizer cannot be stacked"),
-        (lambda: _model(optimizer=gdopt.Adam(lazy=True)), "its optimizer cannot be stacked"),
+        (models.recurrent, "the recurrence of the layer 'lstm.*' is a loop"),
+        (models.remembering, "the layer 'lstm.*' remembers the batch before"),
     ],
 )
 def test_what_cannot_be_stacked(model, message):
-    with pytest.raises(ValueError, match=message):
-        _gadam(model(), engine="stacked")
-    assert _gadam(model()).engine == "mapped"
+    with pytest.raises(ValueError, match=f"{message}.*engine='mapped'"):
+        _gadam(_model(model), engine="stacked")
+    assert _gadam(_model(model)).engine == "mapped"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (keras.optimizers.Adam, r"keras_gdopt\.Adam has its rule .*Received: Adam of keras"),
+        (keras.optimizers.Lion, r"subclass of keras_gdopt\.GradientOptimizer.*Received: Lion"),
+        (lambda: gdopt.Lookahead("adam"), r"keras_gdopt\.Adam has its rule"),
+        (lambda: gdopt.Adam(lazy=True), r"leave `lazy` out.*Received: lazy=True with Adam"),
+    ],
+)
+def test_optimizers_whose_step_needs_variables(optimizer, message):
+    with pytest.raises(ValueError, match=f"cannot train the model 'sequential.*{message}"):
+        _gadam(_model(optimizer=optimizer()))
+
+
+def test_the_old_name_of_an_engine():
+    with pytest.warns(DeprecationWarning, match="engine='mapped'"):
+        assert _gadam(engine="unrolled").engine == "mapped"
 
 
 def test_a_model_is_not_held_by_what_trained_it(data):
