@@ -2,7 +2,7 @@
 
 python -m benchmarks.population            # everything
 python -m benchmarks.population mlp-16     # one part; `--help` lists the parts
-python -m benchmarks.population maps --before DIRECTORY  # a checkout of the version before
+python -m benchmarks.population maps --before DIRECTORY  # beside a checkout of another version
 """
 
 import os
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 import keras_gdopt as gdopt
-from benchmarks.side_by_side import BEFORE, Contender, Work, of_another_version, run
+from benchmarks.side_by_side import Contender, Work, run
 from keras_gdopt.gadam.data import DataArguments
 from keras_gdopt.gadam.keys import Phase
 
@@ -228,33 +228,20 @@ def _mlp_of(members: int, times_jax: float, times_fit: float | None) -> list[Wor
 
 
 def _maps() -> list[Work]:
-    """Members side by side, beside the clones of version 0.1.0, and what their start costs."""
-    works = []
-    for build in (cnn, lstm):
-        name = build.__name__.upper()
-        for steps, bound, what in ((STEPS, 1.1, "steps alone"), (1, 1.1, "a first step")):
-            ours = training(build, 16, "mapped", steps)
-            contenders = [ours]
-            if checkout := os.environ.get(BEFORE):
-                code = f"population.training(population.{build.__name__}, 16, 'unrolled', {steps})"
-                contenders = [of_another_version(checkout, "before, clones", code), ours]
-            works.append(Work(f"{name}, g = 16, {what}", contenders, bounds={ours.name: bound}))
-    return works
+    """Members side by side: an epoch, and a first step."""
+    return [
+        Work(f"{build.__name__.upper()}, g = 16, {what}", [training(build, 16, "auto", steps)],
+             bound_before=1.1)
+        for build in (cnn, lstm)
+        for steps, what in ((STEPS, "steps alone"), (1, "a first step"))
+    ]  # fmt: skip
 
 
 def _stacks() -> list[Work]:
-    """Stacks, beside those of the version before."""
-    works = []
-    for build in (mlp, mlp_with_normalization_and_dropout):
-        ours = training(build, 16, "stacked")
-        contenders = [ours]
-        if checkout := os.environ.get(BEFORE):
-            code = f"population.training(population.{build.__name__}, 16, 'stacked')"
-            contenders = [of_another_version(checkout, "before", code), ours]
-        works.append(
-            Work(f"{build.__name__}, g = 16, steps alone", contenders, bounds={ours.name: 1.05})
-        )
-    return works
+    return [
+        Work(f"{build.__name__}, g = 16, steps alone", [training(build, 16, "stacked")])
+        for build in (mlp, mlp_with_normalization_and_dropout)
+    ]
 
 
 WORKS = {

@@ -16,8 +16,8 @@ from pathlib import Path
 
 _PAGE = 4096
 
-BEFORE = "KERAS_GDOPT_BEFORE"
-"""The environment variable with the checkout of the version before, see `--before`."""
+# How the names of contenders begin that are not ours.
+_PEERS = ("keras.", "Keras", "torch", "optax", "JAX")
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Work:
     """Calls between two looks at the clock."""
     bounds: dict[str, float] = field(default_factory=dict)
     """Ratios to the first contender that must not be exceeded, by name."""
+    bound_before: float = 1.05
+    """The ratio of each of ours to the version before, see `--before`."""
 
 
 def measure(work: Work, repetitions: int) -> None:
@@ -89,51 +91,67 @@ def measure(work: Work, repetitions: int) -> None:
             contender.seconds.append(passed / (work.calls * contender.steps))
 
 
-def of_another_version(checkout: str, name: str, contender: str) -> Contender:
-    """A contender with the package of another checkout, in a process of its own.
-
-    The benchmarks are those of this checkout.
+def beside_before(
+    checkout: str, module: str, name: str, makers: Mapping[str, Callable[[], Sequence[Work]]]
+) -> list[Work]:
+    """Each contender of ours beside itself in another version of the package.
 
     Args:
-        checkout: The other one's directory.
-        name: As the table shows it.
-        contender: What makes it, as an expression: `"population.training(...)"`.
+        checkout: The other version's directory. The benchmarks are those of this one.
+        module: Of the benchmarks that `makers` belong to.
+        name: Which of them.
+        makers: Makers of works.
     """
-    module, ours = contender.split(".")[0], Path(__file__).parents[1]
+    works = []
+    for place, work in enumerate(makers[name]()):
+        for contender in work.contenders:
+            if not contender.name.startswith(_PEERS):
+                before = _in_another_version(checkout, module, name, place, contender.name)
+                bounds = {contender.name: work.bound_before}
+                works.append(Work(work.name, [before, contender], work.calls, bounds))
+    return works
+
+
+def _in_another_version(
+    checkout: str, module: str, name: str, place: int, contender: str
+) -> Contender:
+    """A contender in a process of its own, with the package of another checkout."""
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(checkout).resolve())!r})
 import keras_gdopt
-sys.path.insert(0, {str(ours)!r})
-from benchmarks import {module}
-contender = {contender}
-print(contender.steps, flush=True)
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from {module} import WORKS
+contenders = WORKS[{name!r}]()[{place}].contenders
+(contender,) = [each for each in contenders if each.name == {contender!r}]
+print("ready", flush=True)
 step = None
 for _ in sys.stdin:
     if step is None:
         step = contender.make()
     else:
         step()
-    print("done", flush=True)
+    print(contender.steps, flush=True)
 """
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert child.stdin and child.stdout
     atexit.register(child.kill)
     stdin, stdout = child.stdin, child.stdout
-    steps = int(stdout.readline())  # when all is imported
+    assert stdin and stdout
+    while stdout.readline() not in ("ready\n", ""):  # when all is imported
+        continue
 
     def call() -> None:
         print(file=stdin, flush=True)
-        if stdout.readline() != "done\n":
-            raise RuntimeError(f"The process of '{name}' has died.")
+        made.steps = int(stdout.readline())
 
     def make() -> Callable[[], object]:
         call()
         return call
 
-    return Contender(name, make, steps, child.pid)
+    made = Contender(f"{contender}, before", make, process=child.pid)
+    return made
 
 
 HEADER = """\
@@ -215,15 +233,19 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("work", nargs="*", help=f"any of {', '.join(works)}; default: all")
     parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--before", metavar="CHECKOUT", help="another version to stand beside ours")
+    parser.add_argument(
+        "--before", metavar="DIRECTORY", help="a checkout of another version, to stand beside ours"
+    )
     arguments = parser.parse_args()
-    if arguments.before:
-        os.environ[BEFORE] = arguments.before
     unknown = set(arguments.work) - set(works)
     if unknown:
         parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")
     print(f"{environment()}\n\n{HEADER}", flush=True)
     for name in arguments.work or works:
-        for work in works[name]():
+        found = works[name]()
+        if arguments.before:
+            module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+            found = beside_before(arguments.before, module, name, works)
+        for work in found:
             measure(work, arguments.repetitions)
             print(rows(work), flush=True)  # as soon as it is known: some take an hour

@@ -48,7 +48,7 @@ class Engine:
         self._step = pure_step(model.optimizer)
         self._size = population_size
         self._kept_state = len(model.non_trainable_variables)
-        self._begun = _values_without_sequences(model, self._function.state_variables)
+        self._begun = _values_at_the_beginning(self._function, self._kept_state)
         self._model_name = model.name
         self._shares = ""  # an error, if tracing finds what members would share
         stacks = name == "stacked"
@@ -377,14 +377,25 @@ def _is_hinge(loss: Any) -> bool:
     )
 
 
-def _values_without_sequences(model: keras.Model, state: Sequence[Any]) -> dict[int, Tensor]:
-    """What layers that remember the batch before begin with, by its place in the state."""
+def _values_at_the_beginning(function: ModelFunction, kept: int) -> dict[int, Tensor]:
+    """What layers that remember the batch before begin with, by its place in the state.
+
+    Args:
+        function: Of the model.
+        kept: How many variables are state that is kept; the others only remember.
+    """
     with keras.StatelessScope() as scope:
-        for layer in model._flatten_layers():
+        for layer in function.model._flatten_layers():
             if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
                 layer.reset_state()
-    values = {index: scope.get_current_value(variable) for index, variable in enumerate(state)}
-    return {index: value for index, value in values.items() if value is not None}
+    values = {}
+    for place, variable in enumerate(function.state_variables):
+        value = scope.get_current_value(variable)
+        if value is None and place >= kept:
+            value = tf.convert_to_tensor(variable)
+        if value is not None:
+            values[place] = value
+    return values
 
 
 def _assigning_operation(graph: Any) -> str | None:
