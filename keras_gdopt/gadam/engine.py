@@ -1,7 +1,7 @@
 """Trains the members of a population: one member's step, mapped over all of them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.functional import Batch, Data, ModelFunction
-from keras_gdopt.gadam.population import Members
+from keras_gdopt.gadam.population import Members, forget_sequences
 from keras_gdopt.optimizers.pure_step import pure_step
 
 Tensor = Any
@@ -17,7 +17,10 @@ Tensor = Any
 ENGINES = ("auto", "stacked", "mapped")
 
 # How TensorFlow's operations begin that change a variable.
-_ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply", "ResourceStridedSliceAssign")
+_ASSIGNING = (
+    "Assign", "ResourceScatter", "ResourceApply", "ResourceStridedSliceAssign", "RngReadAndSkip",
+    "RngSkip", "StatefulStandardNormal", "StatefulUniform", "StatefulTruncatedNormal",
+)  # fmt: skip
 
 
 class SharedVariableError(ValueError):
@@ -49,9 +52,16 @@ class Engine:
         self._size = population_size
         self._kept_state = len(model.non_trainable_variables)
         self._begun = _values_at_the_beginning(self._function, self._kept_state)
+        self.seed_generators = [
+            place
+            for place, variable in enumerate(self._function.state_variables)
+            if variable.name == "seed_generator_state"
+        ]
+        """The places in the members' state of what random draws depend on."""
         self._model_name = model.name
         self._shares = ""  # an error, if tracing finds what members would share
         stacks = name == "stacked"
+        self._map: Callable[[Any, Any, Any], Any]
         self._map = self._stacked if stacks else self._side_by_side
         train = self._train_stack if stacks else self._train_side_by_side
         self._train = tf.function(train, jit_compile=stacks, autograph=False)
@@ -142,6 +152,9 @@ class Engine:
 
         Returns:
             The members afterwards, and their losses, of shape `(steps, members)`.
+
+        Raises:
+            SharedVariableError: As `train`.
         """
         rates, trained = self._rates(), []
         losses = np.zeros((len(steps), self._size), keras.config.floatx())
@@ -262,24 +275,35 @@ class Engine:
             loss, state = self._function.loss(weights, member.state, Batch(**batch))
             scaled = self._step.scaled(loss)
         self._check_nothing_is_shared()
-        # Zeros where the loss does not depend on a weight.
-        grads = tape.gradient(scaled, weights, unconnected_gradients="zero")
-        grads = [tf.convert_to_tensor(gradient) for gradient in grads]
+        grads = [
+            None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, weights)
+        ]
+        if all(gradient is None for gradient in grads):
+            raise ValueError("Its loss depends on none of its trainable weights.")
         weights, optimizer = self._step(grads, weights, member.optimizer, rates, member.batches)
         member = Members(weights, state, optimizer, member.batches + 1)
         return member, tf.cast(loss, keras.config.floatx())
 
     def _check_nothing_is_shared(self) -> None:
-        """Raises if what is traced assigns a variable, which all members would share.
+        """Raises if what is traced changes a variable, which all members would share.
 
         A layer's Keras variables are values here; only a raw `tf.Variable` is assigned.
         """
+        if self._function.loses_updates:
+            self._shares = (
+                f"A layer of the model '{self._model_name}' changes a Keras variable that is not "
+                "among the model's. Make it a variable of the layer, by `self.add_weight(..., "
+                "trainable=False)`, or for random numbers a `keras.random.SeedGenerator` that is "
+                "an attribute of the layer. Received: a variable that no layer tracks"
+            )
+            raise ValueError(self._shares)
         name = _assigning_operation(tf.compat.v1.get_default_graph())
         if name:
             self._shares = (
                 f"A layer of the model '{self._model_name}' assigns a raw `tf.Variable` in its "
                 "`call`, which all members would share. Make it a variable of the layer, by "
-                "`self.add_weight(..., trainable=False)`, of which each member has its own. "
+                "`self.add_weight(..., trainable=False)`, of which each member has its own (a "
+                "`tf.random.Generator` becomes a `keras.random.SeedGenerator`). "
                 f"Received: the operation '{name}'"
             )
             raise ValueError(self._shares)
@@ -385,9 +409,7 @@ def _values_at_the_beginning(function: ModelFunction, kept: int) -> dict[int, Te
         kept: How many variables are state that is kept; the others only remember.
     """
     with keras.StatelessScope() as scope:
-        for layer in function.model._flatten_layers():
-            if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
-                layer.reset_state()
+        forget_sequences(function.model)
     values = {}
     for place, variable in enumerate(function.state_variables):
         value = scope.get_current_value(variable)
@@ -402,11 +424,19 @@ def _assigning_operation(graph: Any) -> str | None:
     """The name of an operation that changes a variable, itself or in a function that it calls."""
     functions = {f.signature.name: f.node_def for f in graph.as_graph_def().library.function}
 
+    found: dict[str, bool] = {"": False}
+
+    def function_assigns(name: str) -> bool:
+        if name not in found:
+            found[name] = False  # for functions that call themselves
+            found[name] = any(map(assigns, functions.get(name, ())))
+        return found[name]
+
     def assigns(node: Any) -> bool:
         if node.op.startswith(_ASSIGNING):
             return True
-        called = [attribute.func.name for attribute in node.attr.values()]
-        return any(assigns(inner) for name in called for inner in functions.get(name, ()))
+        called = [f for a in node.attr.values() for f in (a.func, *a.list.func)]
+        return any(function_assigns(function.name) for function in called)
 
     return next((op.name for op in graph.get_operations() if assigns(op.node_def)), None)
 

@@ -59,7 +59,7 @@ class LocalPopulation:
             self._everyone,
             generation,
             Phase.TRAIN_PARENTS,
-            stride=progress.stride,
+            stride=lambda: progress.stride,
             heard=progress.add,
         )
         return losses
@@ -78,7 +78,7 @@ class LocalPopulation:
             self._everyone,
             plan.generation,
             Phase.TRAIN_CHILDREN,
-            stride=progress.stride,
+            stride=lambda: progress.stride,
             heard=progress.add,
         )
         return losses, mutated

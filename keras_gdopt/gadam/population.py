@@ -25,7 +25,8 @@ class Members(NamedTuple):
     weights: list[Tensor]
     """In the order of the model's trainable variables."""
     state: list[Tensor]
-    """In the order of the model's non-trainable variables."""
+    """In the order of the model's non-trainable variables; while they are trained and judged of
+    a `ModelFunction`'s `state_variables`."""
     optimizer: Any
     """What the optimizers keep, in the structure of their `pure_step`."""
     batches: Tensor
@@ -113,19 +114,17 @@ def clone(model: keras.Model, seed: int) -> keras.Model:
     return twin
 
 
-def compiled_as(model: keras.Model, twin: keras.Model, *, metrics: bool = True) -> keras.Model:
+def compiled_as(model: keras.Model, twin: keras.Model) -> keras.Model:
     """A clone, compiled as the model is, with an optimizer and metrics of its own.
 
     Args:
         model: Compiled.
         twin: Its clone.
-        metrics: Whether it needs metrics.
     """
     arguments = dict(model._compile_config.config)
     arguments["optimizer"] = type(model.optimizer).from_config(model.optimizer.get_config())
     for name in ("metrics", "weighted_metrics"):
-        given = arguments.get(name) if metrics else None
-        arguments[name] = keras.tree.map_structure(_metric_of_its_own, given)
+        arguments[name] = keras.tree.map_structure(_metric_of_its_own, arguments.get(name))
     twin.compile(**arguments)
     return twin
 
@@ -254,15 +253,6 @@ def _drawn(initializer: Any, variable: Any, sequence: np.random.SeedSequence) ->
         config["seed"] = int(sequence.generate_state(1)[0])
         initializer = type(initializer).from_config(config)
     return keras.ops.convert_to_numpy(initializer(variable.shape, dtype=variable.dtype))
-
-
-def seed_generators(model: keras.Model) -> list[int]:
-    """Which of a model's non-trainable variables are the states of seed generators."""
-    return [
-        index
-        for index, variable in enumerate(model.non_trainable_variables)
-        if variable.name == "seed_generator_state"
-    ]
 
 
 def forget_sequences(model: keras.Model) -> None:

@@ -27,20 +27,24 @@ class Progress:
         self._started = time.perf_counter()
         self._bar = None
         self._waiting = bool(verbose and first_waits_for)
+        self._usual_stride = steps
         if self._waiting:
-            print(f"To the first losses: {first_waits_for} ... ", end="", flush=True)
-        # How many steps are made between two looks at the losses.
-        self.stride = steps
+            print(first_waits_for, flush=True)
         if verbose == 1:
             if not self._waiting:
                 print(self._heading)
             self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
-            self.stride = max(1, math.ceil(steps / 20))
+            self._usual_stride = max(1, math.ceil(steps / 20))
+
+    @property
+    def stride(self) -> int:
+        """How many steps are made between two looks at the losses."""
+        return 1 if self._waiting else self._usual_stride
 
     def add(self, steps: int, losses: np.ndarray) -> None:
         """Shows steps that were made, and the best member's loss."""
         if self._waiting:
-            print(f"{time.perf_counter() - self._started:.1f} s")
+            print(f"First losses after {time.perf_counter() - self._started:.1f} s.")
             self._waiting = False
             if self._bar is not None:
                 print(self._heading)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.functional import Data
-from keras_gdopt.gadam import keys, population
+from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.data import GenerationData, Portion
 from keras_gdopt.gadam.engine import Engine, SharedVariableError
@@ -47,7 +47,6 @@ class Training:
         self._model = model
         self._breeding = breeding
         self._seed = seed
-        self._seed_generators = population.seed_generators(model)
 
     def trained(
         self,
@@ -56,7 +55,7 @@ class Training:
         generation: int,
         phase: Phase,
         *,
-        stride: int | None = None,
+        stride: Callable[[], int] | None = None,
         heard: Callable[[int, np.ndarray], None] = lambda steps, losses: None,
     ) -> tuple[Members, np.ndarray]:
         """Members after a phase of training, and their mean losses in its last epoch.
@@ -66,27 +65,30 @@ class Training:
             places: In the population, one for each member.
             generation: Its number.
             phase: Whether they are trained as parents or as children.
-            stride: Steps from one call of `heard` to the next, at most.
+            stride: Tells how many steps to make until the next call of `heard`, at most.
             heard: Called with a number of steps and the losses in the last of them.
         """
+        members = self.engine.with_sequences(members)
         state = list(members.state)
-        for index in self._seed_generators:
+        for index in self.engine.seed_generators:
             drawn_keys = [
                 keys.key(self._seed, generation, phase, place, index).view(np.uint32)
                 for place in places
             ]
             state[index] = tf.cast(tf.constant(np.stack(drawn_keys)), state[index].dtype)
-        members = self.engine.with_sequences(members._replace(state=state))
+        members = members._replace(state=state)
         losses: list[np.ndarray] = []
         for epoch in range(self.data.epochs):
             losses = []
             for portion in self.data.epoch(generation, phase, epoch, places):
-                length = stride or portion.steps
-                for first in range(0, portion.steps, length):
+                first = 0
+                while first < portion.steps:
+                    length = stride() if stride else portion.steps
                     last = min(first + length, portion.steps)
                     members, of_steps = self._train(members, portion, first, last)
                     losses.append(of_steps)
                     heard(last - first, of_steps[-1])
+                    first = last
         members = self.engine.without_sequences(self.engine.finalized(members))
         return members, np.mean(np.concatenate(losses), axis=0)
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
 from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.lookahead import Lookahead
+from keras_gdopt.optimizers.nag import NAG
 
 State = Any
 """What an optimizer keeps, as a structure of tensors."""
@@ -37,6 +38,14 @@ class PureStep:
                 "none, and their embeddings get exact updates of all rows: leave `lazy` out. "
                 f"Received: lazy=True with {type(optimizer).__name__}"
             )
+        _check_step_is_inherited(optimizer, GradientOptimizer, NAG)
+        for variable in optimizer._trainable_variables:
+            if optimizer._overwrite_variable_with_gradient(variable):
+                raise ValueError(
+                    "The step of a population updates weights by their gradients; one in float8 "
+                    "is overwritten. Use `mixed_bfloat16` or float32. Received: the variable "
+                    f"'{variable.path}'"
+                )
         self._optimizer = optimizer
         self._step = optimizer._tensorflow_step
         self._batches_per_update = optimizer.gradient_accumulation_steps or 1
@@ -54,12 +63,13 @@ class PureStep:
     def initial_state(self) -> State:
         """The state of an optimizer that never stepped."""
         initial = self._optimizer._slot_initial_values()
-        state = tf.nest.map_structure(lambda v: tf.zeros(v.shape, v.dtype), self.variables())
-        state["slots"] = {
+        variables = self.variables()
+        slots = {
             name: [tf.fill(slot.shape, tf.cast(initial[name], slot.dtype)) for slot in slots]
-            for name, slots in self._optimizer._slots.items()
+            for name, slots in variables.pop("slots").items()
         }
-        return state
+        others = tf.nest.map_structure(lambda v: tf.zeros(v.shape, v.dtype), variables)
+        return {**others, "slots": slots}
 
     def load(self, state: State, batches: Tensor) -> None:
         """Gives the optimizer a state, and how many batches it has seen."""
@@ -91,7 +101,7 @@ class PureStep:
 
     def __call__(
         self,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         weights: Sequence[Tensor],
         state: State,
         learning_rates: Sequence[Tensor],
@@ -100,10 +110,11 @@ class PureStep:
         """One step.
 
         Args:
-            grads: Dense, of the scaled loss, in the order of the optimizer's variables.
+            grads: Dense, of the scaled loss, in the order of the optimizer's variables. `None`
+                for weights that the loss does not depend on, which stay as they are.
             weights: In the same order.
             state: The state before.
-            learning_rates: A scalar, which counts where there is no schedule.
+            learning_rates: One scalar, which counts where there is no schedule.
             batches: How many steps were made before, in an integer dtype.
 
         Returns:
@@ -113,49 +124,57 @@ class PureStep:
         (learning_rate,) = learning_rates
         if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             learning_rate = optimizer._learning_rate(batches)
-        grads = [
-            tf.cast(g, computation_dtype(w.dtype)) for g, w in zip(grads, weights, strict=True)
-        ]
+        moved = {index: g for index, g in enumerate(grads) if g is not None}
+        dense = [tf.cast(g, computation_dtype(weights[i].dtype)) for i, g in moved.items()]
         if optimizer.loss_scale_factor:
-            grads = [gradient * (1.0 / optimizer.loss_scale_factor) for gradient in grads]
+            dense = [gradient * (1.0 / optimizer.loss_scale_factor) for gradient in dense]
         new = dict(state)
         due = self.makes_update(batches)
         if "sums" in state:
-            sums = [tf.cast(s, g.dtype) + g for s, g in zip(state["sums"], grads, strict=True)]
-            grads = [total / self._batches_per_update for total in sums]
-            new["sums"] = [
-                tf.cast(tf.where(due, tf.zeros_like(total), total), before.dtype)
-                for total, before in zip(sums, state["sums"], strict=True)
-            ]
+            sums = list(state["sums"])
+            for place, (index, gradient) in enumerate(zip(moved, dense, strict=True)):
+                total = tf.cast(sums[index], gradient.dtype) + gradient
+                dense[place] = total / self._batches_per_update
+                sums[index] = tf.cast(total, sums[index].dtype)
+            new["sums"] = [tf.where(due, tf.zeros_like(total), total) for total in sums]
         slots = {
             index: {name: values[index] for name, values in state["slots"].items()}
             for index in range(len(weights))
         }
         _, values, new_slots = self._step.updated(
-            grads, dict(enumerate(weights)), slots, learning_rate, updates
+            dense,
+            {index: weights[index] for index in moved},
+            {index: slots[index] for index in moved},
+            learning_rate,
+            updates,
         )
         if "sums" in state:
-            for index, weight in enumerate(weights):
-                kept = tf.cast(weight, values[index].dtype)
-                values[index] = tf.where(due, values[index], kept)
+            for index, value in values.items():
+                values[index] = tf.where(due, value, tf.cast(weights[index], value.dtype))
                 new_slots[index] = {
-                    name: tf.where(due, value, tf.cast(slots[index][name], value.dtype))
-                    for name, value in new_slots[index].items()
+                    name: tf.where(due, slot, tf.cast(slots[index][name], slot.dtype))
+                    for name, slot in new_slots[index].items()
                 }
         if optimizer.use_ema:
-            averages = state["averages"]
-            pairs = {index: (averages[index], value) for index, value in values.items()}
-            moved, overwriting = self._step.averaged(pairs, updates)
-            new["averages"] = [moved[index] for index in range(len(averages))]
+            pairs = {
+                index: (average, values.get(index, weights[index]))
+                for index, average in enumerate(state["averages"])
+            }
+            averages, overwriting = self._step.averaged(pairs, updates)
+            new["averages"] = [averages[index] for index in pairs]
             values.update(overwriting)
-        for index, variable in enumerate(optimizer._trainable_variables):
-            if variable.constraint is not None:
-                values[index] = variable.constraint(values[index])
-        weights = [tf.cast(values[index], weight.dtype) for index, weight in enumerate(weights)]
+        for index in moved:
+            constraint = optimizer._trainable_variables[index].constraint
+            if constraint is not None:
+                values[index] = constraint(values[index])
+        slots.update(new_slots)
         new["slots"] = {
-            name: [new_slots[i][name] for i in range(len(weights))] for name in state["slots"]
+            name: [slots[index][name] for index in range(len(weights))] for name in state["slots"]
         }
-        return weights, new
+        return [
+            tf.cast(values[index], weight.dtype) if index in values else weight
+            for index, weight in enumerate(weights)
+        ], new
 
     def finalized(
         self, weights: Sequence[Tensor], state: State, batches: Tensor
@@ -178,6 +197,7 @@ class PureLookahead:
     """The step of a `Lookahead` as a pure function, see `PureStep`."""
 
     def __init__(self, optimizer: Lookahead) -> None:
+        _check_step_is_inherited(optimizer, Lookahead)
         self._optimizer = optimizer
         self._inner = pure_step(optimizer.inner_optimizer)
 
@@ -222,7 +242,7 @@ class PureLookahead:
 
     def __call__(
         self,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         weights: Sequence[Tensor],
         state: State,
         learning_rates: Sequence[Tensor],
@@ -268,6 +288,13 @@ class PureMultiOptimizer:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        named: list[Any] = getattr(optimizer._optimizer_map, "values", list)()
+        if len(named) != len({id(each) for each in named}):
+            # Its copies, of which a population has many, would have one for each key.
+            raise ValueError(
+                "Expected an optimizer of its own for each key of a `MultiOptimizer`. Received: "
+                "one for several keys; let one regular expression match their variables"
+            )
         place = {id(v): index for index, v in enumerate(optimizer._trainable_variables)}
         used = [each for each in optimizer.optimizers if each.built]
         self._steps = [pure_step(each) for each in used]
@@ -306,7 +333,7 @@ class PureMultiOptimizer:
 
     def __call__(
         self,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         weights: Sequence[Tensor],
         state: State,
         learning_rates: Sequence[Tensor],
@@ -374,6 +401,17 @@ _SAME_RULE = {
     "AdamW": "Adam with `weight_decay`",
     **{name: name for name in ("RMSprop", "Adagrad", "Adadelta", "Nadam")},
 }
+
+
+def _check_step_is_inherited(optimizer: Any, *bases: type) -> None:
+    """Raises if a subclass makes its step in another way than the class that is known."""
+    for name in ("apply", "finalize_variable_values"):
+        if all(getattr(type(optimizer), name) is not getattr(base, name) for base in bases):
+            raise ValueError(
+                f"{type(optimizer).__name__} has a `{name}` of its own, which works on variables. "
+                "Expected an optimizer whose rule is all in `update_rule`. Received: "
+                f"{type(optimizer).__name__} of {type(optimizer).__module__}"
+            )
 
 
 def _assign(variables: State, values: State) -> None:

@@ -697,9 +697,10 @@ def test_what_is_printed(data, capsys):
     _fit(gadam, data, verbose=2)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"Gadam: 4 members of 'sequential\S*', engine 'stacked' \(all", lines[0])
-    assert re.fullmatch(r"To the first losses: tracing the step of all .* [\d.]+ s", lines[1])
-    assert re.match(r"Generation 1/2 - [\d.]+s - loss: .* - children_survived: \d", lines[2])
-    assert len(lines) == 4
+    assert lines[1] == "Tracing the step of all members, and compiling it."
+    assert re.fullmatch(r"First losses after [\d.]+ s\.", lines[2])
+    assert re.match(r"Generation 1/2 - [\d.]+s - loss: .* - children_survived: \d", lines[3])
+    assert len(lines) == 5
     _fit(_gadam(), data, verbose=1)
     printed = capsys.readouterr().out
     assert "Generation 2/2" in printed
@@ -934,6 +935,14 @@ def test_what_cannot_be_stacked(model, message):
 def test_optimizers_whose_step_needs_variables(optimizer, message):
     with pytest.raises(ValueError, match=f"cannot train the model 'sequential.*{message}"):
         _gadam(_model(optimizer=optimizer()))
+
+
+def test_an_optimizer_that_was_built_for_other_weights():
+    model = _model(models.dense)
+    model.optimizer.build(model.trainable_variables)
+    model.layers[0].trainable = False
+    with pytest.raises(ValueError, match=r"Compile the model again.*4 variables, and 2 trainable"):
+        _gadam(model)
 
 
 def test_the_old_name_of_an_engine():

@@ -46,7 +46,7 @@ def _train_by_hand(model, gadam, before, data, member, epochs=2):
         variable.assign(value[member])
     for index, variable in enumerate(model.non_trainable_variables):
         value = before.state[index][member]
-        if index in gadam._population._training._seed_generators:
+        if index in gadam._population._training.engine.seed_generators:
             value = keys.key(3, 4, Phase.TRAIN_PARENTS, member, index).view(np.uint32)
         variable.assign(value)
     losses = []
@@ -271,6 +271,50 @@ def test_mixed_bfloat16(rng):
 
 
 @keras.saving.register_keras_serializable("tests")
+class Noise(keras.layers.Layer):
+    """Of random numbers without a seed of its own."""
+
+    def call(self, inputs):
+        return inputs * 0.0 + keras.random.normal((3,))
+
+
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+def test_random_numbers_without_a_seed(engine, rng):
+    """Differ from member to member and from step to step, and depend on Gadam's seed alone."""
+    x, y = models.samples(rng)
+    data = ArrayData(x.astype("float32"), 0.0 * y.astype("float32"), batch_size=11, seed=3)
+    losses = []
+    for _ in range(2):
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Noise()])
+        gadam = _gadam(model, engine, gdopt.GradientDescent(0.0))
+        _, _, of_epoch = _train(gadam, data, epochs=1)
+        _, _, of_epochs = _train(gadam, data, epochs=2)
+        losses.append([*of_epoch, *of_epochs])
+        keras.random.normal((3,))
+    np.testing.assert_array_equal(*losses)
+    assert len({round(float(loss), 5) for loss in losses[0]}) == 2 * MEMBERS
+
+
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+def test_weights_that_the_loss_does_not_depend_on_stay(engine, rng, float64):
+    x, y = models.samples(rng)
+    settings = {"weight_decay": 0.1, "gradient_accumulation_steps": 2, "use_ema": True}
+
+    def build():
+        inputs = keras.Input((6,))
+        outputs = {"a": keras.layers.Dense(3)(inputs), "b": keras.layers.Dense(2)(inputs)}
+        model = keras.Model(inputs, outputs)
+        model.compile(gdopt.Adam(0.01, **settings), {"a": "mse"})
+        return model
+
+    model = build()
+    gadam = gdopt.Gadam(model, MEMBERS, engine=engine, seed=3)
+    data = _data(gadam, x, {"a": y})
+    before, trained, losses = _train(gadam, data)
+    _assert_members_equal_models(gadam, trained, losses, before, data, build)
+
+
+@keras.saving.register_keras_serializable("tests")
 class Counting(keras.layers.Layer):
     """Counts its calls, in a raw variable that Keras does not know of."""
 
@@ -289,6 +333,42 @@ class Counting(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "nested": self.nested}
+
+
+@keras.saving.register_keras_serializable("tests")
+class RawNoise(keras.layers.Layer):
+    """Of a generator that Keras does not know of."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator = tf.random.Generator.from_seed(1)
+
+    def call(self, inputs):
+        return inputs + self.generator.normal((3,))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Untracked(keras.layers.Layer):
+    """Hides a variable from Keras."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = (lambda variable: lambda: variable)(keras.Variable(0.0))
+
+    def call(self, inputs):
+        self.hidden().assign(self.hidden() + 1.0)
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(RawNoise, "a `keras.random.SeedGenerator`"), (Untracked, "that no layer tracks")],
+)
+def test_other_state_that_members_would_share(layer, message, rng):
+    x, y = models.samples(rng)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), layer()])
+    with pytest.raises(ValueError, match=message):
+        _gadam(model, "mapped").fit(x, y, generations=1, batch_size=8, verbose=0)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -145,6 +145,19 @@ class Own(keras.optimizers.SGD):
     """A rule of a user's own."""
 
 
+class OwnApply(gdopt.Adam):
+    def apply(self, grads, trainable_variables=None):
+        super().apply([-g for g in grads], trainable_variables)
+
+
+def _one_for_two_keys():
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this version of Keras has no MultiOptimizer")
+    shared = gdopt.Adam()
+    optimizers = keras.optimizers.OptimizerMap(gdopt.NAG(), {"a": shared, "b": shared})
+    return keras.optimizers.MultiOptimizer(optimizers)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -154,6 +167,8 @@ class Own(keras.optimizers.SGD):
         (lambda: keras.optimizers.Lion(), r"own_rule.md\)\. Received: Lion of keras"),
         (lambda: Own(), r"own_rule.md\)\. Received: Own of tests"),
         (lambda: gdopt.Lookahead("adam"), r"keras_gdopt\.Adam has its rule"),
+        (OwnApply, r"OwnApply has a `apply` of its own"),
+        (_one_for_two_keys, r"an optimizer of its own for each key"),
     ],
 )
 def test_refuses_what_only_variables_can(optimizer, message):
