@@ -1,6 +1,7 @@
 """A compiled Keras model as a pure function of its weights."""
 
 import contextlib
+import random
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -105,7 +106,11 @@ def _other_state(model: keras.Model) -> list[keras.Variable]:
         if getattr(layer, "stateful", False)
     ]
     found = [part for part in keras.tree.flatten(states) if isinstance(part, keras.Variable)]
-    found.append(global_seed_generator().state)
+    python_state = random.getstate()  # Keras draws the first seed from there
+    try:
+        found.append(global_seed_generator().state)
+    finally:
+        random.setstate(python_state)
     return list({id(variable): variable for variable in found}.values())
 
 
