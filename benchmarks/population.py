@@ -118,13 +118,13 @@ def training(
         samples = DataArguments(x, y, batch_size=BATCH, members=members).made()
         gadam._start_population()
         (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, range(members))
-        engine, population = gadam._population._training.engine, gadam._population.members
-        if hasattr(engine, "with_sequences"):  # later than version 0.1.0
-            population = engine.with_sequences(population)
+        runner, population = gadam._population._training.engine, gadam._population.members
+        if hasattr(runner, "with_sequences"):  # later than version 0.1.0
+            population = runner.with_sequences(population)
 
         def step() -> object:
             nonlocal population
-            population, losses = engine.train(population, portion.data, portion.order, 0, steps)
+            population, losses = runner.train(population, portion.data, portion.order, 0, steps)
             return losses
 
         return step
