@@ -28,14 +28,13 @@ class Contender:
         name: As the table shows it.
         make: Called once; returns a function that returns when its work is done.
         steps: How many steps one call of that function makes.
-        process: The number of the process that it runs in.
+        process: The number of the process that it runs in, whose memory is measured.
     """
 
     name: str
     make: Callable[[], Callable[[], object]]
     steps: int = 1
     process: int | str = "self"
-    """Which one's memory is its."""
     compile_seconds: float = field(default=0.0, init=False)
     memory: float = field(default=0.0, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
