@@ -1,6 +1,7 @@
 """The public surface, what imports what, and the examples in the docstrings."""
 
 import ast
+import configparser
 import doctest
 import importlib
 import inspect
@@ -118,3 +119,13 @@ def test_public_docstrings_are_complete(public):
         assert f"{name}:" in documented, name
     if public in [*optimizer_classes(), *closure_classes()]:
         assert "$$" in text and "Source: " in text and "keras" in text.lower()
+
+
+def test_each_folder_of_the_package_is_installed():
+    """The list of packages is kept by hand, as the callbacks lie elsewhere."""
+    root = Path(__file__).parents[1]
+    config = configparser.ConfigParser()
+    config.read(root / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    folders = {path.parent.relative_to(root) for path in root.glob("keras_gdopt/**/__init__.py")}
+    assert listed == {".".join(folder.parts) for folder in folders} | {"keras_gdopt.callbacks"}
