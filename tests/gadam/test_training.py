@@ -384,6 +384,23 @@ def test_a_raw_variable_that_all_members_would_share(engine, nested, rng):
 
 
 @pytest.mark.parametrize("engine", ["stacked", "mapped"])
+def test_members_are_judged_as_in_evaluation(engine, rng, float64):
+    """With all units that dropout leaves out in training."""
+    x, y = models.samples(rng)
+    model = models.dropout()
+    gadam = _gadam(model, engine)
+    _, trained, _ = _train(gadam, _data(gadam, x, y), epochs=1)
+    training = gadam._population._training
+    fitness = training.fitness(trained, 4, Phase.FITNESS)
+    batch = training.data.fitness_batch(4, Phase.FITNESS)
+    for member in range(MEMBERS):
+        for variable, value in zip(model.trainable_variables, trained.weights, strict=True):
+            variable.assign(value[member])
+        model.reset_metrics()
+        np.testing.assert_allclose(fitness[member], model.test_on_batch(**batch), rtol=1e-10)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_members_drop_different_units(engine, rng):
     """Members that are alike, and see all samples at once, differ in their losses only by
     their dropout; so do the two trainings of a generation."""
