@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from keras_gdopt.callbacks.logs import number
-from keras_gdopt.callbacks.optimizer_parts import is_multi_optimizer, named_optimizers
+from keras_gdopt.callbacks.optimizer_parts import named_optimizers
 from keras_gdopt.optimizers.argument_checks import BASE_ARGUMENTS
+from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
 
 _DEFAULTS = {**BASE_ARGUMENTS, "lazy": False}
 # Arguments that are text for one optimizer and a number for another one.

@@ -9,10 +9,11 @@ import keras
 import tensorflow as tf
 
 from keras_gdopt.optimizers.step_metrics import distinct_paths
-from keras_gdopt.optimizers.wrapping_optimizer import chain, recording_optimizer
-
-# Since Keras 3.15.
-_MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
+from keras_gdopt.optimizers.wrapping_optimizer import (
+    chain,
+    is_multi_optimizer,
+    recording_optimizer,
+)
 
 
 class OptimizerPart:
@@ -119,11 +120,6 @@ def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart
     if not is_multi_optimizer(multi):
         return [OptimizerPart(optimizer)]
     return [OptimizerPart(inner, name) for name, inner in named_optimizers(multi).items()]
-
-
-def is_multi_optimizer(optimizer: Any) -> bool:
-    """Whether it is Keras's `MultiOptimizer`, which older versions of Keras lack."""
-    return isinstance(optimizer, _MULTI_OPTIMIZER)
 
 
 def named_optimizers(multi_optimizer: Any) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class ModelFunction:
         is_frozen: For each weight, whether the model does not train it.
         state_variables: The model's other variables, and then those that are none of its own
             to Keras: in which layers remember the batch before (`stateful=True`), and the
-            state of the seed that random operations share which have none.
-        loses_updates: Whether the loss that was computed last changed another variable of
-            Keras, which `loss` does not know of.
+            state of the seed generator that random operations without a seed share.
+        loses_updates: Whether the last call of `loss` dropped an update of another variable of
+            Keras, which is neither a weight nor part of the state.
     """
 
     def __init__(

@@ -30,12 +30,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_count,
     checked_number,
 )
-from keras_gdopt.optimizers.pure_step import (
-    PureLookahead,
-    PureMultiOptimizer,
-    PureStep,
-    pure_step,
-)
+from keras_gdopt.optimizers.pure_step import AnyPureStep, pure_step
 
 _FITNESS_SAMPLES = 1024
 
@@ -661,7 +656,7 @@ def _check_optimizer(model: Any) -> None:
         )
 
 
-def _pure_step(model: keras.Model) -> PureStep | PureLookahead | PureMultiOptimizer:
+def _pure_step(model: keras.Model) -> AnyPureStep:
     """The step of a model's optimizer on values, or an error that says why there is none."""
     built_for = [id(variable) for variable in model.optimizer._trainable_variables]
     if built_for != [id(variable) for variable in model.trainable_variables]:

@@ -10,12 +10,10 @@ from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
 from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.lookahead import Lookahead
 from keras_gdopt.optimizers.nag import NAG
+from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
 
 State = Any
 """What an optimizer keeps, as a structure of tensors."""
-
-# Since Keras 3.15.
-_MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
 class PureStep:
@@ -365,9 +363,10 @@ class PureMultiOptimizer:
         return weights, new
 
 
-def pure_step(
-    optimizer: keras.optimizers.Optimizer,
-) -> PureStep | PureLookahead | PureMultiOptimizer:
+AnyPureStep = PureStep | PureLookahead | PureMultiOptimizer
+
+
+def pure_step(optimizer: keras.optimizers.Optimizer) -> AnyPureStep:
     """The step of one of our optimizers as a pure function.
 
     Args:
@@ -380,7 +379,7 @@ def pure_step(
         return PureStep(optimizer)
     if isinstance(optimizer, Lookahead):
         return PureLookahead(optimizer)
-    if isinstance(optimizer, _MULTI_OPTIMIZER):
+    if is_multi_optimizer(optimizer):
         return PureMultiOptimizer(optimizer)
     name = type(optimizer).__name__
     instead = (
@@ -408,7 +407,7 @@ def _check_step_is_inherited(optimizer: Any, *bases: type) -> None:
     for name in ("apply", "finalize_variable_values"):
         if all(getattr(type(optimizer), name) is not getattr(base, name) for base in bases):
             raise ValueError(
-                f"{type(optimizer).__name__} has a `{name}` of its own, which works on variables. "
+                f"{type(optimizer).__name__} defines `{name}` itself, which works on variables. "
                 "Expected an optimizer whose rule is all in `update_rule`. Received: "
                 f"{type(optimizer).__name__} of {type(optimizer).__module__}"
             )

@@ -9,6 +9,9 @@ import numpy as np
 from keras_gdopt.optimizers.arithmetic import Tensor
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
 
+# Since Keras 3.15.
+_MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
+
 
 class WrappingOptimizer(SavedStateOptimizer):
     """An optimizer with another one inside, whose rate, count and variables are its own.
@@ -247,6 +250,11 @@ def chain(optimizer: Any) -> list[Any]:
         optimizers.append(optimizer)
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizers
+
+
+def is_multi_optimizer(optimizer: Any) -> bool:
+    """Whether it is Keras's `MultiOptimizer`, which older versions of Keras lack."""
+    return isinstance(optimizer, _MULTI_OPTIMIZER)
 
 
 def recording_optimizer(optimizer: Any) -> Any:

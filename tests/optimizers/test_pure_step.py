@@ -167,7 +167,7 @@ def _one_for_two_keys():
         (lambda: keras.optimizers.Lion(), r"own_rule.md\)\. Received: Lion of keras"),
         (lambda: Own(), r"own_rule.md\)\. Received: Own of tests"),
         (lambda: gdopt.Lookahead("adam"), r"keras_gdopt\.Adam has its rule"),
-        (OwnApply, r"OwnApply has a `apply` of its own"),
+        (OwnApply, r"OwnApply defines `apply` itself"),
         (_one_for_two_keys, r"an optimizer of its own for each key"),
     ],
 )
