@@ -377,8 +377,8 @@ def why_not_stacked(model: keras.Model) -> str | None:
             return f"the layer '{layer.name}' remembers the batch before (`stateful=True`)"
         if isinstance(layer, keras.layers.RNN) and not layer.unroll:
             return (
-                f"the recurrence of the layer '{layer.name}' is a loop, which cannot be "
-                "vectorized (`unroll=True` can)"
+                f"the recurrence of the layer '{layer.name}' is a loop, which can be stacked only "
+                "with `unroll=True`"
             )
     return None
 

@@ -99,8 +99,10 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, float64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("name", ["dense", "normalization", "convolution", "dropout"])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [("dense", 1), ("dense", 4), ("normalization", 2), ("convolution", 2), ("dropout", 4)],
+)
 def test_any_number_of_workers_gives_the_same(cluster, float64, name, workers):
     _assert_same_run(_run("auto", name), _run(gdopt.RayEngine(workers), name), rtol=1e-8)
 

@@ -174,3 +174,12 @@ def _one_for_two_keys():
 def test_refuses_what_only_variables_can(optimizer, message):
     with pytest.raises(ValueError, match=message):
         pure_step(optimizer())
+
+
+def test_refuses_variables_that_a_gradient_overwrites():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.layers[-1].quantize("float8")
+    optimizer = gdopt.Adam()
+    optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match=r"in float8 .*Received: the variable '.*_scale'"):
+        pure_step(optimizer)
