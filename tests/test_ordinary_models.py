@@ -152,7 +152,10 @@ def _train_first_order(case: Any, model: str, data: str, setting: str) -> None:
     assert all(map(math.isfinite, history["loss"]))
     _check_moved(model, before, built)
     if name in SAME_RULE and (name in LINEAR or model not in WITH_REPEATED_IDS):
-        expected = _history_of_keras(model, data, setting, name)
+        alike = setting
+        if (model, setting) == ("no trainable weights", "an average of the weights"):
+            alike = "as it comes"  # Keras's `fit` fails with an average of nothing
+        expected = _history_of_keras(model, data, alike, name)
         assert history.keys() == expected.keys()
         tolerance = 1e-4 if SETTINGS[setting].policy == "float32" else 0.05
         for key in expected:
@@ -168,8 +171,9 @@ def _train_with_closures(case: Any, model: str, data: str, setting: str) -> None
     history = _fitted(model, data, built)
     expected = _history_of_keras(model, data, "as it comes", "GradientDescent")
     assert history.keys() == expected.keys()
-    # One sample may be fitted to the last digit.
-    assert all(max(value) > 0 and math.isfinite(value[-1]) for value in history.values()), history
+    assert all(math.isfinite(value[-1]) for value in history.values()), history
+    if data != "one sample":  # which may be fitted to the last digit
+        assert all(max(value) > 0 for value in history.values()), history
     _check_moved(model, before, built)
 
 

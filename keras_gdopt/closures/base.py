@@ -452,7 +452,9 @@ class ClosureOptimizer(SavedStateOptimizer):
         # Where no loss is finite, the next step tries again.
         gave_up = (run.progress.failures >= _MOST_FAILURES) & ~run.converged
         self._progress.assign(tf.where(gave_up, tf.zeros_like(saved), saved))
-        self._iterations.assign_add(1)
+        # The end of data of unknown length is no step.
+        with tf.control_dependencies([run.point.loss]):
+            self._iterations.assign_add(1)
         self._report_on(run, start, learning_rate, loss)
         return run.point.loss
 

@@ -564,6 +564,8 @@ class GradientOptimizer(SavedStateOptimizer):
             self._exclude_from_weight_decay.add(self._var_key(variables[index]))
 
     def _overwrite_model_variables_with_average_value(self, variables: Sequence[Any]) -> None:
+        if not self.built:  # the model has no trainable weights
+            return
         for variable, average in zip(variables, self._model_variables_moving_average, strict=True):
             if average is not None:
                 variable.assign(ops.cast(average, variable.dtype))

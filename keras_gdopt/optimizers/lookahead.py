@@ -112,18 +112,16 @@ class Lookahead(WrappingOptimizer):
         self._build_for(trainable_variables)
         sync = self._tensorflow_sync
         if sync is not None:
-            sync.before()
-        else:
-            self._start(ops.equal(self._fast_updates, 0))
+            with sync.around_step(grads):
+                self.inner_optimizer.apply(grads, trainable_variables)
+            return
+        self._start(ops.equal(self._fast_updates, 0))
         updates_before = self.iterations + 0  # a value, which the step does not change
         self.inner_optimizer.apply(grads, trainable_variables)
         updates = self.iterations - updates_before
-        if sync is not None:
-            sync.after(updates)
-        else:
-            self._fast_updates.assign(self._fast_updates + updates)
-            in_step = ops.equal(self._fast_updates % self.sync_period, 0)
-            self._synchronize(ops.logical_and(updates > 0, in_step))
+        self._fast_updates.assign(self._fast_updates + updates)
+        in_step = ops.equal(self._fast_updates % self.sync_period, 0)
+        self._synchronize(ops.logical_and(updates > 0, in_step))
 
     def _start(self, where: Any = True) -> None:
         """Sets the slow weights to the weights."""

@@ -1,5 +1,6 @@
 """One training step with TensorFlow: sparse rows, and one XLA cluster for the rest."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -69,7 +70,7 @@ class TensorFlowStep:
             variables: Variables that the optimizer was built with.
         """
         optimizer = self._optimizer
-        with keras.name_scope(optimizer.name, caller=optimizer):
+        with keras.name_scope(optimizer.name, caller=optimizer), after(grads):
             grads, variables = optimizer._filter_empty_gradients(grads, variables)
             grads, variables = optimizer._overwrite_variables_directly_with_gradients(
                 grads, variables
@@ -88,7 +89,7 @@ class TensorFlowStep:
                     self._apply_on_every_device(gradients)
                 else:
                     self._apply_here(gradients)
-        optimizer._iterations.assign_add(1)
+            optimizer._iterations.assign_add(1)
 
     def _apply_on_every_device(self, gradients: dict[int, Any]) -> None:
         """Sums the gradients over the replicas, then steps on each device by itself.
@@ -595,6 +596,19 @@ class TensorFlowStep:
     def _slots_of(self, index: int) -> dict[str, tf.Tensor]:
         slots = self._optimizer._slots
         return {name: tf.convert_to_tensor(slot[index]) for name, slot in slots.items()}
+
+
+def after(tensors: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
+    """A scope in whose graph nothing happens before the tensors are there.
+
+    Where data of unknown length ends, the iterator fails in a train function, beside the
+    operations that need nothing of it: a step would be counted that none was.
+
+    Args:
+        tensors: Dense or `tf.IndexedSlices`; `None` for what is not there.
+    """
+    parts = [t.values if _is_sparse(t) else t for t in tensors if t is not None]
+    return tf.control_dependencies(parts)
 
 
 def compiled(function: Callable[..., Any], tensors: Iterable[Any]) -> Callable[..., Any]:

@@ -1,13 +1,14 @@
 """Lookahead's two moments with TensorFlow: start of the slow weights, and synchronization."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from keras_gdopt.optimizers.arithmetic import global_norm
 from keras_gdopt.optimizers.step_metrics import StepMetrics
-from keras_gdopt.optimizers.tensorflow_step import compiled, is_distributed, on_every_device
+from keras_gdopt.optimizers.tensorflow_step import after, compiled, is_distributed, on_every_device
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 if TYPE_CHECKING:
@@ -26,17 +27,19 @@ class TensorFlowSync:
         self._clusters: dict[tuple[Callable[[], None], str], Callable[..., Any]] = {}
         self._recorded: tf.Variable | None = None
 
-    def before(self) -> None:
-        """Sets the slow weights to the weights, where a first step is about to come."""
-        self._wherever_the_weights_are(self._start)
-
-    def after(self, updates: tf.Tensor) -> None:
-        """Counts the inner optimizer's updates, and synchronizes where it is due.
+    @contextlib.contextmanager
+    def around_step(self, grads: Iterable[Any]) -> Iterator[None]:
+        """Starts the slow weights before a first step; after each counts and synchronizes.
 
         Args:
-            updates: 1 if the inner optimizer has updated the weights, else 0.
+            grads: Those of the step.
         """
-        self._wherever_the_weights_are(self._count, updates)
+        with after(grads):
+            self._wherever_the_weights_are(self._start)
+            updates_before = self._lookahead.iterations + 0  # a value, which stays as it is
+            yield
+            updates = self._lookahead.iterations - updates_before
+            self._wherever_the_weights_are(self._count, updates)
 
     def _wherever_the_weights_are(self, function: Callable[..., None], *args: Any) -> None:
         variables = [v for v in self._lookahead._trainable_variables if is_distributed(v)]

@@ -352,3 +352,11 @@ def test_state_of_version_0_1_0_loads(cls):
             again = {}
             other.save_own_variables(again)
             np.testing.assert_array_equal(again[name], array)
+
+
+@every_closure_alike
+def test_the_end_of_data_of_unknown_length_is_no_step(cls):
+    model = _attached(_mlp(), cls(jit_compile=False), "mse")
+    data = tf.data.Dataset.from_tensor_slices((X, X**2)).filter(lambda *_: True).batch(20)
+    model.fit(data, epochs=3, verbose=0)
+    assert int(model.optimizer.iterations) == 2 * 3

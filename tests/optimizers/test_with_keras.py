@@ -35,6 +35,25 @@ class _Epochs(callbacks.Callback):
         self.rates.append(float(self.model.optimizer.learning_rate))
 
 
+# --- data --------------------------------------------------------------------------------
+
+
+@every_optimizer_alike
+def test_the_end_of_data_of_unknown_length_is_no_step(case, data):
+    """There the iterator fails, beside operations that need no data of it."""
+    known = tf.data.Dataset.from_tensor_slices(data).batch(12)
+    received = []
+    for stream in (known, known.filter(lambda *_: True)):
+        model = _model(case.brisk(0.05, gradient_accumulation_steps=2))
+        keras.utils.set_random_seed(0)
+        model.set_weights([np.ones((4, 1)), np.zeros(1)])
+        model.fit(stream, epochs=4, verbose=0)
+        received.append([int(model.optimizer.iterations), *model.get_weights()])
+    assert received[0][0] == received[1][0] == 3 * 4 // 2
+    for one, other in zip(*received, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 # --- callbacks -----------------------------------------------------------------------
 
 
