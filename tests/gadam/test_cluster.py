@@ -414,6 +414,24 @@ def test_a_task_that_kills_every_worker_is_given_up(cluster, monkeypatch):
         _run(gdopt.RayEngine(2))
 
 
+_ONE_AND_THREE = """
+import os
+os.cpu_count = lambda: 1
+import keras_gdopt as gdopt
+from tests.gadam import test_cluster as here
+for workers in (1, 3):
+    here._run(gdopt.RayEngine(workers), generations=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_later_population_may_have_more_workers():
+    """Ray is started for the first, on a machine with one processor."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", _ONE_AND_THREE]
+    assert subprocess.run(command, env=environment, timeout=400).returncode == 0
+
+
 # --- errors ------------------------------------------------------------------------------
 
 

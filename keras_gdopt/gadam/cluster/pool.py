@@ -16,6 +16,7 @@ _log = logging.getLogger("keras_gdopt")
 
 # A task that so many workers died of will kill the next one, too.
 _ATTEMPTS = 3
+_THREADS_FOR_EACH_PROCESSOR = 16
 # Seconds to get a small result, and to start a process that imports TensorFlow.
 _TO_GET, _TO_START = 60.0, 300.0
 
@@ -299,7 +300,9 @@ def connect(address: str | None, cpus: int) -> None:
     else:
         ray.init(
             address="local",  # not another one that happens to run here
-            num_cpus=max(cpus, os.cpu_count() or 1),
+            # How many threads of workers there may be, for this `fit` and later ones: Ray cannot
+            # grow, and it is for its user to say how many are of use here.
+            num_cpus=max(cpus, _THREADS_FOR_EACH_PROCESSOR * (os.cpu_count() or 1)),
             include_dashboard=False,
             log_to_driver=False,
             # What can be imported here can be there.
