@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.arithmetic import Tensor, is_known
 from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
@@ -63,6 +63,7 @@ class Adadelta(GradientOptimizer):
     """
 
     hyperparameters = ("rho", "epsilon", "epsilon_root")
+    evolvable = {"rho": "fraction", "epsilon": "positive", "epsilon_root": "positive"}
     slots = {"accumulated_grad": 0.0, "accumulated_delta_var": 0.0}
 
     def __init__(
@@ -101,6 +102,6 @@ class Adadelta(GradientOptimizer):
 
     def _ratio_of_roots(self, deltas: Tensor, squares: Tensor) -> Tensor:
         deltas, squares = deltas + self.epsilon_root, squares + self.epsilon_root
-        if not self.epsilon:
+        if is_known(self.epsilon) and not self.epsilon:
             return ops.sqrt(deltas / squares)  # with one rounding less
         return (ops.sqrt(deltas) + self.epsilon) / (ops.sqrt(squares) + self.epsilon)

@@ -62,6 +62,7 @@ class Adagrad(GradientOptimizer):
     """
 
     hyperparameters = ("initial_accumulator_value", "epsilon", "epsilon_root")
+    evolvable = {"epsilon": "positive", "epsilon_root": "positive"}
     zero_gradient_changes_nothing = True
 
     def __init__(

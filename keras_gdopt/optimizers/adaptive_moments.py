@@ -6,7 +6,13 @@ from typing import Any, ClassVar
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, moving_average, one_minus_power
+from keras_gdopt.optimizers.arithmetic import (
+    Tensor,
+    in_dtype,
+    is_known,
+    moving_average,
+    one_minus_power,
+)
 from keras_gdopt.optimizers.base import GradientOptimizer, Slots
 
 
@@ -14,6 +20,12 @@ class AdaptiveMoments(GradientOptimizer):
     """Keeps moving averages of the gradient and of its square, `momentum` and `velocity`."""
 
     hyperparameters: ClassVar[Sequence[str]] = ("beta_1", "beta_2", "epsilon", "epsilon_root")
+    evolvable = {
+        "beta_1": "fraction",
+        "beta_2": "fraction",
+        "epsilon": "positive",
+        "epsilon_root": "positive",
+    }
 
     def __init__(
         self,
@@ -62,10 +74,13 @@ class AdaptiveMoments(GradientOptimizer):
         correction = one_minus_power(self.beta_2, step)
         root = ops.sqrt(correction)
         rate = ops.cast(learning_rate, step.dtype) * root / one_minus_power(self.beta_1, step)
-        return rate, self.epsilon * root, self.epsilon_root * correction
+        epsilon, epsilon_root = (
+            in_dtype(value, step.dtype) for value in (self.epsilon, self.epsilon_root)
+        )
+        return rate, epsilon * root, epsilon_root * correction
 
     def _root(self, v: Tensor, epsilon: Tensor, epsilon_root: Tensor) -> Tensor:
         """The root of the second moment with its epsilons."""
-        if self.epsilon_root:
+        if not is_known(self.epsilon_root) or self.epsilon_root:
             v = v + ops.cast(epsilon_root, v.dtype)
         return ops.sqrt(v) + ops.cast(epsilon, v.dtype)

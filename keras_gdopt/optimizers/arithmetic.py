@@ -13,23 +13,40 @@ Tensor = Any
 """A tensor of the Keras backend in use."""
 
 
-def one_minus_power(base: float, exponent: Tensor) -> Tensor:
+Number = Any
+"""A hyper-parameter: a Python number, or for a member of a population a scalar tensor."""
+
+
+def is_known(number: Number) -> bool:
+    """Whether a hyper-parameter has its value already where a step is traced."""
+    return isinstance(number, (int, float))
+
+
+def in_dtype(number: Number, dtype: Any) -> Number:
+    """A hyper-parameter that can be combined with tensors of a dtype."""
+    return number if is_known(number) else ops.cast(number, dtype)
+
+
+def one_minus_power(base: Number, exponent: Tensor) -> Tensor:
     """`1 - base**exponent` without the cancellation that the formula suffers near 1.
 
     Args:
-        base: A number in [0, 1).
+        base: In [0, 1).
         exponent: Floating-point tensor, at least 1.
 
     Returns:
         A tensor of the exponent's shape and dtype.
     """
-    log = math.log(base) if base > 0.0 else -math.inf
+    if is_known(base):
+        log = math.log(base) if base > 0.0 else -math.inf
+    else:
+        log = ops.log(in_dtype(base, exponent.dtype))
     return -ops.expm1(exponent * log)
 
 
-def moving_average(average: Tensor, value: Tensor, decay: float) -> Tensor:
+def moving_average(average: Tensor, value: Tensor, decay: Number) -> Tensor:
     """`decay * average + (1 - decay) * value`, with an operation less where that is exact."""
-    if decay < 0.5:  # the difference would swallow a small value
+    if not is_known(decay) or decay < 0.5:  # the difference would swallow a small value
         return decay * average + (1 - decay) * value
     return average + (1 - decay) * (value - average)
 

@@ -118,6 +118,19 @@ class GradientOptimizer(SavedStateOptimizer):
     hyperparameters: ClassVar[Sequence[str]] = ()
     """Names of the constructor's own arguments, kept as attributes of that name."""
 
+    @property
+    def evolvable(self) -> Mapping[str, str]:
+        """Hyper-parameters that may differ between members of a population.
+
+        `Gadam(evolve=...)` hands `update_rule` a scalar tensor of the gradient's dtype in place
+        of the number, so a rule that declares one neither branches on it nor needs it as a
+        Python number. By name: `"positive"` for one that is above 0 and moves by factors,
+        `"fraction"` for one in [0, 1) whose distance from 1 does, as a momentum's. A class
+        attribute will do, unless other hyper-parameters decide. The learning rate and
+        `weight_decay` need no declaration.
+        """
+        return {}
+
     zero_gradient_changes_nothing: ClassVar[bool] = False
     """Whether an entry whose gradient is 0 keeps its value and its slots. Then
     `lazy=False`, too, costs time in proportion to the rows in the batch."""
@@ -279,7 +292,7 @@ class GradientOptimizer(SavedStateOptimizer):
             {name: ops.convert_to_tensor(slot[index]) for name, slot in self._slots.items()},
             learning_rate,
             self.iterations + 1,
-            variable.dtype,
+            variable_dtype=variable.dtype,
         )
         for name, value in slots.items():
             self.assign(self._slots[name][index], value)
@@ -497,12 +510,18 @@ class GradientOptimizer(SavedStateOptimizer):
         slots: Slots,
         learning_rate: Any,
         step: Any,
+        hyperparameters: Mapping[str, Tensor] | None = None,
+        *,
         variable_dtype: Any,
     ) -> Update:
-        """The rule's change and new slots, in the dtype that the rule computes in."""
+        """The rule's change and new slots, in the dtype that the rule computes in.
+
+        With `hyperparameters` in place of the optimizer's own, by name.
+        """
         dtype = computation_dtype(variable_dtype)
         step_dtype = "float64" if keras.backend.backend() == "tensorflow" else "float32"
-        change, new_slots = self.update_rule(
+        values = {name: ops.cast(value, dtype) for name, value in (hyperparameters or {}).items()}
+        change, new_slots = self._with(values).update_rule(
             ops.cast(gradient, dtype),
             slots,
             ops.cast(learning_rate, dtype),
@@ -517,6 +536,14 @@ class GradientOptimizer(SavedStateOptimizer):
             value = ops.convert_to_tensor(new_slots[name], dtype)
             new_slots[name] = value + ops.zeros_like(slots[name])
         return change, new_slots
+
+    def _with(self, hyperparameters: Mapping[str, Tensor]) -> "GradientOptimizer":
+        """The optimizer, or if there are any, one for a trace alone that has other values."""
+        if not hyperparameters:
+            return self
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **hyperparameters)
+        return other
 
     def _finalized(self, weight: Any, slots: Slots) -> Update:
         """The weight that training ends with, and the slots that go with it."""

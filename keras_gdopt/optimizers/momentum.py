@@ -69,6 +69,7 @@ class Momentum(GradientOptimizer):
     """
 
     hyperparameters = ("momentum", "classical")
+    evolvable = {"momentum": "fraction"}
     slots = {"velocity": 0.0}
 
     def __init__(

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.adaptive_moments import AdaptiveMoments
-from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.arithmetic import Tensor, in_dtype
 from keras_gdopt.optimizers.base import Slots, Update
 
 
@@ -82,7 +82,7 @@ class Nadam(AdaptiveMoments):
         rate, *epsilons = self._bias_corrected(learning_rate, step)
         # rate * (beta_1 * m + (1 - beta_1) * gradient), from the old moment and with its
         # factors in two scalars: two roundings less.
-        square = self.beta_1**2
+        square = in_dtype(self.beta_1, rate.dtype) ** 2
         ahead = ops.cast(rate * square, m.dtype) * slots["momentum"]
         ahead += ops.cast(rate * (1 - square), m.dtype) * gradient
         return -ahead / self._root(v, *epsilons), {"momentum": m, "velocity": v}

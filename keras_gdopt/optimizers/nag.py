@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_flag, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, global_norm
+from keras_gdopt.optimizers.arithmetic import Tensor, global_norm, is_known
 from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
@@ -83,6 +83,7 @@ class NAG(GradientOptimizer):
     """
 
     hyperparameters = ("momentum", "classical")
+    evolvable = {"momentum": "fraction"}
     slots = {"velocity": 0.0}
     scalar_slots = {"look_ahead": 0.0}
 
@@ -104,27 +105,26 @@ class NAG(GradientOptimizer):
     ) -> Update:
         """From one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
         del step
-        rho = self.momentum
-        if rho == 0.0:  # nothing to look ahead, but from before the momentum was set to 0
-            back = slots["look_ahead"] * slots["velocity"]
-            velocity = -learning_rate * gradient if self.classical else gradient
-            step_on = velocity if self.classical else -learning_rate * gradient
-            ahead = ops.zeros_like(slots["look_ahead"])
-            return step_on + (-back if self.classical else back), {
-                "velocity": velocity,
-                "look_ahead": ahead,
-            }
-        # What was looked ahead, `look_ahead` old velocities, is written with the new one,
-        # so that XLA need not keep the old one while it overwrites it.
-        ahead = slots["look_ahead"] / rho
+        rho, ahead, old_velocity = self.momentum, slots["look_ahead"], slots["velocity"]
         if self.classical:
-            velocity = rho * slots["velocity"] - learning_rate * gradient
-            change = (1 + rho - ahead) * velocity - ahead * learning_rate * gradient
-            return change, {"velocity": velocity, "look_ahead": rho}
-        velocity = rho * slots["velocity"] + (1 - rho) * gradient
-        factor = ahead - learning_rate * (1 + rho)
-        change = factor * velocity - ahead * (1 - rho) * gradient
-        return change, {"velocity": velocity, "look_ahead": learning_rate * rho}
+            velocity = rho * old_velocity - learning_rate * gradient
+        else:
+            velocity = rho * old_velocity + (1 - rho) * gradient
+        if is_known(rho) and rho > 0.0:
+            # What was looked ahead, `ahead` old velocities, is written with the new one, so
+            # that XLA need not keep the old one while it overwrites it.
+            ahead = ahead / rho
+            if self.classical:
+                change = (1 + rho - ahead) * velocity - ahead * learning_rate * gradient
+            else:
+                factor = ahead - learning_rate * (1 + rho)
+                change = factor * velocity - ahead * (1 - rho) * gradient
+        elif self.classical:
+            change = (1 + rho) * velocity - ahead * old_velocity
+        else:
+            change = ahead * old_velocity - learning_rate * (1 + rho) * velocity
+        look_ahead = rho if self.classical else learning_rate * rho
+        return change, {"velocity": velocity, "look_ahead": look_ahead}
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Puts the weights themselves where the look-ahead point is.

@@ -1,6 +1,6 @@
 """An optimizer's step on values instead of variables, for the members of a population."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,9 @@ from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
 
 State = Any
 """What an optimizer keeps, as a structure of tensors."""
+
+Hyperparameters = Mapping[str, Tensor]
+"""Scalars in place of an optimizer's own numbers, by name."""
 
 
 class PureStep:
@@ -76,8 +79,7 @@ class PureStep:
 
     def learning_rates(self) -> list[float | None]:
         """The learning rate; `None` where there is a schedule."""
-        rate = self._optimizer._learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        if self._has_schedule:
             return [None]
         return [float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))]
 
@@ -86,6 +88,28 @@ class PureStep:
         (rate,) = rates
         if rate is not None and isinstance(self._optimizer._learning_rate, keras.Variable):
             self._optimizer.learning_rate = rate
+
+    @property
+    def evolvable(self) -> dict[str, str]:
+        """The hyper-parameters that a step takes, see `GradientOptimizer.evolvable`."""
+        is_number = isinstance(self._optimizer._learning_rate, keras.Variable)
+        rate = {"learning_rate": "positive"} if is_number else {}
+        return {**rate, "weight_decay": "positive", **self._optimizer.evolvable}
+
+    def check_hyperparameter(self, name: str, value: float) -> None:
+        """Raises as the optimizer's class does for a number that it does not take."""
+        config = {**self._optimizer.get_config(), name: value}
+        type(self._optimizer).from_config(config)
+
+    def set_hyperparameters(self, values: Mapping[str, float]) -> None:
+        """Gives the optimizer numbers in place of its own."""
+        for name, value in values.items():
+            setattr(self._optimizer, name, value)
+
+    @property
+    def _has_schedule(self) -> bool:
+        rate = self._optimizer._learning_rate
+        return isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
 
     # --- a step --------------------------------------------------------------
 
@@ -104,6 +128,7 @@ class PureStep:
         state: State,
         learning_rates: Sequence[Tensor],
         batches: Tensor,
+        hyperparameters: Hyperparameters | None = None,
     ) -> tuple[list[Tensor], State]:
         """One step.
 
@@ -114,14 +139,16 @@ class PureStep:
             state: The state before.
             learning_rates: One scalar, which counts where there is no schedule.
             batches: How many steps were made before, in an integer dtype.
+            hyperparameters: In place of the optimizer's own, `learning_rates` included.
 
         Returns:
             The new weights, in their dtypes, and the new state.
         """
         optimizer, updates = self._optimizer, batches // self._batches_per_update + 1
-        (learning_rate,) = learning_rates
-        if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+        (learning_rate,), own = learning_rates, dict(hyperparameters or {})
+        if self._has_schedule:
             learning_rate = optimizer._learning_rate(batches)
+        learning_rate = own.pop("learning_rate", learning_rate)
         moved = {index: g for index, g in enumerate(grads) if g is not None}
         dense = [tf.cast(g, computation_dtype(weights[i].dtype)) for i, g in moved.items()]
         if optimizer.loss_scale_factor:
@@ -145,6 +172,7 @@ class PureStep:
             {index: slots[index] for index in moved},
             learning_rate,
             updates,
+            hyperparameters=own,
         )
         if "sums" in state:
             for index, value in values.items():
@@ -230,6 +258,19 @@ class PureLookahead:
         """Gives the inner optimizer what `learning_rates` returned."""
         self._inner.set_learning_rates(rates)
 
+    @property
+    def evolvable(self) -> dict[str, str]:
+        """Those of the inner optimizer."""
+        return self._inner.evolvable
+
+    def check_hyperparameter(self, name: str, value: float) -> None:
+        """Raises as the inner optimizer's class does."""
+        self._inner.check_hyperparameter(name, value)
+
+    def set_hyperparameters(self, values: Mapping[str, float]) -> None:
+        """Gives the inner optimizer numbers in place of its own."""
+        self._inner.set_hyperparameters(values)
+
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss as the inner optimizer scales it."""
         return self._inner.scaled(loss)
@@ -245,6 +286,7 @@ class PureLookahead:
         state: State,
         learning_rates: Sequence[Tensor],
         batches: Tensor,
+        hyperparameters: Hyperparameters | None = None,
     ) -> tuple[list[Tensor], State]:
         """A step of the inner optimizer, and where it is due one of the slow weights."""
         count, alpha = state["fast_updates"], self._optimizer.slow_step_size
@@ -252,7 +294,9 @@ class PureLookahead:
             tf.where(count == 0, tf.cast(weight, value.dtype), value)
             for weight, value in zip(weights, state["slow"], strict=True)
         ]
-        weights, inner = self._inner(grads, weights, state["inner"], learning_rates, batches)
+        weights, inner = self._inner(
+            grads, weights, state["inner"], learning_rates, batches, hyperparameters
+        )
         updates = self.makes_update(batches)
         count += tf.cast(updates, count.dtype)
         due = updates & (count % self._optimizer.sync_period == 0)
@@ -321,6 +365,19 @@ class PureMultiOptimizer:
         for step, rate in zip(self._steps, rates, strict=True):
             step.set_learning_rates([rate])
 
+    @property
+    def evolvable(self) -> dict[str, str]:
+        """None, as a name would be of several optimizers."""
+        return {}
+
+    def check_hyperparameter(self, name: str, value: float) -> None:
+        """There are none to check."""
+        del name, value
+
+    def set_hyperparameters(self, values: Mapping[str, float]) -> None:
+        """There are none to set."""
+        del values
+
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss whose gradients a step takes, see `loss_scale_factor`."""
         return self._optimizer.scale_loss(loss)
@@ -336,8 +393,10 @@ class PureMultiOptimizer:
         state: State,
         learning_rates: Sequence[Tensor],
         batches: Tensor,
+        hyperparameters: Hyperparameters | None = None,
     ) -> tuple[list[Tensor], State]:
         """A step of each optimizer."""
+        del hyperparameters
         weights, new = list(weights), []
         for step, places, own, rate in zip(
             self._steps, self._places, state, learning_rates, strict=True

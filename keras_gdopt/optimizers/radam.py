@@ -8,7 +8,13 @@ from keras import ops
 
 from keras_gdopt.optimizers.adaptive_moments import AdaptiveMoments
 from keras_gdopt.optimizers.argument_checks import checked_number
-from keras_gdopt.optimizers.arithmetic import Tensor, one_minus_power
+from keras_gdopt.optimizers.arithmetic import (
+    Number,
+    Tensor,
+    in_dtype,
+    is_known,
+    one_minus_power,
+)
 from keras_gdopt.optimizers.base import Slots, Update
 
 
@@ -98,7 +104,7 @@ class RAdam(AdaptiveMoments):
         new_slots = {"momentum": m, "velocity": v}
         learning_rate = ops.cast(learning_rate, step.dtype)
         plain_rate = learning_rate / one_minus_power(self.beta_1, step)
-        if self._longest <= self.sma_threshold:
+        if self._is_never_rectified:
             return -ops.cast(plain_rate, m.dtype) * m, new_slots
         _, rectified, rectification = self._rectification(step)
         rate, *epsilons = self._bias_corrected(learning_rate * rectification, step)
@@ -126,16 +132,21 @@ class RAdam(AdaptiveMoments):
         return ops.where(rectified, adapted, ops.cast(rate, adapted.dtype))
 
     @property
-    def _longest(self) -> float:
+    def _longest(self) -> Number:
         return 2 / (1 - self.beta_2) - 1
+
+    @property
+    def _is_never_rectified(self) -> bool:
+        return is_known(self.beta_2) and self._longest <= self.sma_threshold
 
     def _rectification(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The moving average's length, whether a step is rectified, and by what then."""
-        correction, longest = one_minus_power(self.beta_2, step), self._longest
+        correction = one_minus_power(self.beta_2, step)
+        longest = 2 / (1 - in_dtype(self.beta_2, step.dtype)) - 1
         length = longest - 2 * step * (1 - correction) / correction
         rectified = length > self.sma_threshold
-        if longest <= self.sma_threshold:
-            return length, rectified, ops.zeros_like(length)  # never
+        if self._is_never_rectified:
+            return length, rectified, ops.zeros_like(length)
         kept = ops.maximum(length, self.sma_threshold)  # where the root is real
         of_longest = (longest - 4) * (longest - 2) / longest
         return length, rectified, ops.sqrt((kept - 4) * (kept - 2) / (kept * of_longest))

@@ -99,6 +99,12 @@ class RMSprop(GradientOptimizer):
         self.centered = checked_flag("centered", centered)
 
     @property
+    def evolvable(self) -> Mapping[str, str]:
+        """What may differ between members, see `GradientOptimizer.evolvable`."""
+        names = {"rho": "fraction", "epsilon": "positive", "epsilon_root": "positive"}
+        return {**names, "momentum": "fraction"} if self.momentum else names
+
+    @property
     def slots(self) -> Mapping[str, float]:
         """What the options need, see `GradientOptimizer.slots`."""
         names = ["velocity"]
@@ -120,7 +126,7 @@ class RMSprop(GradientOptimizer):
         new_slots["velocity"] = velocity
         divisor = ops.sqrt(velocity + self.epsilon_root) + self.epsilon
         step_back = learning_rate * gradient / divisor
-        if self.momentum:
+        if "momentum" in slots:
             step_back = self.momentum * slots["momentum"] + step_back
             new_slots["momentum"] = step_back
         return -step_back, new_slots

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import common_dtype, computation_dtype, sum_of_squares
+from keras_gdopt.optimizers.arithmetic import (
+    common_dtype,
+    computation_dtype,
+    is_known,
+    sum_of_squares,
+)
 from keras_gdopt.optimizers.step_metrics import TIERS, StepMetrics
 
 if TYPE_CHECKING:
@@ -339,6 +344,7 @@ class TensorFlowStep:
         step: tf.Tensor,
         *,
         norm: tf.Tensor | None = None,
+        hyperparameters: Mapping[str, tf.Tensor] | None = None,
     ) -> tuple[list[tf.Tensor], dict[int, tf.Tensor], dict[int, dict[str, tf.Tensor]]]:
         """Clips, decays and applies the rule.
 
@@ -349,6 +355,8 @@ class TensorFlowStep:
             learning_rate: A scalar.
             step: The 1-based count of updates, a scalar.
             norm: For `global_clipnorm`, where `grads` are not all there are.
+            hyperparameters: Scalars in place of the optimizer's own numbers, by name:
+                `weight_decay`, and those of the rule.
 
         Returns:
             The changes without decay in the order of `grads`, the new weights in the
@@ -356,15 +364,18 @@ class TensorFlowStep:
         """
         optimizer = self._optimizer
         changes, values, new_slots = [], {}, {}
+        own = dict(hyperparameters or {})
+        weight_decay = own.pop("weight_decay", optimizer.weight_decay)
+        of_rule = [own] if own else []
         clipped = self._clipped(grads, norm)
         for (index, weight), gradient in zip(weights.items(), clipped, strict=True):
             variable = optimizer._trainable_variables[index]
             change, new_slots[index] = self._rule(variable.dtype)(
-                gradient, slots[index], learning_rate, step
+                gradient, slots[index], learning_rate, step, *of_rule
             )
             value = tf.cast(tf.convert_to_tensor(weight), change.dtype)
-            if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
-                value -= value * self._decay(learning_rate, value.dtype)
+            if weight_decay is not None and optimizer._use_weight_decay(variable):
+                value -= value * _decay(learning_rate, weight_decay, value.dtype)
             values[index] = value + change
             changes.append(change)
         return changes, values, new_slots
@@ -416,7 +427,7 @@ class TensorFlowStep:
             self._update_rows(gradient, variable, index, learning_rate, step, decay=False)
             return
         change, slots = optimizer._ruled(
-            gradient, self._slots_of(index), learning_rate, step, variable.dtype
+            gradient, self._slots_of(index), learning_rate, step, variable_dtype=variable.dtype
         )
         for name, value in slots.items():
             optimizer.assign(optimizer._slots[name][index], value)
@@ -467,7 +478,8 @@ class TensorFlowStep:
             decayed = optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
             if decayed and not optimizer.lazy:
                 value = tf.convert_to_tensor(variable)
-                optimizer.assign_sub(variable, value * self._decay(learning_rate, value.dtype))
+                decay = _decay(learning_rate, optimizer.weight_decay, value.dtype)
+                optimizer.assign_sub(variable, value * decay)
             change = self._update_rows(
                 gradient,
                 variable,
@@ -496,14 +508,14 @@ class TensorFlowStep:
             name: tf.gather(_raw(slot[index]), rows) for name, slot in optimizer._slots.items()
         }
         change, slots = optimizer._ruled(
-            gradient.values, slots, learning_rate, step, variable.dtype
+            gradient.values, slots, learning_rate, step, variable_dtype=variable.dtype
         )
         for name, value in slots.items():
             optimizer.assign(optimizer._slots[name][index], tf.IndexedSlices(value, rows))
         moved = change
         if decay:
             before = tf.cast(tf.gather(_raw(variable), rows), change.dtype)
-            moved = change - before * self._decay(learning_rate, change.dtype)
+            moved = change - before * _decay(learning_rate, optimizer.weight_decay, change.dtype)
         optimizer.assign_add(variable, tf.IndexedSlices(moved, rows))
         return change
 
@@ -590,9 +602,6 @@ class TensorFlowStep:
         factor = self._optimizer.loss_scale_factor
         return gradient if factor is None else _scaled(gradient, 1.0 / factor)
 
-    def _decay(self, learning_rate: Any, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(learning_rate, dtype) * tf.constant(self._optimizer.weight_decay, dtype)
-
     def _slots_of(self, index: int) -> dict[str, tf.Tensor]:
         slots = self._optimizer._slots
         return {name: tf.convert_to_tensor(slot[index]) for name, slot in slots.items()}
@@ -673,6 +682,13 @@ def on_every_device(anchor: Any, function: Callable[..., None], *args: Any) -> N
 def _compiles(constraint: Any) -> bool:
     """Whether a constraint is known to compile: Keras's own, but not a user's."""
     return type(constraint).__module__.startswith("keras.")
+
+
+def _decay(learning_rate: Any, weight_decay: Any, dtype: tf.DType) -> tf.Tensor:
+    """What part of a weight a step takes away."""
+    if is_known(weight_decay):  # in float32 it would lose digits on its way to float64
+        weight_decay = tf.constant(weight_decay, dtype)
+    return tf.cast(learning_rate, dtype) * tf.cast(weight_decay, dtype)
 
 
 def _raw(variable: Any) -> tf.Variable:

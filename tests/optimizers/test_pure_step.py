@@ -7,7 +7,12 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.pure_step import pure_step
-from tests.optimizer_cases import every_optimizer_alike, every_optimizer_with
+from tests.optimizer_cases import (
+    CASES,
+    WrapperCase,
+    every_optimizer_alike,
+    every_optimizer_with,
+)
 
 SETTINGS = {
     "plain": {},
@@ -183,3 +188,62 @@ def test_refuses_variables_that_a_gradient_overwrites():
     optimizer.build(model.trainable_variables)
     with pytest.raises(ValueError, match=r"in float8 .*Received: the variable '.*_scale'"):
         pure_step(optimizer)
+
+
+def _declared():
+    """Each hyper-parameter that a rule declares, with two values of it."""
+    values, declared = {"fraction": (0.35, 0.9), "positive": (1e-6, 3e-3)}, []
+    for case in CASES:
+        for name, kind in pure_step(_built(case())).evolvable.items():
+            of_base = name in ("learning_rate", "weight_decay")
+            is_wrapper = isinstance(case, WrapperCase)
+            if is_wrapper and name == "weight_decay":
+                continue  # it moves the weights that a synchronization sees: test_evolution.py
+            alike = (case.arguments and not is_wrapper) or (of_base and str(case) != "Adam()")
+            marks = [pytest.mark.slow] if alike else []
+            declared.append(
+                pytest.param(case, name, values[kind], id=f"{case}-{name}", marks=marks)
+            )
+    return declared
+
+
+def _built(optimizer):
+    optimizer.build([keras.Variable(np.ones((3, 2)))])
+    return optimizer
+
+
+@pytest.mark.parametrize(("case", "name", "values"), _declared())
+def test_members_have_hyperparameters_of_their_own(case, name, values, rng, float64):
+    """Two members with two values take the steps of the transcription."""
+    theta = rng.normal(size=(3, 2))
+    gradients = rng.normal(size=(6, 3, 2))
+    optimizer = case(learning_rate=0.1)
+    optimizer.build([keras.Variable(theta)])
+    step = pure_step(optimizer)
+
+    def one(member):
+        weights, state, own = member
+        for t, gradient in enumerate(gradients):
+            weights, state = step(
+                [tf.constant(gradient)], weights, state, rates, tf.constant(t, tf.int64), own
+            )
+        return weights
+
+    start = tf.nest.map_structure(
+        lambda value: tf.stack([value, value]), ([tf.constant(theta)], step.initial_state())
+    )
+    own, rates = {name: tf.constant(values, tf.float64)}, [tf.constant(0.1, tf.float64)]
+    (received,) = tf.function(lambda: tf.vectorized_map(one, (*start, own)), jit_compile=True)()
+    for member, value in enumerate(values):
+        alike = case(**{"learning_rate": 0.1, name: value})
+        rate = value if name == "learning_rate" else 0.1
+        decay = value if name == "weight_decay" else 0.0
+        hyperparameters = case.hyperparameters(alike)
+        expected, slots = theta, case.initial_slots(theta.shape, alike)
+        for t, gradient in enumerate(gradients, start=1):
+            before = expected
+            expected, slots = case.reference.update(
+                before, gradient, slots, rate, t, **hyperparameters
+            )
+            expected = expected - rate * decay * before
+        np.testing.assert_allclose(received[member], expected, rtol=1e-11, atol=1e-13)
