@@ -3,6 +3,7 @@
 import os
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 
-_RUN = "population"
+_RUN, _WINNER = "population", "winner"
 # What a generation's logs have besides the best member's loss and metrics.
 _OF_THE_POPULATION = {
     "fitness",
@@ -75,6 +76,10 @@ class PopulationTensorBoard(PopulationCallback):
     | `slot/loss` | training loss of the survivor there |
     | `slot/fitness_loss` | its fitness loss |
     | `slot/selection_probability` | with which the parent there was drawn |
+    | `slot/learning_rate`, … | each hyper-parameter that evolves, of the survivor there |
+
+    Where some evolve, the run `winner` has, once `fit` ends, what the fittest member and its
+    ancestors trained with in each generation, under the same tags: a line through the places.
 
     `lineage.jsonl` beside the runs holds `gadam.lineage`, up to date after each
     generation; `Lineage.from_json_lines` reads it. The custom scalars have a margin chart
@@ -131,7 +136,10 @@ class PopulationTensorBoard(PopulationCallback):
         digits = max(2, len(str(size - 1)))
         self._slots = [f"slot_{place:0{digits}}" for place in range(size)]
         self._files = EventFiles(self.log_dir, owner=owner, runs=[_RUN, *self._slots])
-        write_layout(self.log_dir, _layout(), owner=owner)
+        self._winner_files = None
+        if self.gadam.evolve:
+            self._winner_files = EventFiles(self.log_dir, owner=owner, runs=[_WINNER])
+        write_layout(self.log_dir, _layout(self.gadam.evolve), owner=owner)
         self._generations = deque(
             family_tree.last_generations(self.gadam.lineage), maxlen=family_tree.GENERATIONS + 1
         )
@@ -156,7 +164,9 @@ class PopulationTensorBoard(PopulationCallback):
         values += [
             scalar(f"best/{name}", value)
             for name, value in logs.items()
-            if name not in {*_OF_THE_POPULATION, *_OF_THE_CLUSTER} and np.ndim(value) == 0
+            if name not in {*_OF_THE_POPULATION, *_OF_THE_CLUSTER}
+            and not isinstance(value, dict)
+            and np.ndim(value) == 0
         ]
         if logs.get("events"):
             lines = [f"- generation {generation}: {event}" for event in logs["events"]]
@@ -168,15 +178,25 @@ class PopulationTensorBoard(PopulationCallback):
         if self._tree_drawn:
             values += self._family_tree()
         self._files.write(generation, values, run=_RUN)
-        columns = (losses, fitness, logs["selection_probabilities"])
-        for slot, *of_slot in zip(self._slots, *(c.tolist() for c in columns), strict=True):
-            tags = ("slot/loss", "slot/fitness_loss", "slot/selection_probability")
-            self._files.write(generation, map(scalar, tags, of_slot), run=slot)
+        columns = {
+            "slot/loss": losses,
+            "slot/fitness_loss": fitness,
+            "slot/selection_probability": logs["selection_probabilities"],
+        }
+        for name, of_parents in logs["parent_hyperparameters"].items():
+            both = np.concatenate([of_parents, logs["child_hyperparameters"][name]])
+            columns[f"slot/{name}"] = both[survivors]
+        for place, slot in enumerate(self._slots):
+            of_slot = [scalar(tag, float(values[place])) for tag, values in columns.items()]
+            self._files.write(generation, of_slot, run=slot)
+        self._last = generation
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Draws the last family tree and closes the files."""
         if self._begun and self.tree_freq and not self._tree_drawn:
             self._files.write(self._generations[-1].number, self._family_tree(), run=_RUN)
+        if self._begun and self._winner_files is not None:
+            self._draw_winner(self._winner_files)
         if not self._files.closed:
             self._close_lineage()
         self._files.close()
@@ -214,6 +234,18 @@ class PopulationTensorBoard(PopulationCallback):
             del figures["diversity"]
         values = [scalar(f"population/{name}", value) for name, value in figures.items()]
         return [*values, *histogram("population/fitness_losses", finite)]
+
+    def _draw_winner(self, files: EventFiles) -> None:
+        """Writes what the fittest member and its ancestors had, in each generation."""
+        winner = self._generations[-1].identities[0]
+        line = self.gadam.lineage.line(winner)
+        files.restart(0)  # an earlier winner may have had other ancestors
+        for generation in range(self._last + 1):
+            # Who is born in a generation counts for the next one.
+            then = next(one for one in line if one["generation"] <= generation + 1)
+            values = [scalar(f"slot/{n}", value) for n, value in then["hyperparameters"].items()]
+            files.write(generation, values, run=_WINNER)
+        files.close()
 
     def _family_tree(self) -> list[Summary.Value]:
         lineage, generations = self.gadam.lineage, list(self._generations)
@@ -259,7 +291,7 @@ class PopulationTensorBoard(PopulationCallback):
             self._files.give_up(error)
 
 
-def _layout() -> layout_pb2.Layout:
+def _layout(evolving: Iterable[str]) -> layout_pb2.Layout:
     losses = "population/fitness_loss/"
     margin = layout_pb2.MarginChartContent.Series(
         value=f"{losses}mean", lower=f"{losses}best", upper=f"{losses}worst"
@@ -275,6 +307,7 @@ def _layout() -> layout_pb2.Layout:
         "the best member's loss, trained and validated": ["best/loss$", "best/val_loss$"],
         "diversity": ["population/diversity$"],
         "children that survived": ["population/children_survived$"],
+        **{f"{name} of each slot": [f"slot/{name}$"] for name in evolving},
     }
     charts += [
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))

@@ -521,3 +521,36 @@ def test_a_cluster_s_figures_and_events(tmp_path):
     text = str(dict(written["population/events"])[0])
     assert "one was lost" in text
     assert "another" in text
+
+
+def test_hyperparameters_of_places_and_of_the_winner_s_line(tmp_path):
+    """Also where a later `fit` finds another winner."""
+    ranges = {"learning_rate": (1e-3, 1e-1), "beta_1": (0.0, 0.9)}
+    gadam, board = _gadam(evolve=ranges, mutation_rate=None), PopulationTensorBoard(tmp_path)
+    identities = []
+
+    class Noted(PopulationCallback):
+        def on_generation_end(self, generation, logs=None):
+            identities.append(logs["identities"].tolist())
+
+    for _ in range(2):
+        _fit(gadam, [board, Noted()], generations=3)
+        everyone = list(gadam.lineage)
+        for name in ranges:
+            for place, slot in enumerate(SLOTS):
+                received = read(tmp_path / slot)[f"slot/{name}"]
+                expected = [
+                    (generation, everyone[those[place]]["hyperparameters"][name])
+                    for generation, those in enumerate(identities)
+                ]
+                np.testing.assert_allclose(received, expected, rtol=1e-6)
+            # Backwards from the fittest: a parent, where it was born later than that.
+            one, expected = everyone[identities[-1][int(gadam._best())]], []
+            for generation in reversed(range(len(identities))):
+                while one["generation"] > generation + 1:
+                    one = everyone[one["heir_of"]]
+                expected.insert(0, (generation, one["hyperparameters"][name]))
+            received = read(tmp_path / "winner")[f"slot/{name}"]
+            np.testing.assert_allclose(received, expected, rtol=1e-6)
+    _fit(_gadam(), [PopulationTensorBoard(tmp_path / "none")], generations=1)
+    assert not (tmp_path / "none" / "winner").exists()
