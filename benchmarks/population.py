@@ -96,40 +96,114 @@ def sequential(build: Callable[[], keras.Model]) -> Contender:
     return Contender("Keras's fit, one after the other", make, steps=STEPS)
 
 
-def generation(build: Callable[[], keras.Model], members: int) -> Contender:
+EVOLVE = {"learning_rate": (1e-4, 1e-1), "weight_decay": (1e-4, 1.0), "beta_1": (0.0, 0.99)}
+
+
+def generation(
+    build: Callable[[], keras.Model], members: int, name: str = "", **arguments: Any
+) -> Contender:
     """A whole generation of Gadam: two trainings, fitness, selection, crossover, mutation."""
 
     def make() -> Callable[[], object]:
         x, y = data()
-        gadam = gdopt.Gadam(compiled(build, gdopt.Adam()), members, seed=0)
+        gadam = gdopt.Gadam(compiled(build, gdopt.Adam()), members, seed=0, **arguments)
         return lambda: gadam.fit(x, y, generations=1, batch_size=BATCH, verbose=0)
 
-    return Contender("Gadam, whole generation", make, steps=2 * members * STEPS)
+    return Contender(name or "Gadam, whole generation", make, steps=2 * members * STEPS)
+
+
+def random_search(members: int, generations: int) -> Contender:
+    """Keras's `fit` with one setting after the other, tracing included."""
+
+    def step() -> object:
+        x, y = data()
+        rng = np.random.default_rng(0)
+        best = np.inf
+        for _ in range(members):
+            drawn = {
+                n: float(np.exp(rng.uniform(*np.log(EVOLVE[n])))) for n in EVOLVE if n[0] != "b"
+            }
+            model = compiled(mlp, keras.optimizers.Adam(**drawn, beta_1=rng.uniform(0.0, 0.99)))
+            model.fit(x, y, batch_size=BATCH, epochs=2 * generations, verbose=0)
+            best = min(best, model.evaluate(x[:1024], y[:1024], verbose=0))
+        return best
+
+    return Contender("Keras's fit, a random search", lambda: step)
+
+
+def evolving_search(members: int, generations: int) -> Contender:
+    """An evolving population with as many steps, from nothing."""
+
+    def step() -> object:
+        x, y = data()
+        gadam = gdopt.Gadam(compiled(mlp, gdopt.Adam()), members, seed=0, evolve=EVOLVE)
+        return gadam.fit(x, y, generations=generations, batch_size=BATCH, verbose=0)
+
+    return Contender("Gadam, evolving", lambda: step)
+
+
+def average_of_models(members: int) -> Contender:
+    """`predict` of models under `keras.layers.Average`."""
+
+    def make() -> Callable[[], object]:
+        x, _ = data()
+        inputs = keras.Input((784,))
+        outputs = keras.layers.Average()([mlp()(inputs) for _ in range(members)])
+        model = keras.Model(inputs, outputs)
+        return lambda: model.predict(x[:1024], verbose=0)
+
+    return Contender("Keras's Average of models", make)
+
+
+def ensemble(members: int) -> Contender:
+    """`predict` of a population's ensemble, of probabilities: the loss takes logits."""
+
+    def make() -> Callable[[], object]:
+        x, y = data()
+        gadam = gdopt.Gadam(compiled(mlp, gdopt.Adam()), members, seed=0)
+        gadam.fit(x, y, generations=1, batch_size=BATCH, steps_per_epoch=1, verbose=0)
+        model = gadam.ensemble()
+        return lambda: model.predict(x[:1024], verbose=0)
+
+    return Contender("Gadam's ensemble", make)
 
 
 def training(
-    build: Callable[[], keras.Model], members: int, engine: str, steps: int = STEPS
+    build: Callable[[], keras.Model],
+    members: int,
+    engine: str,
+    steps: int = STEPS,
+    evolve: dict[str, tuple[float, float]] | None = None,
 ) -> Contender:
     """The training of all members for an epoch, or the first steps of one, alone."""
 
     def make() -> Callable[[], object]:
         x, y = data()
-        gadam = gdopt.Gadam(compiled(build, gdopt.Adam()), members, seed=0, engine=engine)
+        arguments: dict[str, Any] = (
+            {"evolve": evolve} if evolve else {}
+        )  # version 0.1.0 has no such argument
+        gadam = gdopt.Gadam(
+            compiled(build, gdopt.Adam()), members, seed=0, engine=engine, **arguments
+        )
         samples = DataArguments(x, y, batch_size=BATCH, members=members).made()
         gadam._start_population()
         (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, range(members))
         runner, population = gadam._population._training.engine, gadam._population.members
         if hasattr(runner, "with_sequences"):  # later than version 0.1.0
             population = runner.with_sequences(population)
+        own = [gadam._hyperparameters] if hasattr(gadam, "_hyperparameters") else []
 
         def step() -> object:
             nonlocal population
-            population, losses = runner.train(population, portion.data, portion.order, 0, steps)
+            population, losses = runner.train(
+                population, portion.data, portion.order, 0, steps, *own
+            )
             return losses
 
         return step
 
-    return Contender(f"Gadam's training, {engine}", make, steps=members * steps)
+    name = f"Gadam's training, {engine}" + (", evolving" if evolve else "")
+    return Contender(name, make, steps=members * steps)
 
 
 def first_fit(build: Callable[[], keras.Model]) -> Contender:
@@ -244,6 +318,30 @@ def _stacks() -> list[Work]:
     ]
 
 
+def _evolving() -> list[Work]:
+    return [
+        Work(
+            "MLP 784-64-10, g = 16, three hyper-parameters",
+            [generation(mlp, 16), generation(mlp, 16, "Gadam, evolving", evolve=EVOLVE)],
+            bounds={"Gadam, evolving": 1.1},
+        ),
+        Work(
+            "MLP 784-64-10, g = 16, single steps",
+            [training(mlp, 16, "stacked", 1), training(mlp, 16, "stacked", 1, EVOLVE)],
+        ),
+        Work(
+            "MLP 784-64-10, 16 settings, whole",
+            [random_search(16, 3), evolving_search(16, 3)],
+            bounds={"Gadam, evolving": 1 / 8},
+        ),
+        Work(
+            "MLP 784-64-10, 10 models, predict 1,024",
+            [average_of_models(10), ensemble(10)],
+            bounds={"Gadam's ensemble": 1.0},
+        ),
+    ]
+
+
 WORKS = {
     "maps": _maps,
     "stacks": _stacks,
@@ -254,6 +352,7 @@ WORKS = {
             bounds={"Gadam, first generation": 5.0},
         )
     ],
+    "evolving": _evolving,
     "mlp-4": lambda: _mlp_of(4, 0.95, None),
     "mlp-16": lambda: _mlp_of(16, 1.1, 10.0),
     "mlp-64": lambda: _mlp_of(64, 1.1, None),
