@@ -96,6 +96,33 @@ class ModelFunction:
         self.loses_updates = any(changed not in known for changed in scope.state_mapping)
         return loss, [scope.get_current_value(variable) for variable in self.state_variables]
 
+    def judged(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and the compiled metrics, as `evaluate` takes them of it alone.
+
+        Args:
+            weights: As for `loss`.
+            state: As for `loss`.
+            batch: As for `loss`.
+
+        Returns:
+            A scalar, and the metrics by name; they must be built.
+        """
+        mapping = [
+            *zip(self.trainable_variables, weights, strict=True),
+            *zip(self.state_variables, state, strict=True),
+        ]
+        arguments = {"training": False} if self.model._call_has_training_arg else {}
+        with keras.StatelessScope(mapping, collect_losses=True):
+            for metric in self.model.metrics:
+                metric.reset_state()
+            y_pred = self.model(batch.x, **arguments)
+            parts = {"x": batch.x, "y": batch.y, "y_pred": y_pred}
+            parts["sample_weight"] = batch.sample_weight
+            loss = self.model._compute_loss(**parts, training=False)
+            return loss, self.model.compute_metrics(**parts)
+
 
 def _other_state(model: keras.Model) -> list[keras.Variable]:
     """The variables that a model's layers use and that it does not count among its own."""

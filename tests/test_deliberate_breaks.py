@@ -216,8 +216,8 @@ BREAKS = [
     Break(
         "every_worker_trains_with_the_first_places",
         "keras_gdopt/gadam/cluster/worker.py",
-        "members, self._filled_up(shard.places), shard.generation, shard.phase",
-        "members, range(self._training.count), shard.generation, shard.phase",
+        "            self._filled_up(shard.places),\n            shard.generation,",
+        "            range(self._training.count),\n            shard.generation,",
         ("tests/gadam/test_cluster.py",),
     ),
     # Callbacks.

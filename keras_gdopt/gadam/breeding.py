@@ -11,6 +11,8 @@ from keras_gdopt.gadam.keys import Phase
 
 Tensor = Any
 
+CROSSOVERS = ("entries", "mean", "fitter")
+
 
 class Plan(NamedTuple):
     """Who begets whom in a generation, and with which probabilities. All are arrays."""
@@ -23,7 +25,7 @@ class Plan(NamedTuple):
     crossover_probabilities: np.ndarray
     mutation_probabilities: np.ndarray
     fitter: np.ndarray
-    """For each child the parent that its state comes from."""
+    """For each child the parent that its state and its hyper-parameters come from."""
 
 
 class Breeding:
@@ -33,7 +35,12 @@ class Breeding:
         mutation_rate: See `Gadam`.
         mutation: See `Gadam`.
         mutation_stddev: See `Gadam`.
+        crossover: See `Gadam`.
+        inherit_optimizer_state: See `Gadam`.
         seed: Of the run.
+
+    Attributes:
+        inherits_optimizer_state: Whether a child goes on with its fitter parent's.
     """
 
     def __init__(
@@ -43,7 +50,11 @@ class Breeding:
         mutation: str,
         mutation_stddev: float,
         seed: int,
+        crossover: str = "entries",
+        inherit_optimizer_state: bool = False,
     ) -> None:
+        self.inherits_optimizer_state = inherit_optimizer_state
+        self._crossover = crossover
         self._rate = mutation_rate
         self._mutation = mutation
         self._stddev = mutation_stddev
@@ -62,6 +73,12 @@ class Breeding:
         chosen = self._choose(tf.convert_to_tensor(losses), key)
         return Plan(generation, *(array.numpy() for array in chosen))
 
+    def sources(self, plan: Plan) -> np.ndarray:
+        """For each child the two places in the population whose weights it comes from."""
+        if self._crossover == "fitter":
+            return np.stack([plan.fitter, plan.fitter], axis=1)
+        return plan.parents
+
     def children(
         self,
         plan: Plan,
@@ -73,8 +90,9 @@ class Breeding:
 
         Args:
             plan: Of the generation.
-            first: The first parents' weights, or of shape `(g, ...)` those of all members.
-            second: The second parents' weights, likewise.
+            first: The weights of each child's first parent in `sources`, or of shape `(g, ...)`
+                those of all members.
+            second: Those of the second one, likewise.
             children: Whose parents these are, in their order. `None` for all children, of
                 all members' weights.
 
@@ -82,7 +100,7 @@ class Breeding:
             Weights of shape `(children, ...)`, and how many entries of each mutated.
         """
         if children is None:
-            children, rows = range(len(plan.parents)), plan.parents
+            children, rows = range(len(plan.parents)), self.sources(plan)
         else:
             rows = np.repeat(np.arange(len(children), dtype="int32")[:, None], 2, axis=1)
 
@@ -131,21 +149,22 @@ class Breeding:
             arrays, mutated = [], tf.zeros((), tf.int64)
             for index, (a, b) in enumerate(zip(firsts, seconds, strict=True)):
                 number = (index + 1) << 4  # below it are the numbers of a mutation's draws
-                array = genetics.crossover(
-                    tf.gather(a, first),
-                    tf.gather(b, second),
-                    crossover,
-                    genetics.another_key(crossover_key, number),
-                )
-                array, entries = genetics.mutate(
-                    array,
-                    mutation,
-                    genetics.another_key(mutation_key, number),
-                    mutation=self._mutation,
-                    stddev=self._stddev,
-                )
+                array = tf.gather(a, first)
+                if self._crossover == "mean":
+                    array = genetics.mean(array, tf.gather(b, second), crossover)
+                elif self._crossover == "entries":
+                    key = genetics.another_key(crossover_key, number)
+                    array = genetics.crossover(array, tf.gather(b, second), crossover, key)
+                if self._rate:
+                    array, entries = genetics.mutate(
+                        array,
+                        mutation,
+                        genetics.another_key(mutation_key, number),
+                        mutation=self._mutation,
+                        stddev=self._stddev,
+                    )
+                    mutated += entries
                 arrays.append(array)
-                mutated += entries
             return arrays, mutated
 
         return tf.map_fn(

@@ -11,26 +11,31 @@ import numpy as np
 
 from keras_gdopt.functional import Data, check_is_built, check_is_trainable_by_its_loss
 from keras_gdopt.gadam import genetics, population
-from keras_gdopt.gadam.breeding import Breeding, Plan
+from keras_gdopt.gadam.breeding import CROSSOVERS, Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.engine import ENGINES, chosen_engine
+from keras_gdopt.gadam.ensemble import averaged
+from keras_gdopt.gadam.hyperparameters import Evolution, Values, checked_ranges
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from keras_gdopt.gadam.local_population import LocalPopulation
 from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.samples import check_ends, check_is_no_generator, split
-from keras_gdopt.gadam.training import Training
+from keras_gdopt.gadam.training import Fitness, Training
 from keras_gdopt.optimizers.argument_checks import (
     check_is_floating,
     check_tensorflow,
     checked_choice,
     checked_count,
+    checked_flag,
     checked_number,
 )
 from keras_gdopt.optimizers.pure_step import AnyPureStep, pure_step
+
+STARTS = ("initializers", "model")
 
 _FITNESS_SAMPLES = 1024
 
@@ -62,7 +67,8 @@ class PopulationCallback(keras.callbacks.Callback):
                 the children (places in the population, of shape `(g, 2)`),
                 `mutation_probabilities`, `mutated_entries`, `survivors` (for each place
                 the parent's, or g plus the child's, that it holds now) and `identities`
-                (in the lineage). With a `RayEngine` also `bytes_moved` to breed, `bytes_rebalanced`
+                (in the lineage), `parent_hyperparameters` and `child_hyperparameters` (those that
+                evolve, by name). With a `RayEngine` also `bytes_moved` to breed, `bytes_rebalanced`
                 where members moved to another worker, `bytes_kept` of the copy of the
                 survivors, and `events`, what befell workers, in words.
         """
@@ -86,6 +92,16 @@ class Gadam:
     6. the children train as in 1;
     7. of parents and children the g fittest on a new batch survive.
 
+    With `evolve`, each member has hyper-parameters of its own, which children inherit from the
+    fitter parent and move by a small step: population based training. On a scale
+    $u = \varphi(h)$, log h where factors count and log(1 - h) for momenta and β, the first
+    members' are uniform over the range, of width w, and a child's are
+
+    $$u_{child} = u_{parent} + \sigma w z, \qquad z \sim N(0, 1)$$
+
+    reflected at the ends of the range. What then works is the default: children with the
+    weights and the optimizer's state of the fitter parent, and no mutation of weights.
+
     A survivor keeps its optimizer's state, a child starts with a fresh one (so that a learning
     rate schedule begins anew with it), and has the non-trainable state (statistics of batch
     normalization) of its fitter parent. Fitness losses are means over the batch, as Keras's
@@ -103,7 +119,7 @@ class Gadam:
             or `keras.optimizers.MultiOptimizer` around some. `fit` leaves the best member in it.
         population_size: How many members g, at least 2. Defaults to 10. Training makes
             2 g times the steps that `model.fit` would.
-        mutation_rate: The probability $p_{mut}$ in [0, 1]. Defaults to 0.01.
+        mutation_rate: The probability $p_{mut}$ in [0, 1]. Defaults to 0.01, with `evolve` to 0.
         mutation: What a mutated entry becomes: `"uniform"`, a draw from U(0, 1), as in the
             paper, or `"normal"`, one from N(0, `mutation_stddev`²). Defaults to
             `"uniform"`.
@@ -122,6 +138,24 @@ class Gadam:
             processes or on many machines, in the better of both. (`"unrolled"` is an old name
             of `"mapped"`.)
         seed: An integer. Defaults to `None`: a random one, then in `gadam.seed`.
+        evolve: The range of each hyper-parameter that evolves, `(lowest, highest)` by name:
+            `"learning_rate"`, `"weight_decay"`, and what the optimizer's rule declares as
+            `evolvable`, such as `"beta_1"` or `"momentum"`; inside a `Lookahead` those of the
+            inner optimizer. Defaults to `None`: all members have the optimizer's.
+        perturbation: σ above, not negative. Defaults to 0.1, about a factor of 2 on a range of
+            three decades.
+        crossover: What a child's weights are: `"entries"` of both parents as above; their
+            `"mean"`, weighed by the probability of Eq. 46; those of the `"fitter"` parent.
+            Defaults to `"entries"`, with `evolve` to `"fitter"`. (Hidden units of members that
+            were trained apart stand in different orders, so that a mixture is no good network.)
+        inherit_optimizer_state: Whether a child goes on with the optimizer's state of its fitter
+            parent. Defaults to False, with `evolve` to True.
+        start: `"model"` gives all members the model's weights, as for fine-tuning: they stay
+            close to one another, and mixtures of them are good. Defaults to `"initializers"`,
+            see `initializer`.
+        fitness: What members are judged by: `"loss"`, or a compiled metric with its direction,
+            such as `("accuracy", "max")`. Fitness losses are then the metric, or where more is
+            better its negative. Defaults to `"loss"`.
 
     Raises:
         ValueError: If the model is not compiled, has no trainable weights or some that are not
@@ -130,7 +164,7 @@ class Gadam:
         RuntimeError: With another backend than TensorFlow.
 
     Attributes:
-        fitness: The members' fitness losses, the fittest first.
+        fitness: The members' fitness, the fittest first: losses, or what `fitness` names.
         lineage: Who descends from whom, see `Lineage`.
         seed: Of the run.
         engine: The name of the engine.
@@ -150,14 +184,15 @@ class Gadam:
     Source: Zhang 2019, *Gradient Descent based Optimization Algorithms for Deep Learning
     Models Training* (arXiv 1903.03614), section 6.1, Eq. 43-50; Zhang and Gouza 2018,
     *GADAM: Genetic-Evolutionary ADAM for Deep Neural Network Optimization* (arXiv
-    1805.07500).
+    1805.07500). `evolve`: Jaderberg et al. 2017, *Population Based Training of Neural
+    Networks* (arXiv 1711.09846).
     """
 
     def __init__(
         self,
         model: keras.Model,
         population_size: int = 10,
-        mutation_rate: float = 0.01,
+        mutation_rate: float | None = None,
         mutation: str = "uniform",
         mutation_stddev: float = 0.1,
         tolerance: float | None = None,
@@ -165,6 +200,13 @@ class Gadam:
         initializer: Any = None,
         engine: "str | RayEngine" = "auto",
         seed: int | None = None,
+        *,
+        evolve: dict[str, tuple[float, float]] | None = None,
+        perturbation: float = 0.1,
+        crossover: str | None = None,
+        inherit_optimizer_state: bool | None = None,
+        start: str = "initializers",
+        fitness: str | tuple[str, str] = "loss",
     ) -> None:
         check_tensorflow(type(self).__name__)
         _check_optimizer(model)
@@ -174,9 +216,28 @@ class Gadam:
         _check_precision(model)
         self.model = model
         self.population_size = checked_count("population_size", population_size, minimum=2)
+        evolves = evolve is not None
+        if mutation_rate is None:
+            mutation_rate = 0.0 if evolves else 0.01
         self.mutation_rate = checked_number("mutation_rate", mutation_rate, most=1.0)
         self.mutation = checked_choice("mutation", mutation, ("uniform", "normal"))
         self.mutation_stddev = checked_number("mutation_stddev", mutation_stddev, above=0.0)
+        self.perturbation = checked_number("perturbation", perturbation)
+        if crossover is None:
+            crossover = "fitter" if evolves else "entries"
+        self.crossover = checked_choice("crossover", crossover, CROSSOVERS)
+        if inherit_optimizer_state is None:
+            inherit_optimizer_state = evolves
+        self.inherit_optimizer_state = checked_flag(
+            "inherit_optimizer_state", inherit_optimizer_state
+        )
+        self.start = checked_choice("start", start, STARTS)
+        if self.start == "model" and initializer is not None:
+            raise ValueError(
+                "`start='model'` gives all members the weights of the model, and an `initializer` "
+                f"draws them. Expected one of both. Received: {start=}, {initializer=}"
+            )
+        self._judge = _checked_fitness(fitness)
         self.tolerance = None if tolerance is None else checked_number("tolerance", tolerance)
         if fitness_batch_size is not None:
             checked_count("fitness_batch_size", fitness_batch_size, minimum=1)
@@ -202,6 +263,8 @@ class Gadam:
             "mutation_rate": self.mutation_rate,
             "mutation": self.mutation,
             "mutation_stddev": self.mutation_stddev,
+            "crossover": self.crossover,
+            "inherit_optimizer_state": self.inherit_optimizer_state,
         }
         self._breeding = Breeding(**self._breeding_settings, seed=self.seed)
         self._population: Any = None  # with the first `fit`
@@ -210,6 +273,11 @@ class Gadam:
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
         self._step = _pure_step(model)
+        self.evolve = checked_ranges(evolve, self._step) if evolves else {}
+        self._evolution = Evolution(
+            self.evolve, self._step.evolvable, perturbation=self.perturbation, seed=self.seed
+        )
+        self._hyperparameters: Values = {}
         times = _times_held_here(self._cluster)
         population.check_fits_in_memory(model, model.optimizer, self.population_size, times)
         self.engine, self._engine_reason = chosen_engine(model, engine)
@@ -218,8 +286,8 @@ class Gadam:
 
     @property
     def fitness(self) -> np.ndarray:
-        """The members' fitness losses, the fittest first; empty before `fit`."""
-        return self._fitness[self._ranks()]
+        """The members' fitness, the fittest first; empty before `fit`."""
+        return self._judge.sign * self._fitness[self._ranks()]
 
     def member(self, rank: int) -> keras.Model:
         """A member as a model of its own, with its weights and its optimizer's state.
@@ -231,12 +299,68 @@ class Gadam:
             RuntimeError: Before `fit`.
             IndexError: If there is no such member.
         """
-        if not self._fitness.size:
-            raise RuntimeError("There are members only after `fit`.")
+        self._check_is_fitted()
         place = int(self._ranks()[rank])
         twin = population.compiled_as(self.model, population.clone(self.model, seed=0))
         self._load(place, twin)
         return twin
+
+    def ensemble(self, size: int | None = None) -> keras.Model:
+        """The fittest members as one model, whose output is the mean of theirs.
+
+        Where the compiled loss takes logits, it is the logarithm of the mean of their
+        probabilities, so that loss and metrics hold for it. Compiled as the model is, with a
+        fresh optimizer; evaluates, predicts, saves and exports like any other.
+
+        Args:
+            size: How many members. Defaults to `None`: all whose fitness is finite.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: If there are not as many members, or the model does not tell its inputs.
+        """
+        self._check_is_fitted()
+        finite = int(np.sum(np.isfinite(self._fitness)))
+        size = checked_count("size", finite if size is None else size, minimum=1)
+        if size > self.population_size:
+            raise ValueError(
+                f"Expected an ensemble of at most {self.population_size} members, which the "
+                f"population has. Received: size={size}"
+            )
+        members = []
+        for rank in range(size):
+            plain = population.clone(self.model, seed=0)
+            plain.set_weights(self.member(rank).get_weights())
+            members.append(plain)
+        return population.compiled_as(self.model, averaged(members, self.model))
+
+    def found_schedule(self) -> keras.optimizers.schedules.PiecewiseConstantDecay:
+        """The learning rates of the fittest member and its ancestors, over the steps they made.
+
+        To train one model with. The ancestors are the fitter parents, whose weights and
+        optimizer's state a child begins with by `crossover="fitter"`.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: If the learning rate does not evolve.
+        """
+        if "learning_rate" not in self.evolve:
+            raise ValueError(
+                "Only a learning rate that evolves is found: `Gadam(evolve={'learning_rate': "
+                f"(1e-4, 1e-1)}})`. Received: evolve={self.evolve}"
+            )
+        self._check_is_fitted()
+        line = self.lineage.line(self._identities[self._best()])[::-1]
+        rates = [one["hyperparameters"]["learning_rate"] for one in line]
+        # The rate of a step up to and including a boundary, counted from 0.
+        boundaries = [one["first_step"] - 1 for one in line[1:]]
+        if not boundaries:
+            boundaries, rates = [line[0]["steps"] - 1], rates * 2
+        return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, rates)
+
+    def _check_is_fitted(self) -> None:
+        if not self._fitness.size:
+            raise RuntimeError("There are members only after `fit`.")
 
     # --- training ------------------------------------------------------------
 
@@ -299,8 +423,9 @@ class Gadam:
         Returns:
             A history of `loss` (of the best member's last epoch), its metrics and
             `fitness` on the survival batch, `fitness_mean` and `fitness_worst` of the
-            survivors, `members_not_finite` (of parents and children), `diversity` (mean
-            distance of two members' weights), `children_survived`, and `val_*`.
+            survivors, the best one's hyper-parameters that evolve, `members_not_finite` (of
+            parents and children), `diversity` (mean distance of two members' weights),
+            `children_survived`, and `val_*`.
 
         Raises:
             ValueError: If the data is empty, unequal in length, endless or not what the model
@@ -327,6 +452,7 @@ class Gadam:
         check_is_no_generator("validation_data", validation_data)
         if class_weight is not None:
             check_class_weight(class_weight)
+        self._check_callbacks(callbacks or ())
         arguments = DataArguments(
             x,
             y,
@@ -343,6 +469,7 @@ class Gadam:
             fixed_batch_size=population.batch_size_of(self.model),
         )
         data = arguments.made()
+        self._check_metric_of_fitness(data)
         verbose = 1 if verbose == "auto" else int(verbose)
         is_new = self._population is None
         self._start_population()
@@ -428,11 +555,17 @@ class Gadam:
             Logs, what only a `PopulationCallback` sees, and whether to stop.
         """
         everyone = self._population
-        parent_losses = everyone.train_parents(generation, progress)
+        own = self._hyperparameters
+        parent_losses = everyone.train_parents(generation, progress, own)
         fitness = everyone.parents_fitness(generation)
         self._check_any_finite(fitness, generation, "parents")
         plan = self._breeding.plan(fitness, generation)
-        child_losses, mutated = everyone.train_children(plan, progress)
+        inherited = self._evolution.perturbed(
+            {name: values[plan.fitter] for name, values in own.items()},
+            generation,
+            range(self.population_size),
+        )
+        child_losses, mutated = everyone.train_children(plan, progress, inherited)
         parent_fitness, child_fitness = everyone.survival_fitness(generation)
         places = genetics.surviving(parent_fitness, child_fitness).numpy()
         both = np.concatenate([parent_fitness, child_fitness])
@@ -440,7 +573,10 @@ class Gadam:
 
         everyone.select(places)
         self._fitness = both[places].astype("float64")
-        self._note_lineage(plan, mutated, fitness, both, places)
+        self._note_lineage(plan, mutated, fitness, both, places, inherited, data.steps)
+        self._hyperparameters = {
+            name: np.concatenate([values, inherited[name]])[places] for name, values in own.items()
+        }
         self._generation = generation + 1
         best = self._best()
         self._load(best, self.model)
@@ -450,12 +586,13 @@ class Gadam:
         logs = {
             "loss": float(losses[best]),
             **self._metrics(data.fitness_batch(generation, Phase.SURVIVAL)),
-            "fitness": float(self._fitness[best]),
-            "fitness_mean": float(np.mean(finite)),
-            "fitness_worst": float(np.max(finite)),
+            "fitness": self._judge.sign * float(self._fitness[best]),
+            "fitness_mean": self._judge.sign * float(np.mean(finite)),
+            "fitness_worst": self._judge.sign * float(np.max(finite)),
             "members_not_finite": int(np.sum(~np.isfinite(both))),
             "diversity": everyone.diversity(),
             "children_survived": survived,
+            **{name: float(values[best]) for name, values in self._hyperparameters.items()},
         }
         details = {
             "parent_losses": parent_losses,
@@ -468,6 +605,8 @@ class Gadam:
             "mutated_entries": mutated,
             "survivors": places,
             "identities": np.array(self._identities),
+            "parent_hyperparameters": own,
+            "child_hyperparameters": inherited,
         }
         change = abs(float(np.sum(parent_fitness)) - float(np.sum(self._fitness)))
         return logs, details, self.tolerance is not None and change <= self.tolerance
@@ -495,11 +634,16 @@ class Gadam:
         size = self.population_size
         if self._cluster is None:
             starts = [
-                population.new_member(self.model, place, self.seed, self.initializer)
+                population.new_member(self.model, place, self.seed, self.initializer, self.start)
                 for place in range(size)
             ]
             training = Training(
-                self.model, self.engine, size, breeding=self._breeding, seed=self.seed
+                self.model,
+                self.engine,
+                size,
+                breeding=self._breeding,
+                fitness=self._judge,
+                seed=self.seed,
             )
             self._population = LocalPopulation(training, starts)
         else:
@@ -512,10 +656,14 @@ class Gadam:
                 self.engine,
                 size,
                 initializer=self.initializer,
+                start=self.start,
                 breeding=self._breeding_settings,
+                fitness=self._judge,
                 seed=self.seed,
             )
-        self._identities = [self.lineage.born(0) for _ in range(size)]
+        self._hyperparameters = self._evolution.drawn(range(size))
+        of_all = [self._evolution.of_one(self._hyperparameters, place) for place in range(size)]
+        self._identities = [self.lineage.born(0, hyperparameters=own) for own in of_all]
 
     def _ranks(self) -> np.ndarray:
         finite = np.where(np.isfinite(self._fitness), self._fitness, np.inf)
@@ -526,6 +674,9 @@ class Gadam:
 
     def _load(self, place: int, model: keras.Model) -> None:
         self._population.load(place, model)
+        own = self._evolution.of_one(self._hyperparameters, place)
+        if own:
+            pure_step(model.optimizer).set_hyperparameters(own)
 
     def _metrics(self, batch: Data | list[Data]) -> dict[str, float]:
         """The compiled metrics of the model, which holds the best member."""
@@ -565,9 +716,12 @@ class Gadam:
         fitness: np.ndarray,
         survival: np.ndarray,
         places: np.ndarray,
+        inherited: Values,
+        steps: int,
     ) -> None:
         generation = plan.generation
         for identity, loss in zip(self._identities, fitness, strict=True):
+            self.lineage.trained(identity, steps)
             self.lineage.evaluated(identity, float(loss))
         children = [
             self.lineage.born(
@@ -577,14 +731,45 @@ class Gadam:
                 crossover_probability=float(plan.crossover_probabilities[child]),
                 mutation_rate=float(plan.mutation_probabilities[child]),
                 mutated_entries=int(mutated[child]),
+                heir_of=self._identities[plan.fitter[child]],
+                hyperparameters=self._evolution.of_one(inherited, child),
             )
             for child in range(self.population_size)
         ]
+        for identity in children:
+            self.lineage.trained(identity, steps)
         everyone = self._identities + children
         surviving = set(places.tolist())
         for index, identity in enumerate(everyone):
             self.lineage.selected(identity, generation, float(survival[index]), index in surviving)
         self._identities = [everyone[place] for place in places]
+
+    def _check_metric_of_fitness(self, data: GenerationData) -> None:
+        """Raises if there is no such metric to judge by."""
+        if self._judge.name == "loss":
+            return
+        batch = data.fitness_batch(self._generation, Phase.FITNESS)
+        values = self._metrics(batch)
+        if np.ndim(values.get(self._judge.name, np.nan)) or self._judge.name not in values:
+            known = [name for name, value in values.items() if np.ndim(value) == 0]
+            raise ValueError(
+                "Expected `fitness` to be 'loss' or a compiled metric with one number and its "
+                f"direction, one of {known}. Received: fitness={tuple(self._judge)}"
+            )
+
+    def _check_callbacks(self, callbacks: Sequence[Any]) -> None:
+        """Raises for a callback that sets what evolves."""
+        of_the_rate = (
+            keras.callbacks.LearningRateScheduler,
+            keras.callbacks.ReduceLROnPlateau,
+        )
+        setting = [c for c in callbacks if isinstance(c, of_the_rate)]
+        if setting and "learning_rate" in self.evolve:
+            raise ValueError(
+                "The learning rate evolves, with one for each member, so no callback can set it. "
+                "Leave the callback out, or `learning_rate` out of `evolve`. Received: "
+                f"{type(setting[0]).__name__}"
+            )
 
     # --- checkpoints ---------------------------------------------------------
 
@@ -592,7 +777,7 @@ class Gadam:
         """What a run that goes on must share with the one that stopped."""
         optimizer = [
             type(self.model.optimizer).__name__,
-            _without_rate_and_name(self.model.optimizer.get_config()),
+            _without(self.model.optimizer.get_config(), {"learning_rate", "name", *self.evolve}),
         ]
         return {
             "model": [
@@ -604,6 +789,13 @@ class Gadam:
             "seed": self.seed,
             "engine": self.engine,
             "members": self._cluster.safekeeping if self._cluster else "driver",
+            # `None` is how it was before there was a choice.
+            "evolve": {name: list(bounds) for name, bounds in self.evolve.items()} or None,
+            "perturbation": self.perturbation if self.evolve else None,
+            "crossover": None if self.crossover == "entries" else self.crossover,
+            "inherit_optimizer_state": self.inherit_optimizer_state or None,
+            "fitness": None if self._judge.name == "loss" else list(self._judge),
+            "start": None if self.start == "initializers" else self.start,
         }
 
     def _record(self, history: keras.callbacks.History) -> dict[str, Any]:
@@ -611,6 +803,7 @@ class Gadam:
             "generation": self._generation,
             "identities": self._identities,
             "fitness": self._fitness.tolist(),
+            "hyperparameters": {n: values.tolist() for n, values in self._hyperparameters.items()},
             "learning_rate": self._step.learning_rates(),
             "history": {k: np.asarray(vs).tolist() for k, vs in history.history.items()},
             "epochs": history.epoch,
@@ -621,10 +814,28 @@ class Gadam:
         self._generation = record["generation"]
         self._identities = record["identities"]
         self._fitness = np.array(record["fitness"])
+        own = record.get("hyperparameters", {})  # before version 0.2.0 there were none
+        self._hyperparameters = {name: np.array(values) for name, values in own.items()}
         self.lineage = Lineage(record["lineage"])
         rates = record["learning_rate"]
         # Version 0.1.0 knew of one only.
         self._step.set_learning_rates(rates if isinstance(rates, list) else [rates])
+
+
+def _checked_fitness(fitness: Any) -> Fitness:
+    if isinstance(fitness, str) and fitness == "loss":
+        return Fitness("loss", "min")
+    if (
+        isinstance(fitness, (tuple, list))
+        and len(fitness) == 2
+        and isinstance(fitness[0], str)
+        and fitness[1] in ("min", "max")
+    ):
+        return Fitness(*fitness)
+    raise ValueError(
+        "Expected `fitness` to be 'loss', or the name of a compiled metric with 'min' or 'max', "
+        f"such as ('accuracy', 'max'). Received: fitness={fitness!r}"
+    )
 
 
 def _as_float(value: Any) -> Any:
@@ -633,14 +844,10 @@ def _as_float(value: Any) -> Any:
     return float(value) if value.ndim == 0 else value
 
 
-def _without_rate_and_name(config: Any) -> Any:
+def _without(config: Any, names: set[str]) -> Any:
     """A config without what may change in a run."""
     if isinstance(config, dict):
-        return {
-            key: _without_rate_and_name(value)
-            for key, value in config.items()
-            if key not in ("learning_rate", "name")
-        }
+        return {key: _without(value, names) for key, value in config.items() if key not in names}
     return config
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.functional import Batch, Data, ModelFunction
+from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.population import Members, forget_sequences
 from keras_gdopt.optimizers.pure_step import pure_step
 
@@ -66,6 +67,7 @@ class Engine:
         train = self._train_stack if stacks else self._train_side_by_side
         self._train = tf.function(train, jit_compile=stacks, autograph=False)
         self._losses = tf.function(self._fitness_losses, jit_compile=stacks, autograph=False)
+        self._judge = tf.function(self._metrics, autograph=False)
         self._finalize = tf.function(self._finalized, autograph=False)
         # Of one member, for batches that differ in shape.
         self._train_one = tf.function(self._member_step, autograph=False, reduce_retracing=True)
@@ -119,6 +121,7 @@ class Engine:
         order: Tensor | None,
         first: int,
         last: int,
+        hyperparameters: Values,
     ) -> tuple[Members, np.ndarray]:
         """Makes the steps from `first` up to, not including, `last`.
 
@@ -129,6 +132,7 @@ class Engine:
             order: The samples of each batch, of shape `(steps, members, batch)`.
             first: The first step.
             last: The step after the last one.
+            hyperparameters: Of the members, where they have some of their own.
 
         Returns:
             The members afterwards, and their losses, of shape `(last - first, members)`.
@@ -138,17 +142,20 @@ class Engine:
         """
         steps = tf.constant(first), tf.constant(last)
         with self._sharing_in_words():
-            members, losses = self._train(members, data, order, self._rates(), *steps)
+            members, losses = self._train(
+                members, data, order, self._rates(), _tensors(hyperparameters), *steps
+            )
         return members, losses.numpy()[-(last - first) :]
 
     def train_apart(
-        self, members: Members, steps: Sequence[Sequence[Data]]
+        self, members: Members, steps: Sequence[Sequence[Data]], hyperparameters: Values
     ) -> tuple[Members, np.ndarray]:
         """Makes steps with batches that differ in shape, one member after the other.
 
         Args:
             members: Before.
             steps: For each step the batch of each member.
+            hyperparameters: As for `train`.
 
         Returns:
             The members afterwards, and their losses, of shape `(steps, members)`.
@@ -156,13 +163,15 @@ class Engine:
         Raises:
             SharedVariableError: As `train`.
         """
-        rates, trained = self._rates(), []
+        rates, trained, of_all = self._rates(), [], _tensors(hyperparameters)
         losses = np.zeros((len(steps), self._size), keras.config.floatx())
         for place in range(self._size):
-            member = tf.nest.map_structure(lambda value, at=place: value[at], members)
+            member, own = tf.nest.map_structure(
+                lambda value, at=place: value[at], (members, of_all)
+            )
             for step, batches in enumerate(steps):
                 with self._sharing_in_words():
-                    member, loss = self._train_one(member, batches[place], rates)
+                    member, loss = self._train_one(member, batches[place], rates, own)
                 losses[step, place] = loss
             trained.append(member)
         return tf.nest.map_structure(lambda *values: tf.stack(values), *trained), losses
@@ -170,6 +179,13 @@ class Engine:
     def finalized(self, members: Members) -> Members:
         """The members as their training ends, see `finalize_variable_values`."""
         return self._finalize(members)
+
+    def metric(self, name: str, members: Members, batch: Data) -> Tensor:
+        """Each member's compiled metric of one batch, of shape `(members,)`.
+
+        NaN where its loss is not finite. Member after member, as a metric may do anything.
+        """
+        return self._judge(name, members.weights, members.state, batch)
 
     def losses(self, members: Members, batch: Data) -> Tensor:
         """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
@@ -211,6 +227,7 @@ class Engine:
         data: Data,
         order: Tensor | None,
         rates: Sequence[Tensor],
+        hyperparameters: dict[str, Tensor],
         first: Tensor,
         last: Tensor,
     ) -> tuple[Members, Tensor]:
@@ -223,7 +240,9 @@ class Engine:
             rows = index if order is None else tf.gather(order, index)
             batch = tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
             members, loss = self._map(
-                lambda pair: self._member_step(pair[0], pair[1], rates), (members, batch), None
+                lambda parts: self._member_step(parts[0], parts[1], rates, parts[2]),
+                (members, batch, hyperparameters),
+                None,
             )
             place = [[index + steps - last]]
             return index + 1, members, tf.tensor_scatter_nd_update(losses, place, [loss])
@@ -239,6 +258,7 @@ class Engine:
         data: Data,
         order: Tensor | None,
         rates: Sequence[Tensor],
+        hyperparameters: dict[str, Tensor],
         first: Tensor,
         last: Tensor,
     ) -> tuple[Members, Tensor]:
@@ -249,11 +269,11 @@ class Engine:
             rows = tf.gather_nd(order, place)
             return tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
 
-        def trained(pair: tuple[Tensor, Members]) -> tuple[Members, Tensor]:
-            place, member = pair
+        def trained(parts: tuple[Tensor, Members, dict]) -> tuple[Members, Tensor]:
+            place, member, own = parts
 
             def body(index: Tensor, member: Members, losses: tf.TensorArray) -> tuple:
-                member, loss = self._member_step(member, batch_of(index, place), rates)
+                member, loss = self._member_step(member, batch_of(index, place), rates, own)
                 return index + 1, member, losses.write(index - first, loss)
 
             losses = tf.TensorArray(keras.config.floatx(), size=last - first, element_shape=())
@@ -263,11 +283,16 @@ class Engine:
             return member, losses.stack()
 
         like = _one_of(members), tf.TensorSpec((None,), keras.config.floatx())
-        members, losses = self._map(trained, (tf.range(self._size), members), like)
+        everyone = tf.range(self._size), members, hyperparameters
+        members, losses = self._map(trained, everyone, like)
         return members, tf.transpose(losses)
 
     def _member_step(
-        self, member: Members, batch: Data, rates: Sequence[Tensor]
+        self,
+        member: Members,
+        batch: Data,
+        rates: Sequence[Tensor],
+        hyperparameters: dict[str, Tensor],
     ) -> tuple[Members, Tensor]:
         weights = member.weights
         with tf.GradientTape() as tape:
@@ -280,7 +305,9 @@ class Engine:
         ]
         if all(gradient is None for gradient in grads):
             raise ValueError("Its loss depends on none of its trainable weights.")
-        weights, optimizer = self._step(grads, weights, member.optimizer, rates, member.batches)
+        weights, optimizer = self._step(
+            grads, weights, member.optimizer, rates, member.batches, hyperparameters
+        )
         member = Members(weights, state, optimizer, member.batches + 1)
         return member, tf.cast(loss, keras.config.floatx())
 
@@ -335,6 +362,17 @@ class Engine:
             (weights, state),
             tf.TensorSpec((), keras.config.floatx()),
         )
+
+    def _metrics(
+        self, name: str, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
+    ) -> Tensor:
+        def judged(member: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
+            loss, metrics = self._function.judged(*member, Batch(**batch))
+            value = tf.cast(metrics[name], keras.config.floatx())
+            return tf.where(tf.math.is_finite(loss), value, np.nan)
+
+        like = tf.TensorSpec((), keras.config.floatx())
+        return self._side_by_side(judged, (list(weights), list(state)), like)
 
     def _fitness_loss(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data
@@ -439,6 +477,12 @@ def _assigning_operation(graph: Any) -> str | None:
         return any(function_assigns(function.name) for function in called)
 
     return next((op.name for op in graph.get_operations() if assigns(op.node_def)), None)
+
+
+def _tensors(hyperparameters: Values) -> dict[str, Tensor]:
+    return {
+        name: tf.constant(values, keras.config.floatx()) for name, values in hyperparameters.items()
+    }
 
 
 def _one_of(members: Members) -> Any:

@@ -126,6 +126,23 @@ def crossover(first: Tensor, second: Tensor, probability: Tensor, key: Tensor) -
     return tf.where(_happens(first.shape, probability, key), first, second)
 
 
+def mean(first: Tensor, second: Tensor, probability: Tensor) -> Tensor:
+    r"""Weighs both parents, $p\,\theta_i + (1 - p)\,\theta_j$, in place of Eq. 47.
+
+    Args:
+        first: An array of the first parent.
+        second: The array of the second one, of the same shape.
+        probability: p, that of `crossover`, a scalar.
+
+    Returns:
+        The child's array, in the same dtype.
+    """
+    # In halves of precision the sum would lose digits that the parents have.
+    dtype = first.dtype if first.dtype.size >= 4 else tf.float32
+    p = tf.cast(probability, dtype)
+    return tf.cast(p * tf.cast(first, dtype) + (1 - p) * tf.cast(second, dtype), first.dtype)
+
+
 def mutate(
     weights: Tensor,
     probability: Tensor,

@@ -16,6 +16,8 @@ class Phase(enum.IntEnum):
     MUTATE = 5
     FITNESS = 6
     SURVIVAL = 7
+    DRAW_HYPERPARAMETERS = 8
+    PERTURB_HYPERPARAMETERS = 9
 
 
 def sequence(seed: int, generation: int, phase: Phase, *more: int) -> np.random.SeedSequence:

@@ -18,6 +18,10 @@ class Lineage:
     - `selection_probabilities` of the parents, `crossover_probability` with which an
       entry came from the first of them, `mutation_rate` (the probability with which an
       entry mutated) and `mutated_entries`, a count; all `None` in the first population,
+    - `heir_of`: the fitter parent's id, whose hyper-parameters it inherited, or `None`;
+      `hyperparameters` that evolve, by name,
+    - `first_step`: how many steps its line had made when it was born, by the fitter parents;
+      `steps` that it has made itself,
     - `fitness`: its fitness loss when it was first evaluated,
     - `selections`: for each generation at whose end it was evaluated, `[generation,
       fitness loss, whether it survived]`.
@@ -52,9 +56,16 @@ class Lineage:
         crossover_probability: float | None = None,
         mutation_rate: float | None = None,
         mutated_entries: int | None = None,
+        heir_of: int | None = None,
+        hyperparameters: dict[str, float] | None = None,
     ) -> int:
         """Adds an individual, and returns its id."""
         identity = len(self._individuals)
+        first_step = 0
+        if heir_of is not None:
+            parent = self._individuals[heir_of]
+            # Version 0.1.0 counted no steps.
+            first_step = parent.get("first_step", 0) + parent.get("steps", 0)
         self._individuals.append(
             {
                 "id": identity,
@@ -64,11 +75,27 @@ class Lineage:
                 "crossover_probability": crossover_probability,
                 "mutation_rate": mutation_rate,
                 "mutated_entries": mutated_entries,
+                "heir_of": heir_of,
+                "hyperparameters": hyperparameters or {},
+                "first_step": first_step,
+                "steps": 0,
                 "fitness": None,
                 "selections": [],
             }
         )
         return identity
+
+    def trained(self, identity: int, steps: int) -> None:
+        """Notes that an individual made some more steps."""
+        individual = self._individuals[identity]
+        individual["steps"] = individual.get("steps", 0) + steps
+
+    def line(self, identity: int) -> list[dict[str, Any]]:
+        """The individual, its fitter parent, that one's, and so on."""
+        line = [self._individuals[identity]]
+        while line[-1].get("heir_of") is not None:
+            line.append(self._individuals[line[-1]["heir_of"]])
+        return line
 
     def evaluated(self, identity: int, fitness: float) -> None:
         """Notes an individual's fitness loss; the first one stays."""

@@ -11,6 +11,7 @@ from keras_gdopt.gadam import population
 from keras_gdopt.gadam.breeding import Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.data import DataArguments, GenerationData
+from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
@@ -52,13 +53,16 @@ class LocalPopulation:
         del arguments, directory  # they are for other machines
         self._training.data = data
 
-    def train_parents(self, generation: int, progress: Progress) -> np.ndarray:
+    def train_parents(
+        self, generation: int, progress: Progress, hyperparameters: Values
+    ) -> np.ndarray:
         """Trains the members; returns their losses."""
         self._parents, losses = self._training.trained(
             self.members,
             self._everyone,
             generation,
             Phase.TRAIN_PARENTS,
+            hyperparameters,
             stride=lambda: progress.stride,
             heard=progress.add,
         )
@@ -68,16 +72,26 @@ class LocalPopulation:
         """The trained parents' losses of the batch that decides who begets."""
         return self._training.fitness(self._parents, generation, Phase.FITNESS)
 
-    def train_children(self, plan: Plan, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    def train_children(
+        self, plan: Plan, progress: Progress, hyperparameters: Values
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Breeds and trains; returns the children's losses and mutated entries."""
         parents = self._parents
-        state = [tf.gather(value, plan.fitter) for value in parents.state]
-        children, mutated = self._training.children(plan, parents.weights, parents.weights, state)
+        inheritance: list[Any] = [parents.state]
+        if self._training.inherits_optimizer_state:
+            inheritance.append((parents.optimizer, parents.batches))
+        state, *inherited = tf.nest.map_structure(
+            lambda value: tf.gather(value, plan.fitter), inheritance
+        )
+        children, mutated = self._training.children(
+            plan, parents.weights, parents.weights, state, *inherited
+        )
         self._children, losses = self._training.trained(
             children,
             self._everyone,
             plan.generation,
             Phase.TRAIN_CHILDREN,
+            hyperparameters,
             stride=lambda: progress.stride,
             heard=progress.add,
         )

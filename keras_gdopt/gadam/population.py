@@ -205,7 +205,11 @@ def _reseed(layer: Any, drawn: np.random.Generator) -> None:
 
 
 def new_member(
-    model: keras.Model, place: int, seed: int, initializer: Any = None
+    model: keras.Model,
+    place: int,
+    seed: int,
+    initializer: Any = None,
+    start: str = "initializers",
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The weights and the state that a member starts from.
 
@@ -216,9 +220,10 @@ def new_member(
         initializer: Draws all trainable weights of all members. Without one, the first
             member has the model's weights, and the layers' own initializers draw the
             others', seeded anew. What the model has frozen stays as it is.
+        start: `"model"` gives all members the model's weights and state.
     """
     source = model
-    if place and initializer is None:
+    if place and initializer is None and start == "initializers":
         number = int(keys.sequence(seed, 0, Phase.INITIALIZE, place).generate_state(1)[0])
         source = clone(model, number)
     weights = [v.numpy() for v in source.trainable_variables]

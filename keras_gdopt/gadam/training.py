@@ -4,7 +4,7 @@ import contextlib
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -15,6 +15,7 @@ from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.data import GenerationData, Portion
 from keras_gdopt.gadam.engine import Engine, SharedVariableError
+from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.samples import sample_count
@@ -25,6 +26,20 @@ _OF_TENSORFLOW = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)
 _LONGEST = 300  # characters of another's message
 
 
+class Fitness(NamedTuple):
+    """What members are judged by."""
+
+    name: str
+    """`"loss"`, or a compiled metric."""
+    direction: str
+    """Whether the fittest member has the least of it, `"min"`, or the most, `"max"`."""
+
+    @property
+    def sign(self) -> int:
+        """What makes a loss of it, of which less is better."""
+        return 1 if self.direction == "min" else -1
+
+
 class Training:
     """What trains a number of members: an engine, built once, and the keys of their draws.
 
@@ -33,19 +48,30 @@ class Training:
         engine: `"stacked"` or `"mapped"`.
         count: How many members it trains together.
         breeding: Of the run.
+        fitness: What members are judged by.
         seed: Of the run.
     """
 
     data: GenerationData
 
     def __init__(
-        self, model: keras.Model, engine: str, count: int, *, breeding: Breeding, seed: int
+        self,
+        model: keras.Model,
+        engine: str,
+        count: int,
+        *,
+        breeding: Breeding,
+        fitness: Fitness,
+        seed: int,
     ) -> None:
         self.engine = Engine(model, count, engine)
         self._is_stacked = engine == "stacked"
         self.count = count
         self._model = model
         self._breeding = breeding
+        self.inherits_optimizer_state = breeding.inherits_optimizer_state
+        self._fitness = fitness
+        self._has_metrics = False
         self._seed = seed
 
     def trained(
@@ -54,6 +80,7 @@ class Training:
         places: Sequence[int],
         generation: int,
         phase: Phase,
+        hyperparameters: Values,
         *,
         stride: Callable[[], int] | None = None,
         heard: Callable[[int, np.ndarray], None] = lambda steps, losses: None,
@@ -65,6 +92,7 @@ class Training:
             places: In the population, one for each member.
             generation: Its number.
             phase: Whether they are trained as parents or as children.
+            hyperparameters: Theirs, where they have some of their own.
             stride: Tells how many steps to make until the next call of `heard`, at most.
             heard: Called with a number of steps and the losses in the last of them.
         """
@@ -85,7 +113,7 @@ class Training:
                 while first < portion.steps:
                     length = stride() if stride else portion.steps
                     last = min(first + length, portion.steps)
-                    members, of_steps = self._train(members, portion, first, last)
+                    members, of_steps = self._train(members, portion, first, last, hyperparameters)
                     losses.append(of_steps)
                     heard(last - first, of_steps[-1])
                     first = last
@@ -95,10 +123,13 @@ class Training:
     def fitness(self, members: Members, generation: int, phase: Phase) -> np.ndarray:
         """The members' losses of what they are judged by in a phase.
 
-        Of several batches the mean over all samples, as of `evaluate`.
+        Of several batches the mean over all samples, as of `evaluate`. Of a metric of which more
+        is better the negative.
         """
         members = self.engine.with_sequences(members)
         batch = self.data.fitness_batch(generation, phase)
+        if self._fitness.name != "loss":
+            return self._fitness.sign * self._metric(members, batch)
         if not isinstance(batch, list):
             with self._errors_in_words(batch):
                 return self.engine.losses(members, batch).numpy()
@@ -107,37 +138,59 @@ class Training:
         counts = [sample_count(one) for one in batch]
         return np.average(losses, axis=0, weights=counts).astype(losses.dtype)
 
+    def _metric(self, members: Members, batch: Data | list[Data]) -> np.ndarray:
+        if isinstance(batch, list):
+            raise ValueError(
+                "A metric is taken of one batch, and this data has batches that differ in shape. "
+                "Use `fitness='loss'`, or samples of one shape as `fitness_data`. Received: "
+                f"fitness={tuple(self._fitness)}"
+            )
+        if not self._has_metrics:  # they have variables only after a first batch
+            self._model.test_on_batch(**batch)
+            self._model.reset_metrics()
+            self._has_metrics = True
+        with self._errors_in_words(batch):
+            return self.engine.metric(self._fitness.name, members, batch).numpy()
+
     def children(
         self,
         plan: Plan,
         first: Sequence[Tensor],
         second: Sequence[Tensor],
         state: Sequence[Tensor],
+        inherited: tuple[Any, Tensor] | None = None,
         children: Sequence[int] | None = None,
     ) -> tuple[Members, np.ndarray]:
-        """Children that were never trained, and how many entries of each mutated.
+        """Children before their training, and how many entries of each mutated.
 
         Args:
             plan: Of the generation.
             first: See `Breeding.children`.
             second: Likewise.
             state: Of the children.
+            inherited: The state and the batches of their optimizers; fresh ones by default.
             children: Likewise.
         """
         weights, mutated = self._breeding.children(plan, first, second, children)
-        fresh = self.engine.fresh_optimizer_state(self.count)
-        batches = tf.zeros((self.count,), tf.int64)
-        return Members(weights, list(state), fresh, batches), mutated
+        if inherited is None:
+            fresh = self.engine.fresh_optimizer_state(self.count)
+            inherited = fresh, tf.zeros((self.count,), tf.int64)
+        return Members(weights, list(state), *inherited), mutated
 
     def _train(
-        self, members: Members, portion: Portion, first: int, last: int
+        self,
+        members: Members,
+        portion: Portion,
+        first: int,
+        last: int,
+        hyperparameters: Values,
     ) -> tuple[Members, np.ndarray]:
         data = portion.data
         if isinstance(data, list):
             with self._errors_in_words(data[0][0]):
-                return self.engine.train_apart(members, data[first:last])
+                return self.engine.train_apart(members, data[first:last], hyperparameters)
         with self._errors_in_words(data):
-            return self.engine.train(members, data, portion.order, first, last)
+            return self.engine.train(members, data, portion.order, first, last, hyperparameters)
 
     @contextlib.contextmanager
     def _errors_in_words(self, data: Data) -> Iterator[None]:

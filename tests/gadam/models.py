@@ -152,6 +152,12 @@ class Subclassed(keras.Model):
         return {"units": self.units}
 
 
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((1, 6)))
+    return model
+
+
 def samples(rng, count=22):
     x = rng.normal(size=(count, 6))
     return x, np.stack([np.sin(x.sum(1)), x[:, 0] * x[:, 1], x[:, 2]], axis=1)

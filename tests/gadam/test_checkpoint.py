@@ -220,7 +220,9 @@ SCRIPT = """
     x, y = (part.astype("float32") for part in models.samples(np.random.default_rng(0), count=400))
     model = models.dropout()
     model.compile(gdopt.Adam(0.02), "mse")
-    gadam = gdopt.Gadam(model, population_size=4, seed=5, engine=sys.argv[2])
+    evolving = {"evolve": {"learning_rate": (1e-3, 1e-1), "beta_1": (0.0, 0.9)}}
+    evolving |= {"crossover": "entries", "mutation_rate": 0.01}
+    gadam = gdopt.Gadam(model, population_size=4, seed=5, engine=sys.argv[2], **evolving)
     print("ready", flush=True)
     history = gadam.fit(x, y, generations=40, batch_size=16, verbose=0, checkpoint_dir=sys.argv[1])
     gadam.lineage.to_json_lines(sys.argv[1] + "/lineage.jsonl")

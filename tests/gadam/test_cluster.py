@@ -42,14 +42,14 @@ def _run(
     data=None,
     size=SIZE,
     callbacks=(),
-    initializer=None,
+    of_gadam=None,
     **kwargs,
 ):
     """A population after `GENERATIONS`; its callback has what it told."""
     keras.utils.set_random_seed(1)
     model = getattr(models, name)()
-    model.compile(optimizer or gdopt.Adam(0.02), "mse")
-    settings = {"mutation_rate": 0.1, "initializer": initializer, "seed": SEED}
+    model.compile(optimizer or gdopt.Adam(0.02), "mse", metrics=["mse"])
+    settings = {"mutation_rate": 0.1, "seed": SEED, **(of_gadam or {})}
     gadam = gdopt.Gadam(model, size, engine=engine, **settings)
     if data is None:
         x, y = models.samples(np.random.default_rng(0), count=40)
@@ -66,7 +66,8 @@ def _assert_same_run(one, other, rtol=0.0):
     for name, values in one.history.history.items():
         np.testing.assert_allclose(values, other.history.history[name], rtol=rtol, err_msg=name)
     for a, b in zip(one.lineage, other.lineage, strict=True):
-        assert (a["parents"], a["mutated_entries"]) == (b["parents"], b["mutated_entries"])
+        for name in ("parents", "mutated_entries", "heir_of", "hyperparameters", "steps"):
+            assert a[name] == b[name]
         assert [s[2] for s in a["selections"]] == [s[2] for s in b["selections"]]
     members = (one._population.members, other._population.members)
     for a, b in zip(*map(tf.nest.flatten, members), strict=True):
@@ -165,9 +166,40 @@ def test_callbacks_change_the_learning_rate_of_workers(cluster, float64):
 @pytest.mark.slow
 def test_an_initializer_draws_in_the_workers_what_it_draws_here(cluster, float64):
     def run(engine):
-        return _run(engine, initializer=keras.initializers.RandomNormal(stddev=0.3))
+        initializer = keras.initializers.RandomNormal(stddev=0.3)
+        return _run(engine, of_gadam={"initializer": initializer})
 
     _assert_same_run(run("auto"), run(gdopt.RayEngine(2)), rtol=1e-8)
+
+
+EVOLVING = {
+    "evolve": {"learning_rate": (1e-3, 1e-1), "beta_1": (0.0, 0.9)},
+    "crossover": "entries",
+    "inherit_optimizer_state": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "of_gadam"),
+    [
+        (1, EVOLVING),
+        (2, EVOLVING),
+        (4, EVOLVING),
+        (2, {**EVOLVING, "crossover": "mean"}),
+        (2, {**EVOLVING, "crossover": "fitter", "start": "model", "mutation_rate": 0.0}),
+        (2, {"fitness": ("mse", "max")}),
+    ],
+)
+def test_members_evolve_in_workers_as_on_one_machine(cluster, float64, workers, of_gadam):
+    local, distributed = (
+        _run(engine, of_gadam=of_gadam) for engine in ("auto", gdopt.RayEngine(workers))
+    )
+    _assert_same_run(local, distributed, rtol=1e-8)
+    if of_gadam.get("crossover") == "fitter":  # one parent's weights travel, and what goes with it
+        weights, state, optimizer = distributed._population._bytes_of_a_member()
+        for logs in distributed.noted:
+            assert logs["bytes_moved"] % (weights + state + optimizer) == 0
 
 
 @pytest.mark.slow
@@ -212,7 +244,7 @@ def test_breeding_moves_a_member_for_each_child_at_most(cluster, workers):
 
 @pytest.fixture(scope="module")
 def faultless(cluster):
-    return _run(gdopt.RayEngine(2))
+    return _run(gdopt.RayEngine(2), of_gadam=EVOLVING)
 
 
 @pytest.fixture
@@ -263,7 +295,7 @@ def _assert_recovered(gadam, faultless, committed, faults=1):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_worker_is_killed(method, faultless, committed, monkeypatch, caplog):
     waiting = _strike(monkeypatch, method)
-    gadam = _run(gdopt.RayEngine(2))
+    gadam = _run(gdopt.RayEngine(2), of_gadam=EVOLVING)
     assert not waiting
     _assert_recovered(gadam, faultless, committed)
     assert "Worker 0 (process" in caplog.text
@@ -272,7 +304,7 @@ def test_a_worker_is_killed(method, faultless, committed, monkeypatch, caplog):
 @pytest.mark.slow
 def test_two_workers_are_killed_at_once(faultless, committed, monkeypatch):
     waiting = _strike(monkeypatch, "train_children", workers=(0, 1))
-    gadam = _run(gdopt.RayEngine(2))
+    gadam = _run(gdopt.RayEngine(2), of_gadam=EVOLVING)
     assert not waiting
     _assert_recovered(gadam, faultless, committed, faults=2)
 
@@ -280,7 +312,7 @@ def test_two_workers_are_killed_at_once(faultless, committed, monkeypatch):
 @pytest.mark.slow
 def test_a_worker_hangs(faultless, committed, monkeypatch):
     waiting = _strike(monkeypatch, "train_parents", workers=(1,), how=signal.SIGSTOP)
-    gadam = _run(gdopt.RayEngine(2))
+    gadam = _run(gdopt.RayEngine(2), of_gadam=EVOLVING)
     assert not waiting
     _assert_recovered(gadam, faultless, committed)
     (event,) = [event for logs in gadam.noted for event in logs["events"]]
@@ -300,7 +332,7 @@ def test_a_worker_is_killed_between_return_and_commit(faultless, committed, monk
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(Pool, "run", struck)
-    gadam = _run(gdopt.RayEngine(2))
+    gadam = _run(gdopt.RayEngine(2), of_gadam=EVOLVING)
     assert killed
     _assert_recovered(gadam, faultless, committed)
 
@@ -331,7 +363,9 @@ class Strikes(gdopt.gadam.PopulationCallback):
 engine = gdopt.RayEngine(2, safekeeping=safekeeping, safekeeping_freq=int(freq))
 if freq != "1":
     directory = None  # as each checkpoint takes a copy
-gadam = here._run(engine, "wide", callbacks=[Strikes()], checkpoint_dir=directory)
+gadam = here._run(
+    engine, "wide", callbacks=[Strikes()], checkpoint_dir=directory, of_gadam=here.EVOLVING
+)
 events = [event for logs in gadam.noted for event in logs["events"]]
 # The driver's copy has brought the survivors to its node; else those of the other are lost.
 there = freq == "1" and safekeeping == "driver"
@@ -411,7 +445,7 @@ def test_a_task_that_kills_every_worker_is_given_up(cluster, monkeypatch):
 
     monkeypatch.setattr(Pool, "_submit", struck)
     with pytest.raises(RuntimeError, match=r"Worker 1 .*train_children[\s\S]*may need more memory"):
-        _run(gdopt.RayEngine(2))
+        _run(gdopt.RayEngine(2), of_gadam=EVOLVING)
 
 
 _ONE_AND_THREE = """

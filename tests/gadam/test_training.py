@@ -37,7 +37,7 @@ def _train(gadam, data, epochs=2):
     gadam._start_population()
     before, training = gadam._population.members, gadam._population._training
     training.data = _generation_data(data, epochs)
-    return before, *training.trained(before, range(MEMBERS), 4, Phase.TRAIN_PARENTS)
+    return before, *training.trained(before, range(MEMBERS), 4, Phase.TRAIN_PARENTS, {})
 
 
 def _train_by_hand(model, gadam, before, data, member, epochs=2):
@@ -142,7 +142,7 @@ def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind
     gadam._start_population()
     before, training = gadam._population.members, gadam._population._training
     training.data = data
-    trained, losses = training.trained(before, range(MEMBERS), 0, Phase.TRAIN_PARENTS)
+    trained, losses = training.trained(before, range(MEMBERS), 0, Phase.TRAIN_PARENTS, {})
     fitness = training.fitness(trained, 0, Phase.FITNESS)
     for member in range(MEMBERS):
         model = models.texts()
@@ -412,7 +412,7 @@ def test_members_drop_different_units(engine, rng):
     training = gadam._population._training
     training.data = _generation_data(data, epochs=1)
     losses = [
-        training.trained(gadam._population.members, range(MEMBERS), 0, phase)[1]
+        training.trained(gadam._population.members, range(MEMBERS), 0, phase, {})[1]
         for phase in (Phase.TRAIN_PARENTS, Phase.TRAIN_CHILDREN)
     ]
     assert len({round(float(loss), 5) for of_phase in losses for loss in of_phase}) == 6
@@ -469,11 +469,11 @@ def test_a_child_has_the_state_of_its_fitter_parent(rng):
     state = [tf.constant(value) for value in numbers]
     population.members = population.members._replace(state=state)
     progress = Progress(0, 0, 1, 6, keras.callbacks.CallbackList())
-    population.train_parents(0, progress)
+    population.train_parents(0, progress, {})
     losses, fitter_ones = [2.0, 0.0, 1.0], set()
     for generation in range(4):
         plan = gadam._breeding.plan(losses, generation)
-        population.train_children(plan, progress)
+        population.train_children(plan, progress, {})
         for child, parents in enumerate(plan.parents.tolist()):
             fitter = min(parents, key=lambda parent: losses[parent])
             fitter_ones.add(parents.index(fitter))

@@ -16,7 +16,7 @@ import tensorflow as tf
 from ray import cloudpickle, exceptions
 
 from keras_gdopt.gadam import population
-from keras_gdopt.gadam.breeding import Plan
+from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.cluster import member_files, placement
 from keras_gdopt.gadam.cluster.engine import RayEngine
@@ -25,9 +25,11 @@ from keras_gdopt.gadam.cluster.pool import LostError, Pool, Task, alive_nodes, c
 from keras_gdopt.gadam.cluster.worker import Setup, Shard
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.engine import Engine
+from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
+from keras_gdopt.gadam.training import Fitness
 
 # Seconds to get members here, and until Ray says of a node that left that it did.
 _TO_GET, _TO_SEE = 600.0, 60.0
@@ -41,6 +43,9 @@ class _Generation:
     learning_rates: list[float | None]
     homes: list[int]
     """The shard of each member."""
+    hyperparameters: Values = field(default_factory=dict)
+    """Of each member, and below of each child."""
+    inherited: Values = field(default_factory=dict)
     plan: Plan | None = None
     nurseries: list[int] = field(default_factory=list)
     """The shard of each child."""
@@ -75,7 +80,9 @@ class RayPopulation:
         inner_engine: `"stacked"` or `"mapped"`.
         size: How many members there are.
         initializer: See `population.new_member`.
+        start: Likewise.
         breeding: The arguments of `Breeding`, but for the seed.
+        fitness: What members are judged by.
         seed: Of the run.
     """
 
@@ -87,11 +94,14 @@ class RayPopulation:
         size: int,
         *,
         initializer: Any,
+        start: str,
         breeding: dict[str, Any],
+        fitness: Fitness,
         seed: int,
     ) -> None:
         self._size = size
         self._model = model
+        self._breeding = Breeding(**breeding, seed=seed)
         self._shards = min(engine.num_workers, size)
         self._capacity = math.ceil(size / self._shards)
         self._safekeeping_freq = engine.safekeeping_freq
@@ -103,9 +113,11 @@ class RayPopulation:
             model=_as_bytes(model),
             custom_objects=cloudpickle.dumps(dict(keras.saving.get_custom_objects())),
             initializer=cloudpickle.dumps(initializer),
+            start=start,
             engine=inner_engine,
             capacity=self._capacity,
             breeding=breeding,
+            fitness=fitness,
             seed=seed,
             floatx=keras.config.floatx(),
         )
@@ -194,14 +206,16 @@ class RayPopulation:
 
     # --- the phases of a generation --------------------------------------------
 
-    def train_parents(self, generation: int, progress: Progress) -> np.ndarray:
+    def train_parents(
+        self, generation: int, progress: Progress, hyperparameters: Values
+    ) -> np.ndarray:
         """Trains the members; returns their losses."""
         self._begin()
         old = [member.home for member in self._survivors]
         homes = placement.balanced(old, self._shards, self._capacity)
         moved = sum(home != before for home, before in zip(homes, old, strict=True))
         self._moved["bytes_rebalanced"] += moved * sum(self._bytes_of_a_member())
-        self._now = _Generation(generation, self._engine.learning_rates(), homes)
+        self._now = _Generation(generation, self._engine.learning_rates(), homes, hyperparameters)
         self._now.begin()
         return self._train_parents(self._now, range(self._size), progress)
 
@@ -210,17 +224,19 @@ class RayPopulation:
         (losses,) = self._fitness(generation, Phase.FITNESS, [_there(self._now).parents])
         return losses
 
-    def train_children(self, plan: Plan, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    def train_children(
+        self, plan: Plan, progress: Progress, hyperparameters: Values
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Breeds and trains; returns the children's losses and mutated entries."""
         now = _there(self._now)
-        now.plan = plan
-        now.nurseries = placement.of_children(
-            plan.parents.tolist(), now.homes, self._shards, self._capacity
-        )
-        weights, state, _ = self._bytes_of_a_member()
+        now.plan, now.inherited = plan, hyperparameters
+        sources = self._breeding.sources(plan).tolist()
+        now.nurseries = placement.of_children(sources, now.homes, self._shards, self._capacity)
+        weights, state, optimizer = self._bytes_of_a_member()
+        if self._breeding.inherits_optimizer_state:
+            state += optimizer
         for child, shard in enumerate(now.nurseries):
-            away = {int(parent) for parent in plan.parents[child]}
-            away = {parent for parent in away if now.homes[parent] != shard}
+            away = {parent for parent in sources[child] if now.homes[parent] != shard}
             self._moved["bytes_moved"] += len(away) * weights
             self._moved["bytes_moved"] += (int(plan.fitter[child]) in away) * state
         return self._train_children(now, range(self._size), progress)
@@ -305,7 +321,13 @@ class RayPopulation:
 
         return self._trained(
             generation.parents,
-            self._in_shards(generation, Phase.TRAIN_PARENTS, generation.homes, places),
+            self._in_shards(
+                generation,
+                Phase.TRAIN_PARENTS,
+                generation.homes,
+                places,
+                generation.hyperparameters,
+            ),
             "train_parents",
             arguments,
             progress,
@@ -315,18 +337,23 @@ class RayPopulation:
         self, generation: _Generation, places: Sequence[int], progress: Progress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         plan, parents = _there(generation.plan), generation.parents
+        sources = self._breeding.sources(plan)
 
         def arguments(shard: Shard) -> list[Any]:
             parts = []
             for child in shard.places:
-                first, second = (_there(parents[parent]) for parent in plan.parents[child])
+                first, second = (_there(parents[parent]) for parent in sources[child])
                 fitter = _there(parents[plan.fitter[child]])
                 parts += [first.weights, second.weights, fitter.state]
+                if self._breeding.inherits_optimizer_state:
+                    parts.append(fitter.optimizer)
             return [shard, plan, *parts]
 
         losses, mutated = self._trained(
             generation.children,
-            self._in_shards(generation, Phase.TRAIN_CHILDREN, generation.nurseries, places),
+            self._in_shards(
+                generation, Phase.TRAIN_CHILDREN, generation.nurseries, places, generation.inherited
+            ),
             "train_children",
             arguments,
             progress,
@@ -380,13 +407,21 @@ class RayPopulation:
         return losses
 
     def _in_shards(
-        self, generation: _Generation, phase: Phase, homes: Sequence[int], places: Sequence[int]
+        self,
+        generation: _Generation,
+        phase: Phase,
+        homes: Sequence[int],
+        places: Sequence[int],
+        hyperparameters: Values | None = None,
     ) -> dict[int, Shard]:
         shards = {}
         for number in range(self._shards):
             own = [place for place in places if homes[place] == number]
             if own:
-                shards[number] = Shard(generation.number, phase, own, generation.learning_rates)
+                values = {name: of[own] for name, of in (hyperparameters or {}).items()}
+                shards[number] = Shard(
+                    generation.number, phase, own, generation.learning_rates, values
+                )
         return shards
 
     # --- what gets lost -----------------------------------------------------------

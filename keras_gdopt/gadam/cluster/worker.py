@@ -14,9 +14,10 @@ from keras_gdopt.gadam import population
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.cluster import member_files
 from keras_gdopt.gadam.data import DataArguments
+from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
-from keras_gdopt.gadam.training import Training
+from keras_gdopt.gadam.training import Fitness, Training
 
 Arrays = Any  # a list of arrays, or the nested structure of an optimizer's state
 
@@ -27,9 +28,11 @@ class Setup(NamedTuple):
     model: bytes
     custom_objects: bytes
     initializer: bytes
+    start: str
     engine: str
     capacity: int
     breeding: dict[str, Any]
+    fitness: Fitness
     seed: int
     floatx: str
 
@@ -43,6 +46,8 @@ class Shard(NamedTuple):
     """In the population, or of children in their order."""
     learning_rates: list[float | None]
     """See `Engine.learning_rates`."""
+    hyperparameters: Values
+    """Those of the members, in the order of `places`."""
 
 
 class Worker:
@@ -64,12 +69,14 @@ class Worker:
         keras.saving.get_custom_objects().update(pickle.loads(setup.custom_objects))
         self._model = pickle.loads(setup.model)
         self._initializer = pickle.loads(setup.initializer)
+        self._start = setup.start
         self._seed = setup.seed
         self._training = Training(
             self._model,
             setup.engine,
             setup.capacity,
             breeding=Breeding(**setup.breeding, seed=setup.seed),
+            fitness=setup.fitness,
             seed=setup.seed,
         )
         return os.getpid()
@@ -89,8 +96,10 @@ class Worker:
         fresh = self._fresh()
         returned: list[Any] = [None]
         for place in places:
-            start = population.new_member(self._model, place, self._seed, self._initializer)
-            returned += [*start, fresh]
+            weights, state = population.new_member(
+                self._model, place, self._seed, self._initializer, self._start
+            )
+            returned += [weights, state, fresh]
         return tuple(returned)
 
     def write(self, paths: Sequence[str], *parts: Arrays) -> None:
@@ -117,10 +126,16 @@ class Worker:
         return self._trained(Members(weights, state, optimizer, batches), shard, ())
 
     def train_children(self, shard: Shard, plan: Plan, *parts: Arrays) -> tuple[Any, ...]:
-        """Breeds and trains; of each child come the parents' weights and one's state."""
-        first, second, state = (self._stacked(parts[of::3]) for of in range(3))
+        """Breeds and trains.
+
+        Of each child come the weights of two parents, the state of one, and where children
+        inherit it the state of its optimizer.
+        """
+        kinds = 4 if self._training.inherits_optimizer_state else 3
+        first, second, *rest = (self._stacked(parts[of::kinds]) for of in range(kinds))
+        state, inherited = (*rest, None)[:2]
         places = self._filled_up(shard.places)
-        children, mutated = self._training.children(plan, first, second, state, places)
+        children, mutated = self._training.children(plan, first, second, state, inherited, places)
         return self._trained(children, shard, (mutated[: len(shard.places)],))
 
     def fitness(self, shard: Shard, *parts: Arrays) -> np.ndarray:
@@ -136,7 +151,11 @@ class Worker:
         count = len(shard.places)
         self._training.engine.set_learning_rates(shard.learning_rates)
         members, losses = self._training.trained(
-            members, self._filled_up(shard.places), shard.generation, shard.phase
+            members,
+            self._filled_up(shard.places),
+            shard.generation,
+            shard.phase,
+            {n: np.array(self._filled_up(list(v))) for n, v in shard.hyperparameters.items()},
         )
         arrays = tf.nest.map_structure(lambda value: value.numpy(), members)
         returned: list[Any] = [(losses[:count], *more)]

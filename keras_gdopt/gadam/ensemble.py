@@ -1,0 +1,127 @@
+"""Several members of a population as one model, whose output is the mean of theirs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+Tensor = Any
+
+_LINKS = ("softmax", "sigmoid")
+
+
+@keras.saving.register_keras_serializable("keras_gdopt")
+class AverageOfLogits(keras.layers.Layer):
+    r"""Logits of the mean of the probabilities that several logits stand for.
+
+    $$z = \log \frac{1}{n} \sum_i \text{softmax}(z_i) \qquad \text{or} \qquad
+    z = \log \frac{\bar p}{1 - \bar p},\quad \bar p = \frac{1}{n} \sum_i \sigma(z_i)$$
+
+    so that a loss with `from_logits=True` and metrics of logits hold for the mean.
+    `keras.layers.Average` takes the mean of the logits themselves.
+
+    Args:
+        link: `"softmax"`, over the last axis, or `"sigmoid"`.
+        **kwargs: Keras's own, such as `name`.
+
+    Raises:
+        ValueError: If `link` is another one.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_gdopt.gadam.ensemble import AverageOfLogits
+    >>> certain, undecided = np.array([[20.0]]), np.array([[0.0]])
+    >>> z = AverageOfLogits("sigmoid")([certain, undecided])
+    >>> print(keras.ops.convert_to_numpy(keras.ops.sigmoid(z)).round(4))
+    [[0.75]]
+    """
+
+    def __init__(self, link: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if link not in _LINKS:
+            raise ValueError(f"`link` must be one of {list(_LINKS)}. Received: {link=}")
+        self.link = link
+
+    def call(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The logits of the mean.
+
+        Args:
+            inputs: Logits of the same shape.
+        """
+        logits = ops.stack(list(inputs))
+        if self.link == "softmax":
+            return ops.logsumexp(ops.log_softmax(logits), axis=0) - math.log(len(inputs))
+        yes, no = (ops.logsumexp(ops.log_sigmoid(z), axis=0) for z in (logits, -logits))
+        return yes - no
+
+    def compute_output_shape(self, input_shape: Sequence[Any]) -> Any:
+        """That of each input."""
+        return input_shape[0]
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, for `from_config`."""
+        return {**super().get_config(), "link": self.link}
+
+
+def averaged(members: Sequence[keras.Model], model: keras.Model) -> keras.Model:
+    """One functional model of several that are alike.
+
+    Args:
+        members: Models, not compiled, whose names are changed.
+        model: Whose inputs, outputs and loss they have; compiled.
+
+    Raises:
+        ValueError: If it does not tell its inputs, as a subclassed model.
+    """
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            f"An ensemble is a functional model, and the model '{model.name}' of class "
+            f"{type(model).__name__} does not tell its inputs. Build it from `keras.Input`s, or "
+            "take the mean of `gadam.member(rank).predict(x)` yourself"
+        )
+    for rank, member in enumerate(members):
+        member.name = f"member_{rank}"
+    is_sequential = isinstance(model, keras.Sequential)
+    inputs = keras.tree.map_structure(
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name),
+        model.inputs[0] if is_sequential else model.input,
+    )
+    of_members = [keras.tree.flatten(member(inputs)) for member in members]
+    if is_sequential:
+        structure, names, losses = model.outputs[0], [model.layers[-1].name], [model.loss]
+    else:
+        structure, names, losses = model.output, model.output_names, _losses_of_outputs(model)
+    merged = [
+        _mean_layer(loss, name)(list(outputs)) if len(members) > 1 else outputs[0]
+        for loss, name, *outputs in zip(losses, names, *of_members, strict=True)
+    ]
+    outputs = keras.tree.pack_sequence_as(structure, merged)
+    return keras.Model(inputs, outputs, name=f"ensemble_of_{model.name}")
+
+
+def _mean_layer(loss: Any, name: str) -> keras.layers.Layer:
+    if not _takes_logits(loss):
+        return keras.layers.Average(name=name)
+    of_one = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+    return AverageOfLogits("sigmoid" if isinstance(loss, of_one) else "softmax", name=name)
+
+
+def _takes_logits(loss: Any) -> bool:
+    return isinstance(loss, keras.losses.Loss) and bool(loss.get_config().get("from_logits"))
+
+
+def _losses_of_outputs(model: keras.Model) -> list[Any]:
+    """The compiled loss of each output, in their order."""
+    loss, outputs = model.loss, model.output
+    if isinstance(loss, dict):
+        keys = model.output_names
+        if isinstance(outputs, dict):  # each is called by its key there
+            places = {id(output): key for key, output in outputs.items()}
+            keys = [places[id(output)] for output in keras.tree.flatten(outputs)]
+        return [loss.get(key) for key in keys]
+    if isinstance(loss, (list, tuple)):
+        return list(loss)
+    return [loss] * len(model.output_names)

@@ -1,0 +1,183 @@
+r"""Hyper-parameters that the members of a population have of their own, and inherit.
+
+Each has a scale $u = \varphi(h)$ on which it is drawn and moved, so that a step means the same
+anywhere in the range: $\varphi = \log h$ where factors count, as of a learning rate, and
+$\varphi = \log(1 - h)$ where the distance from 1 does, as of a momentum.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_gdopt.gadam import keys
+from keras_gdopt.gadam.keys import Phase
+
+Values = dict[str, np.ndarray]
+"""By name the number of each member, in float64."""
+
+Range = tuple[float, float]
+
+_SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "positive": (np.log, np.exp),
+    "fraction": (lambda h: np.log1p(-h), lambda u: -np.expm1(u)),
+}
+
+
+class Evolution:
+    """Draws hyper-parameters for a first population, and perturbs those that children inherit.
+
+    The numbers are exact in the dtype that members compute in, and lie in their ranges.
+
+    Args:
+        ranges: Lowest and highest value by name.
+        kinds: `"positive"` or `"fraction"` by the same names.
+        perturbation: Standard deviation of a child's step, as a part of the range's width on
+            the scale of its hyper-parameter.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        ranges: Mapping[str, Range],
+        kinds: Mapping[str, str],
+        *,
+        perturbation: float,
+        seed: int,
+    ) -> None:
+        self.ranges = dict(sorted(ranges.items()))
+        self._kinds = kinds
+        self._perturbation = perturbation
+        self._seed = seed
+
+    def drawn(self, places: Sequence[int]) -> Values:
+        """Those that members of the first population begin with.
+
+        Args:
+            places: In the population.
+        """
+        values = {}
+        for number, (name, bounds) in enumerate(self.ranges.items()):
+            low, high = self._on_its_scale(name, bounds)
+            draws = [
+                keys.generator(self._seed, 0, Phase.DRAW_HYPERPARAMETERS, place, number).random()
+                for place in places
+            ]
+            values[name] = self._back(name, low + (high - low) * np.array(draws))
+        return values
+
+    def perturbed(self, inherited: Values, generation: int, children: Sequence[int]) -> Values:
+        r"""Those of children, $\varphi^{-1}(u + \sigma w z)$ with $z \sim N(0, 1)$.
+
+        What leaves the range is folded back into it, by reflection at its ends.
+
+        Args:
+            inherited: What each child's fitter parent has.
+            generation: Its number.
+            children: Their numbers in the generation.
+        """
+        values = {}
+        for number, (name, bounds) in enumerate(self.ranges.items()):
+            to_scale, _ = _SCALES[self._kinds[name]]
+            low, high = self._on_its_scale(name, bounds)
+            normal = np.array(
+                [
+                    keys.generator(
+                        self._seed, generation, Phase.PERTURB_HYPERPARAMETERS, child, number
+                    ).standard_normal()
+                    for child in children
+                ]
+            )
+            step = self._perturbation * (high - low) * normal
+            moved = to_scale(inherited[name]) + step
+            values[name] = self._back(name, _folded(moved, low, high))
+        return values
+
+    def of_one(self, values: Values, place: int) -> dict[str, float]:
+        """A member's, or a child's, as plain numbers."""
+        return {name: float(of_all[place]) for name, of_all in values.items()}
+
+    def _on_its_scale(self, name: str, bounds: Range) -> Range:
+        to_scale, _ = _SCALES[self._kinds[name]]
+        low, high = sorted(float(to_scale(value)) for value in bounds)
+        return low, high
+
+    def _back(self, name: str, scaled: np.ndarray) -> np.ndarray:
+        """What was drawn, as the nearest number in the range that members can compute with."""
+        low, high = self.ranges[name]
+        _, from_scale = _SCALES[self._kinds[name]]
+        exact = np.clip(from_scale(scaled), low, high)
+        rounded = exact.astype(keras.config.floatx())
+        upward, downward = (
+            np.nextafter(rounded, rounded.dtype.type(way)) for way in (np.inf, -np.inf)
+        )
+        inside = np.where(rounded < low, upward, np.where(rounded > high, downward, rounded))
+        return inside.astype("float64")
+
+
+def checked_ranges(evolve: Any, optimizer: Any) -> dict[str, Range]:
+    """Returns the ranges of `Gadam(evolve=...)`, or raises.
+
+    Args:
+        evolve: What the user passed.
+        optimizer: The pure step of the model's optimizer.
+
+    Raises:
+        ValueError: If it is no dictionary of ranges, a hyper-parameter cannot evolve, or a range
+            is empty or reaches beyond what the hyper-parameter takes.
+    """
+    kinds = optimizer.evolvable
+    if not isinstance(evolve, Mapping) or not evolve:
+        raise ValueError(
+            "Expected `evolve` to be a dictionary of ranges, such as "
+            f"{{'learning_rate': (1e-4, 1e-1)}}. Received: evolve={evolve!r}"
+        )
+    for name in evolve:
+        if name not in kinds:
+            raise ValueError(_why_not_evolvable(name, kinds))
+    return {name: _checked_range(name, evolve[name], kinds[name], optimizer) for name in evolve}
+
+
+def _why_not_evolvable(name: str, kinds: Mapping[str, str]) -> str:
+    if not kinds:
+        why = "a `MultiOptimizer` has several optimizers, and a name is of none of them alone"
+    elif name == "learning_rate":
+        why = "the optimizer has a schedule of it, and a schedule and a range exclude each other"
+    else:
+        why = (
+            "the optimizer does not have it, or does not declare it (`evolvable`, docs/own_rule.md)"
+        )
+    return (
+        f"The hyper-parameter {name!r} cannot evolve: {why}. Expected one of {sorted(kinds)}. "
+        f"Received: evolve={{{name!r}: ...}}"
+    )
+
+
+def _checked_range(name: str, bounds: Any, kind: str, optimizer: Any) -> Range:
+    of = "above 0" if kind == "positive" else "of at least 0 and below 1"
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    above_the_least = low > 0 if kind == "positive" else low >= 0
+    below_the_most = high < (math.inf if kind == "positive" else 1.0)
+    dtype = np.dtype(keras.config.floatx()).type
+    if not (above_the_least and below_the_most and dtype(low) < dtype(high)):
+        raise ValueError(
+            f"Expected the range of {name!r} to be two numbers {of}, the lower one first. "
+            f"Received: {bounds!r}"
+        )
+    for bound in (low, high):
+        try:
+            optimizer.check_hyperparameter(name, bound)
+        except ValueError as error:
+            raise ValueError(f"The range {bounds!r} of {name!r} is not allowed. {error}") from None
+    return low, high
+
+
+def _folded(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    width = high - low
+    beyond = np.mod(values - low, 2 * width)
+    return low + np.where(beyond > width, 2 * width - beyond, beyond)
