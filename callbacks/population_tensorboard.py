@@ -241,7 +241,7 @@ class PopulationTensorBoard(PopulationCallback):
         line = self.gadam.lineage.line(winner)
         files.restart(0)  # an earlier winner may have had other ancestors
         for generation in range(self._last + 1):
-            # Who is born in a generation counts for the next one.
+            # An individual's generation is the one after that in which it was born.
             then = next(one for one in line if one["generation"] <= generation + 1)
             values = [scalar(f"slot/{n}", value) for n, value in then["hyperparameters"].items()]
             files.write(generation, values, run=_WINNER)

@@ -130,6 +130,8 @@ class Breeding:
         # State comes whole, from the fitter parent; from the first where they are as fit.
         fitness = tf.gather(genetics.normalized_losses(losses), parents)
         fitter = tf.where(fitness[:, 1] < fitness[:, 0], parents[:, 1], parents[:, 0])
+        if self._crossover == "fitter":
+            crossovers = tf.cast(tf.equal(fitter, parents[:, 0]), tf.float64)
         return probabilities, parents, crossovers, mutations, fitter
 
     def _bred(

@@ -92,6 +92,11 @@ class ArrayData:
         self.steps_per_epoch = self._full_steps + bool(self._rest)
         self._seed = seed
 
+    def first_batch(self) -> Data | list[Data]:
+        """A batch from the beginning; in a list where batches differ in shape."""
+        batch = take_rows(self.data, np.arange(self._batch_size))
+        return batch if self._alike else [batch]
+
     def epoch(
         self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
     ) -> Iterator[Portion]:
@@ -196,6 +201,11 @@ class StreamData:
             self._steps = same_size.batch(members, drop_remainder=True)
         self._taken = 0
         self._stream: Iterator[Data] | None = None
+        self._first = first
+
+    def first_batch(self) -> Data | list[Data]:
+        """A batch from the beginning, see `ArrayData.first_batch`; the stream stays where it is."""
+        return [self._first] if self._as_they_are else self._first
 
     def go_to(self, step: int) -> None:
         """Goes to a step of the stream, counted from its beginning."""
@@ -404,6 +414,20 @@ class GenerationData:
         if isinstance(self._data, StreamData):
             self._data.go_to(self._start(generation, phase) + epoch * self._data.steps_per_epoch)
         yield from self._data.epoch(generation, phase, epoch, places)
+
+    def first_batch(self) -> Data | list[Data]:
+        """A batch of the shapes that members are judged by; a list where they differ."""
+        batch: Data | list[Data]
+        if self._fitness_data is None:
+            batch = self._data.first_batch()
+        elif isinstance(self._fitness_data, list):
+            batch = self._fitness_data
+        else:
+            count = min(sample_count(self._fitness_data), self._fitness_samples)
+            batch = take_rows(self._fitness_data, np.arange(count))
+        return (
+            batch if self._fixed_batch_size is None else cut_to_size(batch, self._fixed_batch_size)
+        )
 
     def fitness_batch(self, generation: int, phase: Phase) -> Data | list[Data]:
         """What all members are judged by in a phase; a list where batches differ in shape."""

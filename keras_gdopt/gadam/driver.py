@@ -99,13 +99,14 @@ class Gadam:
 
     $$u_{child} = u_{parent} + \sigma w z, \qquad z \sim N(0, 1)$$
 
-    reflected at the ends of the range. What then works is the default: children with the
-    weights and the optimizer's state of the fitter parent, and no mutation of weights.
+    reflected at the ends of the range. Then children begin by default with the weights and the
+    optimizer's state of the fitter parent, and no weights mutate.
 
-    A survivor keeps its optimizer's state, a child starts with a fresh one (so that a learning
-    rate schedule begins anew with it), and has the non-trainable state (statistics of batch
-    normalization) of its fitter parent. Fitness losses are means over the batch, as Keras's
-    losses are, where the paper has sums: that changes no choice, only the unit of `tolerance`.
+    A survivor keeps its optimizer's state. Without `inherit_optimizer_state` a child starts with
+    a fresh one, so that a learning rate schedule begins anew with it. It has the non-trainable
+    state (statistics of batch normalization) of its fitter parent. Fitness losses are means over
+    the batch, as Keras's losses are, where the paper has sums: that changes no choice, only the
+    unit of `tolerance`.
     At the end of each training the optimizer finalizes its weights, as it does at the end of
     `fit`. All that is random depends on the seed, the generation, the member and the purpose
     only.
@@ -310,22 +311,23 @@ class Gadam:
 
         Where the compiled loss takes logits, it is the logarithm of the mean of their
         probabilities, so that loss and metrics hold for it. Compiled as the model is, with a
-        fresh optimizer; evaluates, predicts, saves and exports like any other.
+        fresh optimizer; evaluates, predicts, saves and exports like any other. Penalties, of
+        regularizers and `add_loss`, are those of all its members.
 
         Args:
             size: How many members. Defaults to `None`: all whose fitness is finite.
 
         Raises:
             RuntimeError: Before `fit`.
-            ValueError: If there are not as many members, or the model does not tell its inputs.
+            ValueError: If there are not as many members, or the model has no `inputs`.
         """
         self._check_is_fitted()
         finite = int(np.sum(np.isfinite(self._fitness)))
         size = checked_count("size", finite if size is None else size, minimum=1)
-        if size > self.population_size:
+        if size > finite:
             raise ValueError(
-                f"Expected an ensemble of at most {self.population_size} members, which the "
-                f"population has. Received: size={size}"
+                f"Expected an ensemble of at most {finite} members, as many as the population has "
+                f"with a finite fitness. Received: size={size}"
             )
         members = []
         for rank in range(size):
@@ -337,8 +339,8 @@ class Gadam:
     def found_schedule(self) -> keras.optimizers.schedules.PiecewiseConstantDecay:
         """The learning rates of the fittest member and its ancestors, over the steps they made.
 
-        To train one model with. The ancestors are the fitter parents, whose weights and
-        optimizer's state a child begins with by `crossover="fitter"`.
+        To train one model with. The ancestors are the fitter parents, whose learning rate a child
+        inherits, and by default their weights and optimizer's state, too.
 
         Raises:
             RuntimeError: Before `fit`.
@@ -748,7 +750,13 @@ class Gadam:
         """Raises if there is no such metric to judge by."""
         if self._judge.name == "loss":
             return
-        batch = data.fitness_batch(self._generation, Phase.FITNESS)
+        batch = data.first_batch()
+        if isinstance(batch, list):
+            raise ValueError(
+                "A metric is taken of one batch, and this data has batches that differ in shape "
+                "or have a fixed size. Use `fitness='loss'`, or samples of one shape as "
+                f"`fitness_data`. Received: fitness={tuple(self._judge)}"
+            )
         values = self._metrics(batch)
         if np.ndim(values.get(self._judge.name, np.nan)) or self._judge.name not in values:
             known = [name for name, value in values.items() if np.ndim(value) == 0]
@@ -830,6 +838,7 @@ def _checked_fitness(fitness: Any) -> Fitness:
         and len(fitness) == 2
         and isinstance(fitness[0], str)
         and fitness[1] in ("min", "max")
+        and tuple(fitness) != ("loss", "max")
     ):
         return Fitness(*fitness)
     raise ValueError(

@@ -371,8 +371,12 @@ class Engine:
             value = tf.cast(metrics[name], keras.config.floatx())
             return tf.where(tf.math.is_finite(loss), value, np.nan)
 
-        like = tf.TensorSpec((), keras.config.floatx())
-        return self._side_by_side(judged, (list(weights), list(state)), like)
+        return tf.map_fn(
+            judged,
+            (list(weights), list(state)),
+            fn_output_signature=tf.TensorSpec((), keras.config.floatx()),
+            parallel_iterations=1,
+        )
 
     def _fitness_loss(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Data

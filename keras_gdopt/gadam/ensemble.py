@@ -23,7 +23,8 @@ class AverageOfLogits(keras.layers.Layer):
     `keras.layers.Average` takes the mean of the logits themselves.
 
     Args:
-        link: `"softmax"`, over the last axis, or `"sigmoid"`.
+        link: `"softmax"` or `"sigmoid"`.
+        axis: Of the classes, for `"softmax"`. Defaults to -1.
         **kwargs: Keras's own, such as `name`.
 
     Raises:
@@ -39,11 +40,13 @@ class AverageOfLogits(keras.layers.Layer):
     [[0.75]]
     """
 
-    def __init__(self, link: str, **kwargs: Any) -> None:
+    def __init__(self, link: str, axis: int = -1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if link not in _LINKS:
             raise ValueError(f"`link` must be one of {list(_LINKS)}. Received: {link=}")
         self.link = link
+        self.axis = axis
+        self.supports_masking = True
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
         """The logits of the mean.
@@ -51,11 +54,17 @@ class AverageOfLogits(keras.layers.Layer):
         Args:
             inputs: Logits of the same shape.
         """
-        logits = ops.stack(list(inputs))
         if self.link == "softmax":
-            return ops.logsumexp(ops.log_softmax(logits), axis=0) - math.log(len(inputs))
+            logs = ops.stack([ops.log_softmax(z, self.axis) for z in inputs])
+            return ops.logsumexp(logs, axis=0) - math.log(len(inputs))
+        logits = ops.stack(list(inputs))
         yes, no = (ops.logsumexp(ops.log_sigmoid(z), axis=0) for z in (logits, -logits))
         return yes - no
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """That of the first input: all have the same."""
+        del inputs
+        return mask[0] if mask else None
 
     def compute_output_shape(self, input_shape: Sequence[Any]) -> Any:
         """That of each input."""
@@ -63,7 +72,7 @@ class AverageOfLogits(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, for `from_config`."""
-        return {**super().get_config(), "link": self.link}
+        return {**super().get_config(), "link": self.link, "axis": self.axis}
 
 
 def averaged(members: Sequence[keras.Model], model: keras.Model) -> keras.Model:
@@ -74,13 +83,13 @@ def averaged(members: Sequence[keras.Model], model: keras.Model) -> keras.Model:
         model: Whose inputs, outputs and loss they have; compiled.
 
     Raises:
-        ValueError: If it does not tell its inputs, as a subclassed model.
+        ValueError: If it has no `inputs`, as a subclassed model.
     """
     if not getattr(model, "inputs", None):
         raise ValueError(
-            f"An ensemble is a functional model, and the model '{model.name}' of class "
-            f"{type(model).__name__} does not tell its inputs. Build it from `keras.Input`s, or "
-            "take the mean of `gadam.member(rank).predict(x)` yourself"
+            f"An ensemble is a functional model, and the model '{model.name}' has no `inputs`. "
+            "Build it from `keras.Input`s, or take the mean of `gadam.member(rank).predict(x)`. "
+            f"Received: a model of class {type(model).__name__}"
         )
     for rank, member in enumerate(members):
         member.name = f"member_{rank}"
@@ -91,22 +100,34 @@ def averaged(members: Sequence[keras.Model], model: keras.Model) -> keras.Model:
     )
     of_members = [keras.tree.flatten(member(inputs)) for member in members]
     if is_sequential:
-        structure, names, losses = model.outputs[0], [model.layers[-1].name], [model.loss]
+        structure, names = model.outputs[0], [model.layers[-1].name]
+        losses = keras.tree.flatten(model.loss)[:1]
     else:
         structure, names, losses = model.output, model.output_names, _losses_of_outputs(model)
     merged = [
-        _mean_layer(loss, name)(list(outputs)) if len(members) > 1 else outputs[0]
-        for loss, name, *outputs in zip(losses, names, *of_members, strict=True)
+        _mean_layer(loss, name, outputs[0].dtype)(list(outputs))
+        for loss, name, *outputs in zip(losses, _distinct(names), *of_members, strict=True)
     ]
     outputs = keras.tree.pack_sequence_as(structure, merged)
     return keras.Model(inputs, outputs, name=f"ensemble_of_{model.name}")
 
 
-def _mean_layer(loss: Any, name: str) -> keras.layers.Layer:
+def _mean_layer(loss: Any, name: str, dtype: Any) -> keras.layers.Layer:
+    """In the outputs' dtype, whatever Keras's policy is."""
     if not _takes_logits(loss):
-        return keras.layers.Average(name=name)
+        return keras.layers.Average(name=name, dtype=dtype)
     of_one = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
-    return AverageOfLogits("sigmoid" if isinstance(loss, of_one) else "softmax", name=name)
+    if isinstance(loss, of_one):
+        return AverageOfLogits("sigmoid", name=name, dtype=dtype)
+    axis = loss.get_config().get("axis", -1)
+    return AverageOfLogits("softmax", axis, name=name, dtype=dtype)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, those that are there again with a number."""
+    return [
+        name if name not in names[:place] else f"{name}_{place}" for place, name in enumerate(names)
+    ]
 
 
 def _takes_logits(loss: Any) -> bool:

@@ -7,6 +7,7 @@ $\varphi = \log(1 - h)$ where the distance from 1 does, as of a momentum.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import keras
@@ -109,12 +110,17 @@ class Evolution:
         low, high = self.ranges[name]
         _, from_scale = _SCALES[self._kinds[name]]
         exact = np.clip(from_scale(scaled), low, high)
-        rounded = exact.astype(keras.config.floatx())
-        upward, downward = (
-            np.nextafter(rounded, rounded.dtype.type(way)) for way in (np.inf, -np.inf)
-        )
-        inside = np.where(rounded < low, upward, np.where(rounded > high, downward, rounded))
-        return inside.astype("float64")
+        return _representable(exact, low, high)
+
+
+def _representable(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The nearest numbers in a range that members can compute with, in float64."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(keras.config.floatx())
+    upward, downward = (np.nextafter(rounded, rounded.dtype.type(way)) for way in (np.inf, -np.inf))
+    exactly = rounded.astype("float64")  # else the ends would be rounded, too
+    inside = np.where(exactly < low, upward, np.where(exactly > high, downward, rounded))
+    return inside.astype("float64")
 
 
 def checked_ranges(evolve: Any, optimizer: Any) -> dict[str, Range]:
@@ -137,7 +143,18 @@ def checked_ranges(evolve: Any, optimizer: Any) -> dict[str, Range]:
     for name in evolve:
         if name not in kinds:
             raise ValueError(_why_not_evolvable(name, kinds))
-    return {name: _checked_range(name, evolve[name], kinds[name], optimizer) for name in evolve}
+        if kinds[name] not in _SCALES:
+            raise ValueError(
+                f"The optimizer declares {name!r} in `evolvable`. Expected one of {list(_SCALES)} "
+                f"for it. Received: {kinds[name]!r}"
+            )
+    ranges = {name: _checked_range(name, evolve[name], kinds[name]) for name in evolve}
+    for end in (0, 1):
+        try:
+            optimizer.check_hyperparameters({name: of[end] for name, of in ranges.items()})
+        except ValueError as error:
+            raise ValueError(f"The ranges {ranges} are not allowed. {error}") from None
+    return ranges
 
 
 def _why_not_evolvable(name: str, kinds: Mapping[str, str]) -> str:
@@ -155,25 +172,22 @@ def _why_not_evolvable(name: str, kinds: Mapping[str, str]) -> str:
     )
 
 
-def _checked_range(name: str, bounds: Any, kind: str, optimizer: Any) -> Range:
+def _checked_range(name: str, bounds: Any, kind: str) -> Range:
+    """Its ends, which must not be forbidden in the dtype that members compute in, either."""
     of = "above 0" if kind == "positive" else "of at least 0 and below 1"
-    try:
-        low, high = (float(bound) for bound in bounds)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    above_the_least = low > 0 if kind == "positive" else low >= 0
-    below_the_most = high < (math.inf if kind == "positive" else 1.0)
-    dtype = np.dtype(keras.config.floatx()).type
-    if not (above_the_least and below_the_most and dtype(low) < dtype(high)):
+    low = high = math.nan
+    if isinstance(bounds, Sequence) and len(bounds) == 2:
+        low, high = (float(b) if isinstance(b, Real) else math.nan for b in bounds)
+    ends = np.array([low, high])
+    with np.errstate(over="ignore"):
+        least, most = ends.astype(keras.config.floatx()).tolist()
+    above_the_least = least > 0 if kind == "positive" else low >= 0
+    below_the_most = most < (math.inf if kind == "positive" else 1.0)
+    if not (above_the_least and below_the_most) or np.diff(_representable(ends, low, high)) <= 0:
         raise ValueError(
             f"Expected the range of {name!r} to be two numbers {of}, the lower one first. "
             f"Received: {bounds!r}"
         )
-    for bound in (low, high):
-        try:
-            optimizer.check_hyperparameter(name, bound)
-        except ValueError as error:
-            raise ValueError(f"The range {bounds!r} of {name!r} is not allowed. {error}") from None
     return low, high
 
 

@@ -139,12 +139,7 @@ class Training:
         return np.average(losses, axis=0, weights=counts).astype(losses.dtype)
 
     def _metric(self, members: Members, batch: Data | list[Data]) -> np.ndarray:
-        if isinstance(batch, list):
-            raise ValueError(
-                "A metric is taken of one batch, and this data has batches that differ in shape. "
-                "Use `fitness='loss'`, or samples of one shape as `fitness_data`. Received: "
-                f"fitness={tuple(self._fitness)}"
-            )
+        assert not isinstance(batch, list)  # the driver has looked
         if not self._has_metrics:  # they have variables only after a first batch
             self._model.test_on_batch(**batch)
             self._model.reset_metrics()

@@ -72,6 +72,7 @@ class Adam(AdaptiveMoments):
     """
 
     hyperparameters = (*AdaptiveMoments.hyperparameters, "amsgrad")
+    evolvable = AdaptiveMoments.evolvable
 
     def __init__(
         self,

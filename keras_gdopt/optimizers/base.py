@@ -543,6 +543,12 @@ class GradientOptimizer(SavedStateOptimizer):
             return self
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, **hyperparameters)
+        for name, value in hyperparameters.items():
+            if getattr(other, name) is not value:
+                raise ValueError(
+                    f"{type(self).__name__} declares `{name}` as evolvable. Expected it to be an "
+                    "attribute that the rule reads. Received: a property"
+                )
         return other
 
     def _finalized(self, weight: Any, slots: Slots) -> Update:

@@ -61,6 +61,8 @@ class Nadam(AdaptiveMoments):
     Training* (arXiv 1903.03614), Eq. 42.
     """
 
+    evolvable = AdaptiveMoments.evolvable
+
     def __init__(
         self,
         learning_rate: Any = 0.001,

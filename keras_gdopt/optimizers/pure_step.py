@@ -94,11 +94,18 @@ class PureStep:
         """The hyper-parameters that a step takes, see `GradientOptimizer.evolvable`."""
         is_number = isinstance(self._optimizer._learning_rate, keras.Variable)
         rate = {"learning_rate": "positive"} if is_number else {}
-        return {**rate, "weight_decay": "positive", **self._optimizer.evolvable}
+        classes = type(self._optimizer).__mro__
+        rule, declaration = (
+            next(place for place, cls in enumerate(classes) if name in vars(cls))
+            for name in ("update_rule", "evolvable")
+        )
+        # What another rule declares, of which this one is a subclass, is not said of this one.
+        declared = self._optimizer.evolvable if declaration <= rule else {}
+        return {**rate, "weight_decay": "positive", **declared}
 
-    def check_hyperparameter(self, name: str, value: float) -> None:
-        """Raises as the optimizer's class does for a number that it does not take."""
-        config = {**self._optimizer.get_config(), name: value}
+    def check_hyperparameters(self, values: Mapping[str, float]) -> None:
+        """Raises as the optimizer's class does for numbers that it does not take."""
+        config = {**self._optimizer.get_config(), "learning_rate": 0.001, **values}
         type(self._optimizer).from_config(config)
 
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
@@ -263,9 +270,9 @@ class PureLookahead:
         """Those of the inner optimizer."""
         return self._inner.evolvable
 
-    def check_hyperparameter(self, name: str, value: float) -> None:
+    def check_hyperparameters(self, values: Mapping[str, float]) -> None:
         """Raises as the inner optimizer's class does."""
-        self._inner.check_hyperparameter(name, value)
+        self._inner.check_hyperparameters(values)
 
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
         """Gives the inner optimizer numbers in place of its own."""
@@ -367,12 +374,12 @@ class PureMultiOptimizer:
 
     @property
     def evolvable(self) -> dict[str, str]:
-        """None, as a name would be of several optimizers."""
+        """Nothing: a name does not say which of the optimizers it is of."""
         return {}
 
-    def check_hyperparameter(self, name: str, value: float) -> None:
+    def check_hyperparameters(self, values: Mapping[str, float]) -> None:
         """There are none to check."""
-        del name, value
+        del values
 
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
         """There are none to set."""

@@ -80,6 +80,7 @@ class RAdam(AdaptiveMoments):
     """
 
     hyperparameters = (*AdaptiveMoments.hyperparameters, "sma_threshold")
+    evolvable = AdaptiveMoments.evolvable
 
     def __init__(
         self,

@@ -610,8 +610,8 @@ class TensorFlowStep:
 def after(tensors: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """A scope in whose graph nothing happens before the tensors are there.
 
-    Where data of unknown length ends, the iterator fails in a train function, beside the
-    operations that need nothing of it: a step would be counted that none was.
+    Where data of unknown length ends, the iterator of a train function raises, but operations
+    that do not need its data still run: they would count a step that was not made.
 
     Args:
         tensors: Dense or `tf.IndexedSlices`; `None` for what is not there.

@@ -77,8 +77,8 @@ def test_children_take_a_normal_step_that_is_folded_at_the_ends(name, perturbati
 
 
 def test_values_are_exact_in_float32_and_never_leave_the_range():
-    """0.1 and 0.3 lie above what they are in float32, 0.7 below."""
-    for bounds in ((0.1, 0.10000001), (0.3, 0.7), (1e-4, 1e-1)):
+    """The ends are, in float32, outside: 0.1 and 0.3 are more there, 0.7 and 0.9 less."""
+    for bounds in ((0.7, 0.70000012), (0.09999996, 0.1), (0.3, 0.7), (1e-4, 1e-1)):
         evolution = Evolution({"h": bounds}, {"h": "positive"}, perturbation=2.0, seed=0)
         values = evolution.drawn(range(300))
         for generation in range(3):
@@ -174,6 +174,9 @@ def test_children_inherit_from_the_fitter_parent_and_survivors_keep_theirs(evolv
         if one["heir_of"] is None:
             continue
         assert one["heir_of"] in one["parents"]
+        if one["parents"][0] != one["parents"][1]:  # all of it is one parent's
+            is_first = one["parents"][0] == one["heir_of"]
+            assert one["crossover_probability"] == float(is_first)
         parents = [lineage[parent]["selections"] for parent in one["parents"]]
         assert parents[0] and parents[1]
         for name, (low, high) in EVOLVE.items():
@@ -389,6 +392,44 @@ def test_a_loss_that_is_not_finite_has_no_metric():
     assert 0.0 <= gadam.fitness[0] <= 1.0
 
 
+def test_judging_by_a_metric_leaves_the_stream_of_data_where_it_is(tmp_path):
+    """A resumed run sees the batches of a shuffled dataset that a whole one sees."""
+
+    def gadam():
+        return _gadam("linear", fitness=("mae", "min"))
+
+    def data():
+        x, y = (part.astype("float32") for part in models.samples(np.random.default_rng(0), 40))
+        return tf.data.Dataset.from_tensor_slices((x, y)).shuffle(40, seed=1).batch(16)
+
+    whole = gadam()
+    expected = whole.fit(data(), generations=3, verbose=0).history
+    for generations in (2, 3):
+        parts = gadam()
+        received = parts.fit(
+            data(), generations=generations, verbose=0, checkpoint_dir=str(tmp_path)
+        ).history
+    assert received == expected
+    assert list(parts.lineage) == list(whole.lineage)
+
+
+def test_a_metric_of_batches_that_differ_in_shape_is_refused_before_training():
+    model = models.texts()
+    model.compile(gdopt.Adam(), "mse", metrics=["mae"])
+    ids = tf.RaggedTensor.from_row_lengths(np.arange(6) % 5, [1, 3, 2])
+    dataset = tf.data.Dataset.from_tensor_slices((ids, np.ones((3, 1)))).ragged_batch(2)
+    gadam = gdopt.Gadam(model, 2, fitness=("mae", "min"))
+    with pytest.raises(ValueError, match="A metric is taken of one batch"):
+        gadam.fit(dataset, verbose=0)
+    assert not gadam.fitness.size
+
+
+def test_the_loss_is_the_less_the_better():
+    assert _gadam(fitness=("loss", "min"))._run_identity()["fitness"] is None
+    with pytest.raises(ValueError, match="Expected `fitness` to be 'loss'"):
+        _gadam(fitness=("loss", "max"))
+
+
 @pytest.mark.parametrize("fitness", ["accuracy", ("mae", "least"), ("mae",), 3, ("mae", "min", 1)])
 def test_fitness_is_the_loss_or_a_metric_with_its_direction(fitness):
     with pytest.raises(ValueError, match=r"such as \('accuracy', 'max'\)"):
@@ -514,10 +555,47 @@ def test_logits_that_are_large_keep_their_mean():
         AverageOfLogits("tanh")
 
 
+def test_an_ensemble_of_one_keeps_its_output_s_name():
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(3, name="out")(inputs))
+    model.compile(gdopt.Adam(), {"out": "mse"}, metrics={"out": "mae"})
+    gadam = gdopt.Gadam(model, 2, seed=1)
+    x, y = models.samples(np.random.default_rng(0), count=16)
+    gadam.fit(x, y, generations=1, verbose=0)
+    expected = model.evaluate(x, y, verbose=0)
+    np.testing.assert_allclose(gadam.ensemble(1).evaluate(x, y, verbose=0), expected, rtol=1e-5)
+
+
+def test_an_ensemble_keeps_masks_and_the_precision_of_outputs():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Embedding(5, 3, mask_zero=True),
+            keras.layers.Dense(3, dtype="float32"),
+        ]
+    )
+    model.compile(gdopt.Adam(0.1), [loss])
+    gadam = gdopt.Gadam(model, 3, seed=1)
+    x = np.array([[1, 2, 0, 0], [3, 4, 1, 0]] * 4)
+    y = x % 3
+    gadam.fit(x, y, generations=1, verbose=0)
+    ensemble = gadam.ensemble()
+    members = np.stack([gadam.member(rank).predict(x, verbose=0) for rank in range(3)])
+    powers = np.exp(members.astype("float64"))
+    mean = np.mean(powers / powers.sum(axis=-1, keepdims=True), axis=0)
+    received = ensemble.predict(x, verbose=0)
+    np.testing.assert_allclose(received, np.log(mean), rtol=1e-5, atol=1e-5)
+    losses = -np.log(np.take_along_axis(mean, y[..., None], axis=-1))[..., 0]
+    expected = np.sum(losses * (x > 0)) / np.sum(x > 0)
+    np.testing.assert_allclose(ensemble.evaluate(x, y, verbose=0), expected, rtol=1e-4)
+
+
 def test_a_subclassed_model_has_no_ensemble():
     gadam = _gadam("subclassed")
     gadam.fit(**_data(), generations=1, verbose=0)
-    with pytest.raises(ValueError, match="does not tell its inputs"):
+    with pytest.raises(ValueError, match="has no `inputs`"):
         gadam.ensemble()
 
 
@@ -538,9 +616,15 @@ def test_a_subclassed_model_has_no_ensemble():
         ({"learning_rate": 0.1}, "two numbers"),
         ({"learning_rate": ("a", 1)}, "two numbers"),
         ({"learning_rate": (0.1, 0.2, 0.3)}, "two numbers"),
+        ({"learning_rate": "12"}, "two numbers"),
+        ({"learning_rate": (1e-50, 0.1)}, "above 0"),  # 0 in float32
+        ({"learning_rate": (1e-3, 1e39)}, "above 0"),  # infinity
+        ({"beta_1": (0.9, 0.99999999)}, "below 1"),  # 1
+        ({"beta_1": (0.9, 0.90000001)}, "the lower one first"),  # one number
+        ({"epsilon": (1e-37, 1), "epsilon_root": (1e-37, 1)}, "are not allowed. At least one of"),
         ({"beta_1": (0.9, 1.0)}, "of at least 0 and below 1"),
         ({"beta_1": (-0.1, 0.9)}, "of at least 0 and below 1"),
-        ({"epsilon": (1e-40, 1e-3)}, "is not allowed. At least one of"),
+        ({"epsilon": (1e-37, 1e-3)}, "are not allowed. At least one of"),
     ],
 )
 def test_ranges_that_are_none(evolve, message):
@@ -584,6 +668,22 @@ def test_a_rule_that_declares_nothing_evolves_its_rate_and_decay():
         _gadam(optimizer=Own(), evolve={"power": (1.0, 2.0)})
     gadam = _gadam(optimizer=Own(), evolve={"learning_rate": (1e-3, 1e-1)})
     gadam.fit(**_data(), generations=1, verbose=0)
+
+    class OfAdam(gdopt.Adam):
+        """Its rule is another one, of which Adam's declaration says nothing."""
+
+        def update_rule(self, gradient, slots, learning_rate, step):
+            sign = 1.0 if self.beta_1 > 0.5 else -1.0
+            return -sign * learning_rate * gradient, dict(slots)
+
+    with pytest.raises(ValueError, match="'beta_1' cannot evolve"):
+        _gadam(optimizer=OfAdam(), evolve={"beta_1": (0.5, 0.9)})
+
+    class Misspelt(Own):
+        evolvable = {"power": "postive"}
+
+    with pytest.raises(ValueError, match="Received: 'postive'"):
+        _gadam(optimizer=Misspelt(), evolve={"power": (1.0, 2.0)})
 
 
 @pytest.mark.skipif(
