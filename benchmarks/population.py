@@ -331,7 +331,7 @@ def _evolving() -> list[Work]:
         ),
         Work(
             "MLP 784-64-10, 16 settings, whole",
-            [random_search(16, 3), evolving_search(16, 3)],
+            [random_search(16, 5), evolving_search(16, 5)],
             bounds={"Gadam, evolving": 1 / 8},
         ),
         Work(
