@@ -85,10 +85,7 @@ class ModelFunction:
         Returns:
             A scalar, and the new state.
         """
-        mapping = [
-            *zip(self.trainable_variables, weights, strict=True),
-            *zip(self.state_variables, state, strict=True),
-        ]
+        mapping = self._mapping(weights, state)
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
             loss = loss_of(self.model, batch, training=training)
         known = {id(variable) for variable, _ in mapping}
@@ -109,19 +106,18 @@ class ModelFunction:
         Returns:
             A scalar, and the metrics by name; they must be built.
         """
-        mapping = [
+        with keras.StatelessScope(self._mapping(weights, state), collect_losses=True):
+            for metric in self.model.metrics:
+                metric.reset_state()
+            parts = _with_predictions(self.model, batch, training=False)
+            loss = self.model._compute_loss(**parts, training=False)
+            return loss, self.model.compute_metrics(**parts)
+
+    def _mapping(self, weights: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
+        return [
             *zip(self.trainable_variables, weights, strict=True),
             *zip(self.state_variables, state, strict=True),
         ]
-        arguments = {"training": False} if self.model._call_has_training_arg else {}
-        with keras.StatelessScope(mapping, collect_losses=True):
-            for metric in self.model.metrics:
-                metric.reset_state()
-            y_pred = self.model(batch.x, **arguments)
-            parts = {"x": batch.x, "y": batch.y, "y_pred": y_pred}
-            parts["sample_weight"] = batch.sample_weight
-            loss = self.model._compute_loss(**parts, training=False)
-            return loss, self.model.compute_metrics(**parts)
 
 
 def _other_state(model: keras.Model) -> list[keras.Variable]:
@@ -143,14 +139,13 @@ def _other_state(model: keras.Model) -> list[keras.Variable]:
 
 def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:
     """The loss of a compiled model with the weights that it has, as Keras's `fit` takes it."""
+    return model._compute_loss(**_with_predictions(model, batch, training), training=training)
+
+
+def _with_predictions(model: keras.Model, batch: Batch, training: bool) -> dict[str, Any]:
+    """A batch and what the model makes of it, as `compute_loss` takes them."""
     arguments = {"training": training} if model._call_has_training_arg else {}
-    return model._compute_loss(
-        x=batch.x,
-        y=batch.y,
-        y_pred=model(batch.x, **arguments),
-        sample_weight=batch.sample_weight,
-        training=training,
-    )
+    return {**batch._asdict(), "y_pred": model(batch.x, **arguments)}
 
 
 def check_is_trainable_by_its_loss(model: Any) -> None:

@@ -147,12 +147,12 @@ class Gadam:
             three decades.
         crossover: What a child's weights are: `"entries"` of both parents as above; their
             `"mean"`, weighed by the probability of Eq. 46; those of the `"fitter"` parent.
-            Defaults to `"entries"`, with `evolve` to `"fitter"`. (Hidden units of members that
-            were trained apart stand in different orders, so that a mixture is no good network.)
+            Defaults to `"entries"`, with `evolve` to `"fitter"`. (Members that were trained
+            apart have their hidden units in different orders, so mixing them harms a child.)
         inherit_optimizer_state: Whether a child goes on with the optimizer's state of its fitter
             parent. Defaults to False, with `evolve` to True.
         start: `"model"` gives all members the model's weights, as for fine-tuning: they stay
-            close to one another, and mixtures of them are good. Defaults to `"initializers"`,
+            close to one another, so mixing them does no harm. Defaults to `"initializers"`,
             see `initializer`.
         fitness: What members are judged by: `"loss"`, or a compiled metric with its direction,
             such as `("accuracy", "max")`. Fitness losses are then the metric, or where more is

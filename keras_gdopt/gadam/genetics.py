@@ -137,7 +137,7 @@ def mean(first: Tensor, second: Tensor, probability: Tensor) -> Tensor:
     Returns:
         The child's array, in the same dtype.
     """
-    # In halves of precision the sum would lose digits that the parents have.
+    # In half precision the sum would lose digits that the parents have.
     dtype = first.dtype if first.dtype.size >= 4 else tf.float32
     p = tf.cast(probability, dtype)
     return tf.cast(p * tf.cast(first, dtype) + (1 - p) * tf.cast(second, dtype), first.dtype)

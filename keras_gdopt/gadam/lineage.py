@@ -20,8 +20,8 @@ class Lineage:
       entry mutated) and `mutated_entries`, a count; all `None` in the first population,
     - `heir_of`: the fitter parent's id, whose hyper-parameters it inherited, or `None`;
       `hyperparameters` that evolve, by name,
-    - `first_step`: how many steps its line had made when it was born, by the fitter parents;
-      `steps` that it has made itself,
+    - `first_step`: how many steps its line of fitter parents had made before its birth; `steps`:
+      how many it has made itself,
     - `fitness`: its fitness loss when it was first evaluated,
     - `selections`: for each generation at whose end it was evaluated, `[generation,
       fitness loss, whether it survived]`.

@@ -11,7 +11,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_flag,
     checked_fraction,
 )
-from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.arithmetic import Tensor, is_known
 from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
@@ -126,7 +126,7 @@ class RMSprop(GradientOptimizer):
         new_slots["velocity"] = velocity
         divisor = ops.sqrt(velocity + self.epsilon_root) + self.epsilon
         step_back = learning_rate * gradient / divisor
-        if "momentum" in slots:
+        if not is_known(self.momentum) or self.momentum:
             step_back = self.momentum * slots["momentum"] + step_back
             new_slots["momentum"] = step_back
         return -step_back, new_slots

@@ -10,6 +10,7 @@ import keras_gdopt as gdopt
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.ensemble import AverageOfLogits
 from keras_gdopt.gadam.hyperparameters import Evolution
+from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage
 from tests.gadam import models
 from tests.parameters import slow
@@ -218,6 +219,26 @@ def test_fitter_children_keep_weights_and_optimizer(evolved):
     assert steps <= {3 * 4 + 3 * n for n in range(5)} and max(steps) >= 3 * 5
 
 
+def test_a_child_begins_as_its_fitter_parent_ended(monkeypatch):
+    gadam, begun = _gadam(evolve=EVOLVE, size=12), []
+    gadam._start_population()
+    population = gadam._population
+    trained = population._training.trained
+
+    def noted(members, places, generation, phase, *rest, **arguments):
+        if phase == Phase.TRAIN_CHILDREN:
+            begun.append((population._parents, members))
+        return trained(members, places, generation, phase, *rest, **arguments)
+
+    monkeypatch.setattr(population._training, "trained", noted)
+    gadam.fit(**_data(), generations=1, verbose=0)
+    ((parents, children),) = begun
+    heirs = [gadam.lineage[12 + child]["heir_of"] for child in range(12)]  # places in generation 0
+    assert any(heir != gadam.lineage[12 + c]["parents"][0] for c, heir in enumerate(heirs))
+    for a, b in zip(tf.nest.flatten(parents), tf.nest.flatten(children), strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[heirs], b)
+
+
 # --- trained with values of its own ------------------------------------------------------
 
 OPTIMIZERS = {
@@ -270,7 +291,6 @@ def _first_weights(gadam):
 
 def _train_once(gadam, x, y):
     from keras_gdopt.gadam.data import DataArguments
-    from keras_gdopt.gadam.keys import Phase
 
     data = DataArguments(x, y, batch_size=12, epochs=5, members=3).made()
     population = gadam._population
