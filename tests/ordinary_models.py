@@ -216,6 +216,13 @@ MODELS: dict[str, OrdinaryModel] = {
     "Embedding with `mask_zero`": OrdinaryModel(_embedding, IDS, TARGETS),
     "LSTM": OrdinaryModel(_lstm, SEQUENCES, TARGETS),
     "stateful LSTM": OrdinaryModel(_stateful_lstm, SEQUENCES, TARGETS, full_batches_only=True),
+    "Lambda": OrdinaryModel(
+        lambda: _sequential(
+            layers.Dense(3), layers.Lambda(lambda x: keras.ops.tanh(x)), layers.Dense(1)
+        ),
+        FEATURES,
+        TARGETS,
+    ),
     "TextVectorization": OrdinaryModel(_words, WORDS, TARGETS, compiles=False),
     "constraints": OrdinaryModel(
         lambda: _dense(kernel_constraint="non_neg", name="bounded"), FEATURES, TARGETS

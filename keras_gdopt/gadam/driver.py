@@ -309,10 +309,12 @@ class Gadam:
     def ensemble(self, size: int | None = None) -> keras.Model:
         """The fittest members as one model, whose output is the mean of theirs.
 
-        Where the compiled loss takes logits, it is the logarithm of the mean of their
-        probabilities, so that loss and metrics hold for it. Compiled as the model is, with a
-        fresh optimizer; evaluates, predicts, saves and exports like any other. Penalties, of
-        regularizers and `add_loss`, are those of all its members.
+        Where the compiled loss takes logits (a loss of Keras with `from_logits=True`), it is the
+        logarithm of the mean of their probabilities, so that loss and metrics hold for it; the
+        outputs of any other loss are averaged as they are. Compiled as the model is, with a
+        fresh optimizer, unless the model's class has a `compute_loss` of its own; evaluates,
+        predicts, saves and exports like any other. Penalties, of regularizers and `add_loss`,
+        are those of all its members.
 
         Args:
             size: How many members. Defaults to `None`: all whose fitness is finite.
@@ -334,7 +336,10 @@ class Gadam:
             plain = population.clone(self.model, seed=0)
             plain.set_weights(self.member(rank).get_weights())
             members.append(plain)
-        return population.compiled_as(self.model, averaged(members, self.model))
+        together = averaged(members, self.model)
+        if type(self.model).compute_loss is not keras.Model.compute_loss:
+            return together
+        return population.compiled_as(self.model, together)
 
     def found_schedule(self) -> keras.optimizers.schedules.PiecewiseConstantDecay:
         """The learning rates of the fittest member and its ancestors, over the steps they made.

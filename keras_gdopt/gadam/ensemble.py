@@ -54,10 +54,10 @@ class AverageOfLogits(keras.layers.Layer):
         Args:
             inputs: Logits of the same shape.
         """
-        if self.link == "softmax":
-            logs = ops.stack([ops.log_softmax(z, self.axis) for z in inputs])
-            return ops.logsumexp(logs, axis=0) - math.log(len(inputs))
         logits = ops.stack(list(inputs))
+        if self.link == "softmax":
+            axis = self.axis if self.axis < 0 else self.axis + 1  # behind that of the inputs
+            return ops.logsumexp(ops.log_softmax(logits, axis), axis=0) - math.log(len(inputs))
         yes, no = (ops.logsumexp(ops.log_sigmoid(z), axis=0) for z in (logits, -logits))
         return yes - no
 
@@ -136,13 +136,18 @@ def _takes_logits(loss: Any) -> bool:
 
 def _losses_of_outputs(model: keras.Model) -> list[Any]:
     """The compiled loss of each output, in their order."""
-    loss, outputs = model.loss, model.output
-    if isinstance(loss, dict):
-        keys = model.output_names
-        if isinstance(outputs, dict):  # each is called by its key there
-            places = {id(output): key for key, output in outputs.items()}
-            keys = [places[id(output)] for output in keras.tree.flatten(outputs)]
-        return [loss.get(key) for key in keys]
-    if isinstance(loss, (list, tuple)):
-        return list(loss)
-    return [loss] * len(model.output_names)
+    found = []
+    outputs = keras.tree.flatten_with_path(model.output)
+    for (path, _), name in zip(outputs, model.output_names, strict=True):
+        loss = model.loss
+        for key in path:
+            if isinstance(loss, dict):
+                loss = loss.get(key, loss.get(name))
+            elif isinstance(loss, (list, tuple)):
+                loss = loss[key]
+        if isinstance(loss, dict):  # of the only output, by its name
+            loss = loss.get(name)
+        elif isinstance(loss, (list, tuple)):
+            (loss,) = loss
+        found.append(loss)
+    return found

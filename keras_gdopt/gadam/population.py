@@ -150,6 +150,8 @@ def _clone_layer(layer: Any, drawn: np.random.Generator, clones: dict[int, tuple
     """
     if id(layer) in clones:
         return clones[id(layer)][1]
+    if isinstance(layer, keras.layers.Lambda):
+        return layer  # without weights; Keras makes none from a config with a function in it
     if _is_cloned_by_parts(layer):
         # Keras would compile the clone through its config, which not every loss has.
         compiled, layer.compiled = layer.compiled, False

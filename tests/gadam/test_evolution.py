@@ -400,6 +400,23 @@ def test_members_are_judged_by_a_metric(engine, direction):
     np.testing.assert_allclose(history["mae"][-1], judged[0], rtol=1e-5)
 
 
+def test_members_are_judged_by_a_weighted_metric_of_one_of_several_outputs():
+    x, y = models.samples(np.random.default_rng(0), count=24)
+    inputs = keras.Input((6,))
+    p, q = keras.layers.Dense(3, name="p")(inputs), keras.layers.Dense(3, name="q")(inputs)
+    model = keras.Model(inputs, {"p": p, "q": q})
+    weighted = {"q": [keras.metrics.MeanAbsoluteError(name="mae")]}
+    model.compile(gdopt.Adam(0.1), {"p": "mse", "q": "mse"}, weighted_metrics=weighted)
+    gadam = gdopt.Gadam(model, 4, seed=1, fitness=("q_mae", "min"))
+    weights = {name: np.linspace(0.0, 3.0, 24) for name in ("p", "q")}
+    data = {"y": {"p": y, "q": -y}, "sample_weight": weights}
+    gadam.fit(x, **data, generations=1, verbose=0)
+    errors = [np.abs(gadam.member(rank).predict(x, verbose=0)["q"] + y) for rank in range(4)]
+    expected = [np.average(error.mean(axis=-1), weights=weights["q"]) for error in errors]
+    assert expected == sorted(expected)
+    np.testing.assert_allclose(gadam.fitness, expected, rtol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_has_no_metric():
     """The accuracy of NaN is a number."""
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
@@ -575,6 +592,14 @@ def test_logits_that_are_large_keep_their_mean():
         AverageOfLogits("tanh")
 
 
+@pytest.mark.parametrize("axis", [1, -2])
+def test_classes_may_lie_on_any_axis(axis):
+    logits = np.random.default_rng(0).normal(size=(3, 2, 5, 4))  # members, samples, classes, places
+    p = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    received = AverageOfLogits("softmax", axis)(list(logits))
+    np.testing.assert_allclose(received, np.log(p.mean(axis=0)), rtol=1e-5)
+
+
 def test_an_ensemble_of_one_keeps_its_output_s_name():
     inputs = keras.Input((6,))
     model = keras.Model(inputs, keras.layers.Dense(3, name="out")(inputs))
@@ -584,6 +609,53 @@ def test_an_ensemble_of_one_keeps_its_output_s_name():
     gadam.fit(x, y, generations=1, verbose=0)
     expected = model.evaluate(x, y, verbose=0)
     np.testing.assert_allclose(gadam.ensemble(1).evaluate(x, y, verbose=0), expected, rtol=1e-5)
+
+
+def test_an_ensemble_of_nested_outputs():
+    """Of which one alone has logits."""
+    x, y = models.samples(np.random.default_rng(0), count=16)
+    inputs = keras.Input((6,))
+    b, c, d = (keras.layers.Dense(3)(inputs) for _ in range(3))
+    model = keras.Model(inputs, {"z": {"d": d, "b": b}, "c": c})
+    logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(gdopt.Adam(0.1), {"z": {"d": logits, "b": "mse"}, "c": "mae"})
+    targets = {"z": {"d": np.arange(16) % 3, "b": y}, "c": y}
+    gadam = gdopt.Gadam(model, 2, seed=1)
+    gadam.fit(x, targets, generations=1, verbose=0)
+    received = gadam.ensemble().predict(x, verbose=0)
+    members = [gadam.member(rank).predict(x, verbose=0) for rank in range(2)]
+
+    def mean(of):
+        return np.mean([of(member) for member in members], axis=0)
+
+    def probabilities(member):
+        powers = np.exp(member["z"]["d"])
+        return powers / powers.sum(axis=-1, keepdims=True)
+
+    np.testing.assert_allclose(received["z"]["d"], np.log(mean(probabilities)), rtol=1e-5)
+    np.testing.assert_allclose(received["z"]["b"], mean(lambda one: one["z"]["b"]), rtol=1e-5)
+    np.testing.assert_allclose(received["c"], mean(lambda one: one["c"]), rtol=1e-5)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Absolute(keras.Model):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return keras.ops.mean(keras.ops.abs(y - y_pred))
+
+
+def test_an_ensemble_of_models_with_a_loss_of_their_own_is_not_compiled():
+    """It is a plain functional model, and would evaluate another loss in silence."""
+    x, y = models.samples(np.random.default_rng(0), count=16)
+    inputs = keras.Input((6,))
+    model = Absolute(inputs, keras.layers.Dense(3)(inputs))
+    model.compile(gdopt.Adam(0.1), "mse")
+    gadam = gdopt.Gadam(model, 2, seed=1)
+    gadam.fit(x, y.astype("float32"), generations=1, verbose=0)
+    ensemble = gadam.ensemble()
+    expected = np.mean([gadam.member(rank).predict(x, verbose=0) for rank in range(2)], axis=0)
+    np.testing.assert_allclose(ensemble.predict(x, verbose=0), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="must call `compile"):
+        ensemble.evaluate(x, y, verbose=0)
 
 
 def test_an_ensemble_keeps_masks_and_the_precision_of_outputs():
