@@ -155,7 +155,10 @@ def _train_first_order(case: Any, model: str, data: str, setting: str) -> None:
         alike = setting
         if (model, setting) == ("no trainable weights", "an average of the weights"):
             alike = "as it comes"  # Keras's `fit` fails with an average of nothing
-        expected = _history_of_keras(model, data, alike, name)
+        same_data = data
+        if (data, setting) == ("one of unknown length", "accumulation"):
+            same_data = "a `tf.data.Dataset`"  # Keras's optimizers count the end as a step
+        expected = _history_of_keras(model, same_data, alike, name)
         assert history.keys() == expected.keys()
         tolerance = 1e-4 if SETTINGS[setting].policy == "float32" else 0.05
         for key in expected:
