@@ -14,6 +14,10 @@ import tensorflow as tf
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 )
+# Optimizing a graph takes longer than running it a few times.
+tf.config.optimizer.set_experimental_options(
+    {"disable_meta_optimizer": bool(os.environ["XLA_FLAGS"])}
+)
 
 # Before anything initializes TensorFlow's runtime.
 tf.config.set_logical_device_configuration(

@@ -7,6 +7,7 @@ from tensorboard.plugins.hparams import metadata
 from tests.callbacks.test_optimizer_tensorboard import read
 from tests.examples import scripts
 from tests.optimizer_cases import optimizer_classes
+from tests.parameters import slow
 
 SCRIPT = scripts.EXAMPLES / "compare_optimizers.py"
 
@@ -26,11 +27,12 @@ def _hparams(log_dir):
     return metadata.parse_session_start_info_plugin_data(content).hparams
 
 
-def test_races_every_optimizer_of_the_package(tmp_path, output_of):
+@pytest.mark.parametrize("names", [("Adam", "NAG", "Lookahead"), slow(())], ids=["some", "all"])
+def test_races_optimizers_of_the_package(names, tmp_path, output_of):
     pytest.importorskip("sklearn")
-    output = output_of(SCRIPT, "--epochs", 2)
+    output = output_of(SCRIPT, "--epochs", 2, *(["--optimizers", *names] if names else []))
     table = _table(output)
-    assert set(table) == {cls.__name__ for cls in optimizer_classes()}
+    assert set(table) == set(names or (cls.__name__ for cls in optimizer_classes()))
     (folder,) = (tmp_path / "runs").iterdir()
     for name, (loss, accuracy, milliseconds) in table.items():
         assert 0 < loss < 5

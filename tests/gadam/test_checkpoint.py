@@ -73,9 +73,9 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(kind, engine, rng, tmp_pa
     build = models.texts if kind == "ragged" else models.dropout
     whole = _gadam(build, engine=engine)
     data = _data(np.random.default_rng(draw), kind)
-    expected = whole.fit(**data, generations=3, epochs=2, verbose=0)
+    expected = whole.fit(**data, generations=2, epochs=2, verbose=0)
     history = None
-    for generations in (1, 3):
+    for generations in (1, 2):
         parts = _gadam(build, engine=engine)
         data = _data(np.random.default_rng(draw), kind)  # as another process has it
         history = parts.fit(
@@ -83,7 +83,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(kind, engine, rng, tmp_pa
         )
     _assert_same_run(parts, whole)
     assert history.history == expected.history
-    assert history.epoch == expected.epoch == [0, 1, 2]
+    assert history.epoch == expected.epoch == [0, 1]
 
 
 @pytest.fixture(scope="module")

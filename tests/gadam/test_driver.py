@@ -173,7 +173,7 @@ def test_an_individuals_fitness_is_that_of_the_member_in_its_slot(run):
 # --- what comes out ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
 def test_each_member_is_a_model_with_its_optimizer(engine, data):
     gadam = _gadam(engine=engine, fitness_batch_size=48)
     _fit(gadam, data)
@@ -543,7 +543,7 @@ STREAMS = ("shuffled", "weighted", "py_dataset")
     ("kind", "engine"),
     [
         *(
-            (kind, "stacked") if kind in STREAMS else slow(kind, "stacked")
+            (kind, "stacked") if kind in ("shuffled", "py_dataset") else slow(kind, "stacked")
             for kind in KINDS_OF_DATA
         ),
         *(slow(kind, "mapped") if kind in STREAMS else (kind, "mapped") for kind in KINDS_OF_DATA),

@@ -203,7 +203,7 @@ def test_every_optimizer_trains_members(case, engine, rng, float64):
     assert trained.batches.numpy().tolist() == [6] * MEMBERS
 
 
-@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
 def test_members_accumulate_gradients_of_a_scaled_loss(engine, rng, float64):
     """Six batches, so that the second training begins in the middle of an update."""
     settings = {"gradient_accumulation_steps": 4, "loss_scale_factor": 64.0, "use_ema": True}
@@ -278,7 +278,7 @@ class Noise(keras.layers.Layer):
         return inputs * 0.0 + keras.random.normal((3,))
 
 
-@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
 def test_random_numbers_without_a_seed(engine, rng):
     """Differ from member to member and from step to step, and depend on Gadam's seed alone."""
     x, y = models.samples(rng)
@@ -295,7 +295,7 @@ def test_random_numbers_without_a_seed(engine, rng):
     assert len({round(float(loss), 5) for loss in losses[0]}) == 2 * MEMBERS
 
 
-@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
 def test_weights_that_the_loss_does_not_depend_on_stay(engine, rng, float64):
     x, y = models.samples(rng)
     settings = {"weight_decay": 0.1, "gradient_accumulation_steps": 2, "use_ema": True}
@@ -383,7 +383,7 @@ def test_a_raw_variable_that_all_members_would_share(engine, nested, rng):
         gadam.fit(x, y, generations=1, batch_size=8, verbose=0)
 
 
-@pytest.mark.parametrize("engine", ["stacked", "mapped"])
+@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
 def test_members_are_judged_as_in_evaluation(engine, rng, float64):
     """With all units that dropout leaves out in training."""
     x, y = models.samples(rng)
