@@ -68,17 +68,17 @@ def test_p_values_are_scipy_s_by_hand():
 def test_pictures_of_clothes_and_a_convolutional_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    labels = np.arange(6000, dtype="uint8") % 10
-    files = {
-        "train-images-idx3-ubyte.gz": bytes(16)
-        + rng.integers(0, 256, 6000 * 784, "uint8").tobytes(),
-        "train-labels-idx1-ubyte.gz": bytes(8) + labels.tobytes(),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(gzip.compress(content, 1))
+    for part, count in (("train", 6000), ("t10k", 300)):
+        pictures = rng.integers(0, 256, count * 784, "uint8").tobytes()
+        labels = (np.arange(count, dtype="uint8") % 10).tobytes()
+        for name, content in (
+            ("images-idx3", bytes(16) + pictures),
+            ("labels-idx1", bytes(8) + labels),
+        ):
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content, 1))
     with scripts.imported(SCRIPT) as example:
         data = example.fashion(tmp_path, 3)
-        assert [part.shape for part in data[::2]] == [(3500, 784), (500, 784), (1000, 784)]
+        assert [part.shape for part in data[::2]] == [(3500, 784), (500, 784), (300, 784)]
         assert data.x.min() >= 0.0 and data.x.max() == 1.0
         monkeypatch.setattr(
             example, "CONTENDERS", {CONTENDERS[4]: example.CONTENDERS[CONTENDERS[4]]}
