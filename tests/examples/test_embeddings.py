@@ -22,6 +22,7 @@ def example():
         yield module
 
 
+@pytest.mark.slow
 def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     """On the built-in texts; exact equals dense gradients, the others do not."""
     pytest.importorskip("sklearn")
