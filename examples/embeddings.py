@@ -290,7 +290,7 @@ def print_data(data: Data, kind: str) -> None:
         f"{len(data.labels)} labels, {data.words:,} words\n"
         f"A batch of {BATCH_SIZE} texts has {np.count_nonzero(batch):,} words, "
         f"{len(np.unique(batch)):,} different ones. The most frequent label is "
-        f"{np.bincount(data.y_test).max() / len(data.y_test):.3f} of the test texts."
+        f"{max(np.bincount(data.y_test)) / len(data.y_test):.3f} of the test texts."
     )
 
 

@@ -75,6 +75,7 @@ class Plan(NamedTuple):
 
 
 Models = Sequence[keras.Model]
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 # --- data --------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def _pictures(directory: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     return pixels[16:].reshape(-1, 784) / np.float32(255), labels[8:].astype("int64")
 
 
-def _split(x: np.ndarray, y: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, ...]:
+def _split(x: np.ndarray, y: np.ndarray, count: int, seed: int) -> Parts:
     """Most of the samples, and `count` others with as many of each class."""
     from sklearn.model_selection import train_test_split
 
