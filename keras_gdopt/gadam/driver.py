@@ -309,7 +309,7 @@ class Gadam:
     def ensemble(self, size: int | None = None) -> keras.Model:
         """The fittest members as one model, whose output is the mean of theirs.
 
-        Where the compiled loss takes logits (a loss of Keras with `from_logits=True`), it is the
+        Where the compiled loss takes logits (a Keras loss with `from_logits=True`), it is the
         logarithm of the mean of their probabilities, so that loss and metrics hold for it; the
         outputs of any other loss are averaged as they are. Compiled as the model is, with a
         fresh optimizer, unless the model's class has a `compute_loss` of its own; evaluates,

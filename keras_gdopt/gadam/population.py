@@ -150,8 +150,6 @@ def _clone_layer(layer: Any, drawn: np.random.Generator, clones: dict[int, tuple
     """
     if id(layer) in clones:
         return clones[id(layer)][1]
-    if isinstance(layer, keras.layers.Lambda):
-        return layer  # without weights; Keras makes none from a config with a function in it
     if _is_cloned_by_parts(layer):
         # Keras would compile the clone through its config, which not every loss has.
         compiled, layer.compiled = layer.compiled, False
@@ -161,6 +159,16 @@ def _clone_layer(layer: Any, drawn: np.random.Generator, clones: dict[int, tuple
             )
         finally:
             layer.compiled = compiled
+    elif type(layer) is keras.layers.Lambda:
+        # Keras does not rebuild a Python lambda from a config.
+        twin = keras.layers.Lambda(
+            layer.function,
+            layer._output_shape,
+            layer.mask,
+            layer.arguments,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
     else:
         twin = type(layer).from_config(layer.get_config())
         if not isinstance(twin, keras.Layer):

@@ -11,7 +11,7 @@ SCRIPT = scripts.EXAMPLES / "gadam_ray.py"
 SMALL = ("--population", 4, "--generations", 2, "--epochs", 1)
 
 
-@pytest.mark.slow  # it starts Ray for itself; tests/gadam/test_cluster.py does by default
+@pytest.mark.slow  # tests/gadam/test_cluster.py starts Ray in the default run
 def test_ends_with_a_table_of_generations(tmp_path, monkeypatch, capsys, cluster):
     monkeypatch.chdir(tmp_path)
     with scripts.imported(SCRIPT) as example:

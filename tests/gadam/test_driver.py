@@ -1034,6 +1034,21 @@ def test_a_clone_has_what_layers_of_a_subclassed_model_learned(data):
     )
 
 
+def test_clones_do_not_call_the_lambdas_of_the_model(data):
+    """Each call would be kept in the layer, and with it a clone."""
+    factor = 3.0
+    layer = keras.layers.Lambda(lambda x, shift: x * factor + shift, arguments={"shift": 1.0})
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(3)(layer(inputs)))
+    model.compile(gdopt.Adam(), "mse")
+    gadam = _gadam(model)
+    _fit(gadam, data, generations=1)
+    assert len(layer._inbound_nodes) == 1
+    x = np.ones((2, 6), "float32")
+    (kernel, bias), received = gadam.member(1).get_weights(), gadam.member(1).predict(x, verbose=0)
+    np.testing.assert_allclose(received, (x * 3.0 + 1.0) @ kernel + bias, rtol=1e-4)
+
+
 def test_layers_that_do_not_compile_are_mapped():
     model = keras.Sequential(
         [keras.Input((8, 8, 1)), keras.layers.RandomRotation(0.1), keras.layers.Flatten(),
