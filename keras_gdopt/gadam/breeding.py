@@ -12,6 +12,7 @@ from keras_gdopt.gadam.keys import Phase
 Tensor = Any
 
 CROSSOVERS = ("entries", "mean", "fitter")
+SELECTIONS = ("all", "truncation")
 
 
 class Plan(NamedTuple):
@@ -35,6 +36,7 @@ class Breeding:
         mutation_rate: See `Gadam`.
         mutation: See `Gadam`.
         mutation_stddev: See `Gadam`.
+        selection: See `Gadam`.
         crossover: See `Gadam`.
         inherit_optimizer_state: See `Gadam`.
         seed: Of the run.
@@ -50,10 +52,12 @@ class Breeding:
         mutation: str,
         mutation_stddev: float,
         seed: int,
+        selection: str = "all",
         crossover: str = "entries",
         inherit_optimizer_state: bool = False,
     ) -> None:
         self.inherits_optimizer_state = inherit_optimizer_state
+        self._selection = selection
         self._crossover = crossover
         self._rate = mutation_rate
         self._mutation = mutation
@@ -123,6 +127,8 @@ class Breeding:
     # --- what is traced ------------------------------------------------------
 
     def _chosen(self, losses: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        if self._selection == "truncation":
+            losses = genetics.truncated(losses)
         probabilities = genetics.selection_probabilities(losses)
         parents = genetics.chosen_parents(probabilities, key)
         crossovers = genetics.crossover_probabilities(losses, parents)

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_gdopt.functional import Data, check_is_built, check_is_trainable_by_its_loss
 from keras_gdopt.gadam import genetics, population
-from keras_gdopt.gadam.breeding import CROSSOVERS, Breeding, Plan
+from keras_gdopt.gadam.breeding import CROSSOVERS, SELECTIONS, Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
@@ -99,8 +99,9 @@ class Gadam:
 
     $$u_{child} = u_{parent} + \sigma w z, \qquad z \sim N(0, 1)$$
 
-    reflected at the ends of the range. Then children begin by default with the weights and the
-    optimizer's state of the fitter parent, and no weights mutate.
+    reflected at the ends of the range. Then by default the fitter half of the members are parents,
+    children begin with the weights and the optimizer's state of the fitter parent, and no weights
+    mutate.
 
     A survivor keeps its optimizer's state. Without `inherit_optimizer_state` a child starts with
     a fresh one, so that a learning rate schedule begins anew with it. It has the non-trainable
@@ -145,6 +146,9 @@ class Gadam:
             inner optimizer. Defaults to `None`: all members have the optimizer's.
         perturbation: σ above, not negative. Defaults to 0.1, about a factor of 2 on a range of
             three decades.
+        selection: Who can be a parent: `"all"`, with the probabilities of Eq. 45, or under
+            `"truncation"` the fitter half only (rounded up), whose losses then are those of
+            Eq. 44-46. Defaults to `"all"`, with `evolve` to `"truncation"`.
         crossover: What a child's weights are: `"entries"` of both parents as above; their
             `"mean"`, weighed by the probability of Eq. 46; those of the `"fitter"` parent.
             Defaults to `"entries"`, with `evolve` to `"fitter"`. (Members that were trained
@@ -204,6 +208,7 @@ class Gadam:
         *,
         evolve: dict[str, tuple[float, float]] | None = None,
         perturbation: float = 0.1,
+        selection: str | None = None,
         crossover: str | None = None,
         inherit_optimizer_state: bool | None = None,
         start: str = "initializers",
@@ -224,6 +229,9 @@ class Gadam:
         self.mutation = checked_choice("mutation", mutation, ("uniform", "normal"))
         self.mutation_stddev = checked_number("mutation_stddev", mutation_stddev, above=0.0)
         self.perturbation = checked_number("perturbation", perturbation)
+        if selection is None:
+            selection = "truncation" if evolves else "all"
+        self.selection = checked_choice("selection", selection, SELECTIONS)
         if crossover is None:
             crossover = "fitter" if evolves else "entries"
         self.crossover = checked_choice("crossover", crossover, CROSSOVERS)
@@ -264,6 +272,7 @@ class Gadam:
             "mutation_rate": self.mutation_rate,
             "mutation": self.mutation,
             "mutation_stddev": self.mutation_stddev,
+            "selection": self.selection,
             "crossover": self.crossover,
             "inherit_optimizer_state": self.inherit_optimizer_state,
         }
@@ -805,6 +814,7 @@ class Gadam:
             # `None` is how it was before there was a choice.
             "evolve": {name: list(bounds) for name, bounds in self.evolve.items()} or None,
             "perturbation": self.perturbation if self.evolve else None,
+            "selection": None if self.selection == "all" else self.selection,
             "crossover": None if self.crossover == "entries" else self.crossover,
             "inherit_optimizer_state": self.inherit_optimizer_state or None,
             "fitness": None if self._judge.name == "loss" else list(self._judge),

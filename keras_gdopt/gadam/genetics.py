@@ -55,6 +55,25 @@ def selection_probabilities(losses: Tensor) -> Tensor:
     return weights / tf.reduce_sum(weights)
 
 
+def truncated(losses: Tensor) -> Tensor:
+    """The losses of the fitter half, and infinity for the others (truncation selection).
+
+    The half of an odd number is rounded up; of equal losses the first goes before the others.
+
+    Args:
+        losses: Fitness losses, of shape `(g,)`.
+
+    Returns:
+        In the same dtype and shape.
+    """
+    count = losses.shape[0]
+    infinity = tf.constant(np.inf, losses.dtype)
+    order = tf.argsort(tf.where(tf.math.is_finite(losses), losses, infinity), stable=True)
+    fitter = order[: (count + 1) // 2]
+    is_fitter = tf.reduce_any(fitter[:, None] == tf.range(count), axis=0)
+    return tf.where(is_fitter, losses, infinity)
+
+
 def chosen_parents(probabilities: Tensor, key: Tensor) -> Tensor:
     """Two parents for each of g children, drawn with replacement.
 

@@ -68,6 +68,30 @@ def test_state_comes_whole_from_the_fitter_parent():
     assert len(found) >= 4  # either parent was the fitter one, in either order
 
 
+def test_under_truncation_the_fitter_half_are_the_parents():
+    """With Eq. 44-48 of their losses alone, 1, 2 and 3: see `test_genetics`, where they are
+    worked by hand."""
+    breeding = Breeding(
+        mutation_rate=0.1, mutation="uniform", mutation_stddev=0.01, seed=7, selection="truncation"
+    )
+    of_member = {1: 0.50648039, 2: 0.30719589, 0: 0.18632372}
+    weights = {1: 1.0, 2: np.exp(-0.5), 0: np.exp(-1.0)}
+    chosen = np.zeros(SIZE)
+    for generation in range(400):
+        plan = breeding.plan(LOSSES, generation)
+        for member in range(SIZE):
+            assert abs(plan.probabilities[member] - of_member.get(member, 0.0)) < 1e-7
+            chosen[member] += np.sum(plan.parents == member)
+        for child, (i, j) in enumerate(plan.parents):
+            expected = weights[i] / (weights[i] + weights[j])
+            assert abs(plan.crossover_probabilities[child] - expected) < 1e-12
+            expected = max(0.1 * (1 - of_member[i] - of_member[j]), 0.0)
+            assert abs(plan.mutation_probabilities[child] - expected) < 1e-8
+    # 4,000 draws: five deviations are at most 0.04.
+    shares = [of_member.get(member, 0.0) for member in range(SIZE)]
+    np.testing.assert_allclose(chosen / chosen.sum(), shares, atol=0.04)
+
+
 def test_state_comes_from_the_first_of_parents_that_are_as_fit():
     breeding = Breeding(mutation_rate=0.0, mutation="uniform", mutation_stddev=0.01, seed=7)
     plan = breeding.plan([2.0] * SIZE, 3)

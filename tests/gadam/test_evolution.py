@@ -213,6 +213,19 @@ def test_logs_the_model_and_members_have_the_values(evolved):
     )
 
 
+def test_the_fitter_half_are_the_parents(evolved):
+    """By the defaults that `evolve` brings."""
+    assert evolved.selection == "truncation"
+    for logs in evolved.logs:
+        fitter = set(np.argsort(logs["parent_fitness"])[:2])
+        assert set(np.unique(logs["parents"])) <= fitter
+        assert set(np.flatnonzero(logs["selection_probabilities"])) == fitter
+    everyone = _gadam(evolve=EVOLVE, selection="all")
+    everyone.fit(**_data(), generations=3, verbose=0)
+    probabilities = [one["selection_probabilities"] for one in everyone.lineage]
+    assert everyone.selection == "all" and min(p[0] for p in probabilities if p) > 0
+
+
 def test_fitter_children_keep_weights_and_optimizer(evolved):
     """By the defaults that `evolve` brings: nothing mutates."""
     assert (evolved.crossover, evolved.inherit_optimizer_state) == ("fitter", True)
@@ -349,6 +362,10 @@ def test_a_resumed_run_goes_on_with_its_values(engine, tmp_path):
     others = {**EVOLVE, "beta_1": (0.5, 0.9)}
     with pytest.raises(ValueError, match=r"evolve was .*\[0.0, 0.9\].* and is .*\[0.5, 0.9\]"):
         _gadam(engine=engine, evolve=others).fit(
+            **_data(), generations=5, verbose=0, checkpoint_dir=str(tmp_path)
+        )
+    with pytest.raises(ValueError, match=r"selection was 'truncation' and is None"):
+        _gadam(engine=engine, evolve=EVOLVE, selection="all").fit(
             **_data(), generations=5, verbose=0, checkpoint_dir=str(tmp_path)
         )
     with pytest.raises(ValueError, match=r"evolve was .* and is None"):
@@ -801,6 +818,7 @@ def test_several_optimizers_have_no_one_to_evolve():
         )
 
 
-def test_an_unknown_crossover():
-    with pytest.raises(ValueError, match="`crossover` must be one of"):
-        _gadam(crossover="uniform")
+@pytest.mark.parametrize("name", ["selection", "crossover"])
+def test_an_unknown_choice(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+        _gadam(**{name: "uniform"})

@@ -78,6 +78,23 @@ def test_a_mutation_probability_is_never_negative():
     assert genetics.mutation_probabilities(1.0, chosen, tf.constant([[0, 0]])).numpy() == [0.0]
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([4.0, 1.0, 3.0, 2.0], [np.inf, 1.0, np.inf, 2.0]),
+        ([5.0, 1.0, 3.0, 2.0, 4.0], [np.inf, 1.0, 3.0, 2.0, np.inf]),
+        ([2.0, 2.0, 2.0, 2.0], [2.0, 2.0, np.inf, np.inf]),
+        ([np.nan, 7.0, -np.inf, np.inf], [np.inf, 7.0, np.inf, np.inf]),
+        ([np.inf, np.nan, 6.0, 5.0], [np.inf, np.inf, 6.0, 5.0]),
+    ],
+)
+def test_truncation_keeps_the_losses_of_the_fitter_half(losses, expected):
+    for dtype in (tf.float32, tf.float64):
+        for kept in _both(genetics.truncated, tf.constant(losses, dtype)):
+            found = np.where(np.isfinite(kept), kept, np.inf)  # of them none can be a parent
+            np.testing.assert_array_equal(found, expected)
+
+
 # --- who survives ------------------------------------------------------------------------
 
 
