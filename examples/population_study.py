@@ -302,6 +302,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=["mnist", "digits"])
     parser.add_argument("--fashion", type=Path, help="the directory with Fashion-MNIST's files")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all"
+    )
     parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
     parser.add_argument("--seeds", type=int, default=5, help="how many; default: 5")
     parser.add_argument("--first-seed", type=int, default=100, help="default: 100")
@@ -324,14 +327,14 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in arguments.data:
             data = DATA[name](arguments.fashion, seed)
-            for contender, train in CONTENDERS.items():
+            for contender in arguments.contenders:
                 if arguments.logdir is not None:
                     where = arguments.logdir / f"{name}, {contender}, seed {seed}"
                     plan = plan._replace(log_dir=where)
                 key = f"{plan._replace(log_dir=None)}, {name}, {contender}, seed {seed}"
                 if key not in kept:
                     started = time.perf_counter()
-                    models = train(data, plan, seed)
+                    models = CONTENDERS[contender](data, plan, seed)
                     spent = time.perf_counter() - started
                     kept[key] = accuracies(contender, models, data), spent
                     keras.backend.clear_session()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EXAMPLES = Path(__file__).parent
+POPULATION = "Gadam, evolving"
 
 
 class Picture(NamedTuple):
@@ -36,10 +37,8 @@ class Picture(NamedTuple):
 PICTURES = {
     "optimizers": Picture("optimizers", "custom_scalars", (1850, 620), (358, 70, 1850, 460)),
     "hparams": Picture("optimizers", "hparams", (1700, 640), (342, 64, 1700, 560)),
-    "population": Picture(
-        "population/*normal*", "custom_scalars", (1500, 900), (358, 70, 1500, 766)
-    ),
-    "family_tree": Picture("population/*normal*", "images", (1300, 900), (333, 122, 720, 482)),
+    "population": Picture("population/*", "custom_scalars", (1500, 900), (358, 70, 1500, 766)),
+    "family_tree": Picture("population/*", "images", (1300, 900), (333, 122, 720, 482)),
 }
 
 
@@ -48,8 +47,9 @@ def train(folder: Path, epochs: int, generations: int) -> None:
     jobs: list[list[Any]] = [
         ["compare_optimizers.py", "--epochs", epochs, "--logdir", folder / "optimizers"],
         [
-            "gadam_mnist.py", "--seeds", 1, "--generations", generations,
-            "--logdir", folder / "population", "--output", folder / "gadam.png",
+            "population_study.py", "--data", "mnist", "--seeds", 1, "--generations", generations,
+            "--contenders", POPULATION, "--logdir", folder / "population",
+            "--output", folder / "study.png",
         ],
     ]  # fmt: skip
     for script, *arguments in jobs:

@@ -132,7 +132,7 @@ def test_commands_name_what_exists(page):
     "command",
     [
         "python examples/none.py",
-        "python examples/gadam_mnist.py --none 3",
+        "python examples/population_study.py --none 3",
         "python -m benchmarks.none",
         "python -m benchmarks.closures --none",
         "pip install -e '.[none]'",

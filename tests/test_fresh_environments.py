@@ -26,7 +26,6 @@ EXAMPLES = re.findall(
 SMALL = {
     "compare_optimizers.py": "--epochs 2",
     "embeddings.py": "--texts 600 --words 300 --epochs 1",
-    "gadam_mnist.py": "--seeds 1 --members 2 --generations 1 --epochs 1",
     "gadam_ray.py": "--population 2 --generations 1 --epochs 1",
     "gradient_descent.py": "--epochs 2",
     "population_study.py": "--data digits --seeds 1 --members 2 --generations 1 --epochs 1",

@@ -25,11 +25,9 @@ CONTENDERS = [
 @pytest.mark.parametrize("contenders", [CONTENDERS[1::3], slow(CONTENDERS)], ids=["two", "all"])
 def test_ends_with_a_table_and_a_picture_and_goes_on(contenders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = f"{SMALL} --logdir runs --results kept.json".split()
+    arguments = f"{SMALL} --logdir runs --results kept.json --contenders".split() + contenders
     with scripts.imported(SCRIPT) as example:
         assert list(example.CONTENDERS) == CONTENDERS
-        chosen = {name: example.CONTENDERS[name] for name in contenders}
-        monkeypatch.setattr(example, "CONTENDERS", chosen)
         example.main(arguments)
         table = _table(capsys.readouterr().out)
         monkeypatch.setattr(example, "CONTENDERS", dict.fromkeys(contenders))
@@ -80,12 +78,8 @@ def test_pictures_of_clothes_and_a_convolutional_network(tmp_path, monkeypatch):
         data = example.fashion(tmp_path, 3)
         assert [part.shape for part in data[::2]] == [(3500, 784), (500, 784), (300, 784)]
         assert data.x.min() >= 0.0 and data.x.max() == 1.0
-        monkeypatch.setattr(
-            example, "CONTENDERS", {CONTENDERS[4]: example.CONTENDERS[CONTENDERS[4]]}
-        )
-        example.main(
-            [*SMALL.replace("digits", "fashion").split(), "--fashion", ".", "--model", "cnn"]
-        )
+        arguments = SMALL.replace("digits", "fashion --fashion . --model cnn").split()
+        example.main([*arguments, "--contenders", "Gadam, evolving"])
 
 
 @pytest.mark.parametrize("name", ["seeds", "generations"])
