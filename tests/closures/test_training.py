@@ -359,6 +359,7 @@ OWN = {
     "ConjugateGradient": {"beta"},
     "Newton": {"damping", "inner_iterations"},
     "LBFGS": {"memory_pairs"},
+    "BFGS": {"updates", "scaling"},
 }
 
 
