@@ -27,8 +27,8 @@ class ConvergenceStopping(keras.callbacks.Callback):
     and, with `relative=True`, both against $\max(|L_\tau|, |L_{\tau-1}|)$ and
     $\max_i |\theta_{\tau,i}|$; with `norm="euclidean"`, $\|\cdot\|_2$ is in the place of both
     maxima over the entries. A third one holds where the optimizer itself says that it has
-    `converged`, as `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon as
-    one of them has held for `patience` epochs in a row. The weights stay as they are.
+    `converged`, as `BFGS`, `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon
+    as one of them has held for `patience` epochs in a row. The weights stay as they are.
 
     The paper's iteration is an epoch here: with `batch_size=len(x)` both are one update.
     With mini-batches `loss` is the mean over an epoch in which the weights move, and

@@ -61,13 +61,14 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     entries; Adagrad, RMSprop, Adadelta, Adam, Nadam, RAdam), `rho_t` and `rectification`
     (RAdam), `slow_fast_distance` and `syncs` (Lookahead); `step_length`, `evaluations` and
     `steps_made` (all that search along lines), `beta` (ConjugateGradient), `damping` and
-    `inner_iterations` (Newton), `memory_pairs` (LBFGS). Those take one training step for a
-    batch, often for an epoch: `update_freq=1` shows each. `update_ratio_log10` is left
-    out where a norm is 0 or not finite. The logs of each epoch that are numbers are there
-    too (`epoch_loss`, `epoch_val_loss`, ...), and the optimizer's hyper-parameters, so that
-    the HParams tab compares the runs: a learning rate that is no number is text under
-    `learning_rate_schedule`. The Custom Scalars tab shows learning rate, gradient norm, the
-    update ratio and its healthy band (`healthy/...`), and the losses of all runs.
+    `inner_iterations` (Newton), `updates` and `scaling` (BFGS), `memory_pairs` (LBFGS). Those
+    take one training step for a batch, often for an epoch: `update_freq=1` shows each.
+    `update_ratio_log10` is left out where a norm is 0 or not finite. The logs of each epoch
+    that are numbers are there too (`epoch_loss`, `epoch_val_loss`, ...), and the optimizer's
+    hyper-parameters, so that the HParams tab compares the runs: a learning rate that is no
+    number is text under `learning_rate_schedule`. The Custom Scalars tab shows learning rate,
+    gradient norm, the update ratio and its healthy band (`healthy/...`), and the losses of all
+    runs.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
     `jit_compile`, distribution strategies (only the chief writes) and

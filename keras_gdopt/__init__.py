@@ -5,6 +5,7 @@ from importlib.metadata import version
 from types import ModuleType
 
 from keras_gdopt import initializers, losses
+from keras_gdopt.closures.bfgs import BFGS
 from keras_gdopt.closures.conjugate_gradient import ConjugateGradient
 from keras_gdopt.closures.lbfgs import LBFGS
 from keras_gdopt.closures.newton import Newton
@@ -24,6 +25,7 @@ from keras_gdopt.optimizers.rmsprop import RMSprop
 __version__ = version("keras-gdopt")
 
 __all__ = [
+    "BFGS",
     "LBFGS",
     "NAG",
     "Adadelta",

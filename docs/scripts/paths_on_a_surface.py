@@ -78,6 +78,7 @@ PATHS: dict[str, Sequence[Path]] = {
         Path("ConjugateGradient()", lambda: gdopt.ConjugateGradient(jit_compile=False), 15)
     ],
     "newton": [Path("Newton()", lambda: gdopt.Newton(jit_compile=False), 15)],
+    "bfgs": [Path("BFGS()", lambda: gdopt.BFGS(jit_compile=False), 15)],
     "lbfgs": [Path("LBFGS()", lambda: gdopt.LBFGS(jit_compile=False), 15)],
 }
 

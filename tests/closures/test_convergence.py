@@ -9,8 +9,10 @@ import scipy.optimize
 import tensorflow as tf
 
 import keras_gdopt as gdopt
+from keras_gdopt.closures.base import Point
 from tests.closures.problems import PROBLEMS, gradient, hessian_times, model_of, point_of, step
 from tests.parameters import slow
+from tests.reference import bfgs
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -120,6 +122,65 @@ def test_conjugate_gradient_follows_its_equations(beta):
         direction = -new + expected * direction
         if direction @ new >= 0:
             direction = -new
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[3]], ids=str)
+@pytest.mark.parametrize("self_scaled", [True, False])
+def test_bfgs_follows_its_equations(self_scaled, problem):
+    points, gradients, metrics = _followed(
+        problem.function, problem.start, gdopt.BFGS(self_scaled=self_scaled, jit_compile=False), 15
+    )
+    inverse, scalings = None, []
+    for k, step_metrics in enumerate(metrics):
+        s, alpha = points[k + 1] - points[k], step_metrics["step_length"]
+        direction = -gradients[k] if inverse is None else -inverse @ gradients[k]
+        np.testing.assert_allclose(s, alpha * direction, rtol=1e-6, atol=1e-12)
+        y = gradients[k + 1] - gradients[k]
+        inverse, scaling = bfgs.updated(inverse, s, y, alpha, gradients[k], self_scaled=self_scaled)
+        assert step_metrics["scaling"] == pytest.approx(scaling, rel=1e-6)
+        assert step_metrics["updates"] == k + 1
+        scalings.append(scaling)
+    assert scalings[0] == 1.0
+    assert (min(scalings) < 0.9) == self_scaled
+
+
+def test_bfgs_begins_anew_without_scaling():
+    """After a search that failed: the matrix did not make the next step."""
+    optimizer = gdopt.BFGS(jit_compile=False)
+    memory = {
+        "inverse_hessian": tf.constant(np.full((4, 4), 7.0)),
+        "updates": tf.constant(5),
+        "scaling": tf.constant(0.5, tf.float64),
+    }
+    forgotten = optimizer.forget(memory)
+    point = tf.constant([3.0, -1.0, 0.5, 1.0], tf.float64)
+    gradients = tf.constant([4.0, 1.0, -2.0, 0.5], tf.float64)
+    before = Point(point, tf.constant(1.0, tf.float64), gradients)
+    proposal = optimizer.direction(before, forgotten, tf.constant(1.0, tf.float64), None)
+    np.testing.assert_array_equal(proposal.direction, -gradients)
+    assert proposal.first_step < 1.0
+    s, y = -0.1 * gradients.numpy(), np.array([-0.3, -0.2, 0.4, 0.1])
+    after = Point(point + s, before.loss, gradients + y)
+    kept = optimizer.remember(proposal.memory, before, after, proposal)
+    expected, _ = bfgs.updated(None, s, y, 0.1, gradients.numpy(), self_scaled=True)
+    np.testing.assert_allclose(kept["inverse_hessian"], expected, rtol=1e-12)
+    assert (int(kept["updates"]), float(kept["scaling"])) == (1, 1.0)
+
+
+def test_bfgs_leaves_out_a_pair_without_curvature():
+    points, _, metrics = _followed(
+        lambda x: tf.reduce_sum(2.0 * x), [1.0, 1.0], gdopt.BFGS(jit_compile=False), 3
+    )
+    assert [m["updates"] for m in metrics] == [0, 0, 0]
+    assert np.all(np.diff([np.sum(point) for point in points]) < 0)
+
+
+def test_bfgs_refuses_a_matrix_that_does_not_fit():
+    model = keras.Sequential([keras.Input((90,)), keras.layers.Dense(91)])
+    optimizer = gdopt.BFGS()
+    model.compile(optimizer, "mse")
+    with pytest.raises(ValueError, match=r"at most 8,192 weights. Use `LBFGS`.* 8,281 weights"):
+        optimizer.build(model.trainable_variables)
 
 
 def test_lbfgs_with_a_long_memory_is_bfgs():
@@ -287,6 +348,7 @@ def _evaluations_of_scipy(problem, method, options):
     return at_end
 
 
+_BFGS = "BFGS", {"gtol": _TOLERANCE}
 _LBFGS = gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}
 
 
@@ -295,13 +357,14 @@ _LBFGS = gdopt.LBFGS, "L-BFGS-B", {"ftol": 0.0, "gtol": 0.0}
     [
         (*_LBFGS, PROBLEMS[:2]),
         slow(*_LBFGS, PROBLEMS),
+        slow(functools.partial(gdopt.BFGS, self_scaled=False), *_BFGS, PROBLEMS),
         slow(gdopt.ConjugateGradient, "CG", {"gtol": _TOLERANCE}, PROBLEMS),
         *(
             slow(functools.partial(gdopt.Newton, solver=s), "Newton-CG", {"xtol": 1e-14}, PROBLEMS)
             for s in ("exact", "cg")
         ),
     ],
-    ids=["a few", "lbfgs", "cg", "newton", "newton_cg"],
+    ids=["a few", "lbfgs", "bfgs", "cg", "newton", "newton_cg"],
 )
 def test_as_few_evaluations_as_scipy(make, method, options, problems):
     ratios = {}

@@ -59,7 +59,12 @@ def _fit(model, epochs=1, samples=24, batch_size=24):
 
 
 def test_there_are_three():
-    assert {cls.__name__ for cls in closure_classes()} == {"ConjugateGradient", "LBFGS", "Newton"}
+    assert {cls.__name__ for cls in closure_classes()} == {
+        "BFGS",
+        "ConjugateGradient",
+        "LBFGS",
+        "Newton",
+    }
 
 
 @pytest.mark.parametrize(
@@ -359,6 +364,7 @@ OWN = {
     "ConjugateGradient": {"beta"},
     "Newton": {"damping", "inner_iterations"},
     "LBFGS": {"memory_pairs"},
+    "BFGS": {"updates", "scaling"},
 }
 
 
