@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.util import tf_stack
 
 # XLA reads them at its first compilation, here and in the processes that tests start. `.ci/slow`
 # sets `XLA_FLAGS` to nothing, so that its tests compile as users do.
@@ -18,6 +19,12 @@ os.environ.setdefault(
 tf.config.optimizer.set_experimental_options(
     {"disable_meta_optimizer": bool(os.environ["XLA_FLAGS"])}
 )
+
+# Where each operation was made, which TensorFlow looks up through all the frames of pytest, takes
+# longer than making it; here all have the same place.
+if os.environ["XLA_FLAGS"]:
+    _anywhere = tf_stack.extract_stack()
+    tf_stack.extract_stack = lambda *_args, **_kwargs: _anywhere
 
 # Before anything initializes TensorFlow's runtime.
 tf.config.set_logical_device_configuration(
@@ -44,6 +51,13 @@ def _keras_settings_put_back():
     keras.backend.set_floatx("float32")
     keras.mixed_precision.set_global_policy("float32")
     keras.backend.clear_session(free_memory=False)  # a collection takes longer than most tests
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_collected():
+    """What one file's tests have traced, so that looking for garbage never takes long."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
