@@ -58,6 +58,7 @@ def test_the_rate_decays_linearly(example):
         assert float(example.decaying_rate(r)(k)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ends_with_tables_and_a_picture(tmp_path):
     pytest.importorskip("sklearn")
     run = _run("--epochs", 1, cwd=tmp_path)

@@ -7,6 +7,7 @@ from tests.examples import scripts
 SCRIPT = scripts.EXAMPLES / "regression_to_precision.py"
 
 
+@pytest.mark.slow
 def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     pytest.importorskip("sklearn")
     # So strong a regularizer leaves one minimum; two units, little to compile.

@@ -62,7 +62,7 @@ def _assert_same_run(one, other):
     [
         ("arrays", "stacked"),
         ("dataset", "mapped"),
-        ("ragged", "stacked"),
+        slow("ragged", "stacked"),
         slow("arrays", "mapped"),
         slow("dataset", "stacked"),
     ],
@@ -172,7 +172,7 @@ def test_clones_of_version_0_1_0_do_not(tmp_path):
     ("part", "damage"),
     [
         ("data-00000-of-00001", "cut"),
-        ("index", "gone"),
+        slow("index", "gone"),
         slow("data-00000-of-00001", "garbled"),
         slow("data-00000-of-00001", "gone"),
         slow("index", "cut"),

@@ -79,7 +79,7 @@ def _assert_members_equal_models(gadam, trained, losses, before, data, twin, rto
 @pytest.mark.parametrize(
     ("engine", "name"),
     [
-        ("stacked", name) if name in ("normalization", "embedding") else slow("stacked", name)
+        ("stacked", name) if name == "normalization" else slow("stacked", name)
         for name in STACKED
         if name != "dropout"
     ]
@@ -184,7 +184,7 @@ def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64)
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
-@every_optimizer_with("engine", ["stacked", "mapped"], alike=True)
+@every_optimizer_with("engine", ["stacked"], alike=True, slow_values=["mapped"])
 def test_every_optimizer_trains_members(case, engine, rng, float64):
     """With a schedule, clipping and decay, over a second training of old members, too."""
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8)

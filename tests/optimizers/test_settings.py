@@ -361,7 +361,7 @@ def test_a_changed_learning_rate_compiles_nothing_again():
 # --- mixed precision -----------------------------------------------------------------
 
 
-@every_optimizer_with("policy", ["mixed_float16", "mixed_bfloat16"])
+@every_optimizer_with("policy", ["mixed_float16", "mixed_bfloat16"], alike=True)
 def test_mixed_precision_equals_the_rule_on_the_same_gradients(case, policy, rng):
     """Weights stay in float32; the wrapper of Keras unscales before ours begins."""
     keras.mixed_precision.set_global_policy(policy)
@@ -427,9 +427,9 @@ STRATEGY_SETTINGS = {
 
 @every_optimizer_with(
     "setting",
-    ["everything", "accumulation"],
+    ["everything"],
     alike=True,
-    slow_values=["plain", "schedule", "clipnorm", "global_clipnorm", "averages"],
+    slow_values=["plain", "schedule", "clipnorm", "global_clipnorm", "averages", "accumulation"],
 )
 def test_two_devices_equal_one(case, setting, two_devices, rng):
     data = _data(rng)
