@@ -321,9 +321,9 @@ class Gadam:
         Where the compiled loss takes logits (a Keras loss with `from_logits=True`), it is the
         logarithm of the mean of their probabilities, so that loss and metrics hold for it; the
         outputs of any other loss are averaged as they are. Compiled as the model is, with a
-        fresh optimizer, unless the model's class has a `compute_loss` of its own; evaluates,
-        predicts, saves and exports like any other. Penalties, of regularizers and `add_loss`,
-        are those of all its members.
+        fresh optimizer, unless the model's class has a `compute_loss`, `compute_metrics` or
+        `test_step` of its own, which it would lose; predicts, saves and exports like any other.
+        Penalties, of regularizers and `add_loss`, are those of all its members.
 
         Args:
             size: How many members. Defaults to `None`: all whose fitness is finite.
@@ -346,7 +346,10 @@ class Gadam:
             plain.set_weights(self.member(rank).get_weights())
             members.append(plain)
         together = averaged(members, self.model)
-        if type(self.model).compute_loss is not keras.Model.compute_loss:
+        if any(
+            getattr(type(self.model), name) is not getattr(keras.Model, name)
+            for name in ("compute_loss", "compute_metrics", "test_step")
+        ):
             return together
         return population.compiled_as(self.model, together)
 

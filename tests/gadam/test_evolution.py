@@ -671,11 +671,24 @@ class Absolute(keras.Model):
         return keras.ops.mean(keras.ops.abs(y - y_pred))
 
 
-def test_an_ensemble_of_models_with_a_loss_of_their_own_is_not_compiled():
-    """It is a plain functional model, and would evaluate another loss in silence."""
+@keras.saving.register_keras_serializable("tests")
+class Counting(keras.Model):
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return {**super().compute_metrics(x, y, y_pred, sample_weight), "count": 7.0}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Halving(keras.Model):
+    def test_step(self, data):
+        return {name: value / 2 for name, value in super().test_step(data).items()}
+
+
+@pytest.mark.parametrize("cls", [Absolute, slow(Counting), slow(Halving)])
+def test_an_ensemble_of_models_with_an_evaluation_of_their_own_is_not_compiled(cls):
+    """It is a plain functional model, and would evaluate something else in silence."""
     x, y = models.samples(np.random.default_rng(0), count=16)
     inputs = keras.Input((6,))
-    model = Absolute(inputs, keras.layers.Dense(3)(inputs))
+    model = cls(inputs, keras.layers.Dense(3)(inputs))
     model.compile(gdopt.Adam(0.1), "mse")
     gadam = gdopt.Gadam(model, 2, seed=1)
     gadam.fit(x, y.astype("float32"), generations=1, verbose=0)
