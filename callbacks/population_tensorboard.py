@@ -79,7 +79,8 @@ class PopulationTensorBoard(PopulationCallback):
     | `slot/learning_rate`, … | each hyper-parameter that evolves, of the survivor there |
 
     Where some evolve, the run `winner` has, once `fit` ends, what the fittest member and its
-    ancestors trained with in each generation, under the same tags: a line through the places.
+    ancestors trained with in each generation: under the same tags, a line through the places, and
+    as `winner/learning_rate`, …, by itself.
 
     `lineage.jsonl` beside the runs holds `gadam.lineage`, up to date after each
     generation; `Lineage.from_json_lines` reads it. The custom scalars have a margin chart
@@ -243,7 +244,11 @@ class PopulationTensorBoard(PopulationCallback):
         for generation in range(self._last + 1):
             # An individual's generation is the one after that in which it was born.
             then = next(one for one in line if one["generation"] <= generation + 1)
-            values = [scalar(f"slot/{n}", value) for n, value in then["hyperparameters"].items()]
+            values = [
+                scalar(f"{place}/{name}", value)
+                for name, value in then["hyperparameters"].items()
+                for place in ("slot", _WINNER)
+            ]
             files.write(generation, values, run=_WINNER)
         files.close()
 
@@ -308,6 +313,7 @@ def _layout(evolving: Iterable[str]) -> layout_pb2.Layout:
         "diversity": ["population/diversity$"],
         "children that survived": ["population/children_survived$"],
         **{f"{name} of each slot": [f"slot/{name}$"] for name in evolving},
+        **{f"{name} of the winner's line": [f"{_WINNER}/{name}$"] for name in evolving},
     }
     charts += [
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))

@@ -37,7 +37,7 @@ class Picture(NamedTuple):
 PICTURES = {
     "optimizers": Picture("optimizers", "custom_scalars", (1850, 620), (358, 70, 1850, 460)),
     "hparams": Picture("optimizers", "hparams", (1700, 640), (342, 64, 1700, 560)),
-    "population": Picture("population/*", "custom_scalars", (1500, 900), (358, 70, 1500, 766)),
+    "population": Picture("population/*", "custom_scalars", (1500, 1200), (358, 70, 1500, 1070)),
     "family_tree": Picture("population/*", "images", (1300, 900), (333, 122, 720, 482)),
 }
 

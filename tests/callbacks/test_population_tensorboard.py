@@ -550,7 +550,8 @@ def test_hyperparameters_of_places_and_of_the_winner_s_line(tmp_path):
                 while one["generation"] > generation + 1:
                     one = everyone[one["heir_of"]]
                 expected.insert(0, (generation, one["hyperparameters"][name]))
-            received = read(tmp_path / "winner")[f"slot/{name}"]
-            np.testing.assert_allclose(received, expected, rtol=1e-6)
+            for tag in (f"slot/{name}", f"winner/{name}"):
+                received = read(tmp_path / "winner")[tag]
+                np.testing.assert_allclose(received, expected, rtol=1e-6)
     _fit(_gadam(), [PopulationTensorBoard(tmp_path / "none")], generations=1)
     assert not (tmp_path / "none" / "winner").exists()
