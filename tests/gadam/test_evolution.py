@@ -722,7 +722,7 @@ def test_an_ensemble_keeps_masks_and_the_precision_of_outputs(policy):
     received = ensemble.predict(x, verbose=0)
     np.testing.assert_allclose(received, np.log(mean), rtol=1e-5, atol=1e-5)
     losses = -np.log(np.take_along_axis(mean, y[..., None], axis=-1))[..., 0]
-    # In mixed precision Keras before 3.12 loses a mask where a layer casts its input.
+    # In mixed precision Keras 3.11 loses a mask where a layer casts its input.
     is_masked = getattr(gadam.model(x), "_keras_mask", None) is not None
     assert is_masked or policy == "mixed_bfloat16"
     expected = np.mean(losses, where=x > 0 if is_masked else True)
