@@ -31,6 +31,12 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return rng.random((SAMPLES, 784), "float32"), rng.integers(0, 10, SAMPLES)
 
 
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """As many samples as scikit-learn's digits, of their shape: 28 batches, and a smaller one."""
+    rng = np.random.default_rng(0)
+    return rng.random((1797, 8, 8, 1), "float32"), rng.integers(0, 10, 1797)
+
+
 def mlp() -> keras.Model:
     """Of 784-64-10 units."""
     layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
@@ -63,6 +69,20 @@ def cnn() -> keras.Model:
             keras.layers.Flatten(),
             keras.layers.Dense(120, activation="relu"),
             keras.layers.Dense(84, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def cnn_for_digits() -> keras.Model:
+    """A small one, of which tracing takes longer than training."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(8, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(32, activation="relu"),
             keras.layers.Dense(10),
         ]
     )
@@ -206,26 +226,6 @@ def training(
 
     name = f"Gadam's training, {engine}" + (", evolving" if evolve else "")
     return Contender(name, make, steps=members * steps)
-
-
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """As many samples as scikit-learn's digits, of their shape: 28 batches, and a smaller one."""
-    rng = np.random.default_rng(0)
-    return rng.random((1797, 8, 8, 1), "float32"), rng.integers(0, 10, 1797)
-
-
-def cnn_for_digits() -> keras.Model:
-    """A small one."""
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            keras.layers.Conv2D(8, 3, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Flatten(),
-            keras.layers.Dense(32, activation="relu"),
-            keras.layers.Dense(10),
-        ]
-    )
 
 
 def first_fit(build: Callable[[], keras.Model], data: Samples = data) -> Contender:

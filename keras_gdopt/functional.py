@@ -91,7 +91,11 @@ class ModelFunction:
         known = {id(variable) for variable, _ in mapping}
         known.update(id(v) for metric in self.model.metrics for v in metric.variables)
         self.loses_updates = any(changed not in known for changed in scope.state_mapping)
-        return loss, [scope.get_current_value(variable) for variable in self.state_variables]
+        # In mixed precision a layer of Keras 3.11 leaves its state in half precision.
+        return loss, [
+            keras.ops.cast(scope.get_current_value(variable), variable.dtype)
+            for variable in self.state_variables
+        ]
 
     def judged(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch

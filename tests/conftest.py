@@ -20,8 +20,8 @@ tf.config.optimizer.set_experimental_options(
     {"disable_meta_optimizer": bool(os.environ["XLA_FLAGS"])}
 )
 
-# Where each operation was made, which TensorFlow looks up through all the frames of pytest, takes
-# longer than making it; here all have the same place.
+# TensorFlow notes the Python stack of each operation that it makes. Under all the frames of pytest
+# that takes long, so here all operations have the same one.
 if os.environ["XLA_FLAGS"]:
     _anywhere = tf_stack.extract_stack()
     tf_stack.extract_stack = lambda *_args, **_kwargs: _anywhere
@@ -55,7 +55,7 @@ def _keras_settings_put_back():
 
 @pytest.fixture(autouse=True, scope="module")
 def _garbage_collected():
-    """What one file's tests have traced, so that looking for garbage never takes long."""
+    """After each file, so that no later collection has to go through what all files traced."""
     yield
     gc.collect()
 

@@ -34,9 +34,9 @@ class BFGS(ClosureOptimizer):
     \tau = \min\left(1, \frac{y^\top s}{-\alpha_t\, s^\top g_t}\right)$$
 
     τ compares the curvature along the step with the one that H foresaw, and enlarges H where
-    that was too large, which plain BFGS ($\tau = 1$) takes many iterations to forget: on
-    ill-conditioned losses, such as those of physics-informed networks, self-scaled BFGS comes
-    to losses that are smaller by orders of magnitude. The first direction is $-g$, and
+    that was too large, which plain BFGS ($\tau = 1$) takes many iterations to forget. On
+    ill-conditioned losses, such as those of physics-informed networks, self-scaled BFGS reaches
+    much smaller losses. The first direction is $-g$, and
     $H = (y^\top s / y^\top y)\, I$ before the first update, in which τ is 1.
 
     A pair s, y is left out where $s^\top y \le \varepsilon\, \|s\| \|y\|$ (ε the rounding of

@@ -99,7 +99,7 @@ class Gadam:
 
     $$u_{child} = u_{parent} + \sigma w z, \qquad z \sim N(0, 1)$$
 
-    reflected at the ends of the range. Then by default the fitter half of the members are parents,
+    reflected at the ends of the range. Then by default only the fitter half become parents,
     children begin with the weights and the optimizer's state of the fitter parent, and no weights
     mutate.
 
@@ -146,9 +146,9 @@ class Gadam:
             inner optimizer. Defaults to `None`: all members have the optimizer's.
         perturbation: σ above, not negative. Defaults to 0.1, about a factor of 2 on a range of
             three decades.
-        selection: Who can be a parent: `"all"`, with the probabilities of Eq. 45, or under
-            `"truncation"` the fitter half only (rounded up), whose losses then are those of
-            Eq. 44-46. Defaults to `"all"`, with `evolve` to `"truncation"`.
+        selection: Who can be a parent: `"all"` members, or with `"truncation"` only the fitter
+            half (rounded up), in which case Eq. 44-48 are taken over that half alone. Defaults
+            to `"all"`, with `evolve` to `"truncation"`.
         crossover: What a child's weights are: `"entries"` of both parents as above; their
             `"mean"`, weighed by the probability of Eq. 46; those of the `"fitter"` parent.
             Defaults to `"entries"`, with `evolve` to `"fitter"`. (Members that were trained

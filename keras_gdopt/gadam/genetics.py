@@ -66,12 +66,8 @@ def truncated(losses: Tensor) -> Tensor:
     Returns:
         In the same dtype and shape.
     """
-    count = losses.shape[0]
-    infinity = tf.constant(np.inf, losses.dtype)
-    order = tf.argsort(tf.where(tf.math.is_finite(losses), losses, infinity), stable=True)
-    fitter = order[: (count + 1) // 2]
-    is_fitter = tf.reduce_any(fitter[:, None] == tf.range(count), axis=0)
-    return tf.where(is_fitter, losses, infinity)
+    is_fitter = _are_fittest(losses, (losses.shape[0] + 1) // 2)
+    return tf.where(is_fitter, losses, tf.constant(np.inf, losses.dtype))
 
 
 def chosen_parents(probabilities: Tensor, key: Tensor) -> Tensor:
@@ -209,15 +205,19 @@ def surviving(parent_losses: Tensor, child_losses: Tensor) -> Tensor:
         there, else g plus a child's.
     """
     count = parent_losses.shape[0]
-    losses = tf.concat([parent_losses, child_losses], axis=0)
-    losses = tf.where(tf.math.is_finite(losses), losses, tf.constant(np.inf, losses.dtype))
-    fittest = tf.argsort(losses, stable=True)[:count]
-    survives = tf.reduce_any(fittest[:, None] == tf.range(2 * count), axis=0)
+    survives = _are_fittest(tf.concat([parent_losses, child_losses], axis=0), count)
     parent_stays, child_comes = survives[:count], survives[count:]
     # The n-th place that is free takes the n-th child that survives.
     free_before = tf.cumsum(tf.cast(~parent_stays, tf.int32), exclusive=True)
     children = tf.argsort(tf.where(child_comes, 0, 1), stable=True)
     return tf.where(parent_stays, tf.range(count), count + tf.gather(children, free_before))
+
+
+def _are_fittest(losses: Tensor, count: int) -> Tensor:
+    """Which losses are the `count` lowest, those that are not finite behind all others."""
+    losses = tf.where(tf.math.is_finite(losses), losses, tf.constant(np.inf, losses.dtype))
+    fittest = tf.argsort(losses, stable=True)[:count]
+    return tf.reduce_any(fittest[:, None] == tf.range(losses.shape[0]), axis=0)
 
 
 def _bits(shape: Any, key: Tensor) -> Tensor:

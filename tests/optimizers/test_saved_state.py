@@ -395,7 +395,7 @@ def _python(script):
 
 @pytest.mark.parametrize("cases", [A_FEW, slow(CASES)], ids=["a few", "all"])
 def test_resumes_in_a_new_process(cases, tmp_path):
-    """Each optimizer on an embedding and dense layers, with all of them one on other layers."""
+    """Each optimizer on an embedding and dense layers; the slow test, one on other layers, too."""
     runs = [(str(case), "embedding") for case in cases]
     if cases is CASES:
         runs += [(str(A_FEW[0]), kind) for kind in ("normalized", "lstm")]
