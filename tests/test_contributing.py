@@ -101,6 +101,7 @@ def test_every_cross_cutting_test_covers_it(copy):
     assert any("test_rules_contain_no_tensorflow_and_are_short[qhm]" in line for line in collected)
 
 
+@pytest.mark.slow
 def test_a_selection_passes(copy):
     run = _pytest(
         copy, "-k", "QHM or qhm", "tests/optimizers/test_rules.py", "tests/test_package.py"

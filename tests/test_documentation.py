@@ -25,7 +25,7 @@ PAGES = [
     ROOT / "examples/README.md",
     ROOT / "benchmarks/README.md",
 ]
-SLOW = "clusters.md"  # it starts one
+SLOW = ("clusters.md", "closures.md", "gadam.md")  # of what takes long to start or to compile
 
 
 def _each(pages):
@@ -33,7 +33,7 @@ def _each(pages):
         pytest.param(
             page,
             id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if page.name == SLOW else [],
+            marks=[pytest.mark.slow] if page.name in SLOW else [],
         )
         for page in pages
     ]

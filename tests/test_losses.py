@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.losses import MulticlassHinge
+from tests.parameters import slow
 from tests.reference.losses import multiclass_hinge
 
 # Fig. 1: dog, cat and bird; a picture of each in this order.
@@ -146,7 +147,7 @@ def test_label_256_is_none_of_its_neighbors_in_mixed_bfloat16():
 
 @pytest.mark.parametrize(
     ("policy", "labels"),
-    [("mixed_bfloat16", "one-hot"), ("mixed_float16", "integers")],
+    [slow("mixed_bfloat16", "one-hot"), ("mixed_float16", "integers")],
 )
 def test_trains_and_is_saved(policy, labels, rng, tmp_path):
     keras.mixed_precision.set_global_policy(policy)

@@ -14,7 +14,6 @@ from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
 from keras_gdopt.callbacks.event_files import EventFiles, scalar, write_layout
 from tests.callbacks.conftest import eventually
-from tests.parameters import slow
 
 
 def read(log_dir):
@@ -68,7 +67,8 @@ def test_what_is_written_again_counts_once(again, tmp_path):
     assert read(tmp_path)["sometimes"] == expected[1::2]
 
 
-@pytest.mark.parametrize("load_fast", [slow("true"), "false"])
+@pytest.mark.slow
+@pytest.mark.parametrize("load_fast", ["true", "false"])
 def test_a_tensorboard_that_runs_shows_each_step_once(load_fast, serving, tmp_path):
     def write(first, last, value):
         files = EventFiles(str(tmp_path), owner="Test", runs=["run"])

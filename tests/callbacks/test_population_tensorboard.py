@@ -170,6 +170,7 @@ def _expected(run, generation):
     return {**expected, "best/mae": np.mean(np.abs(errors))}, of_slots, best
 
 
+@pytest.mark.slow
 def test_the_run_that_died_had_written_what_the_resumed_one_wrote_again(run):
     assert [step for step, _ in run.killed["population/fitness_loss/best"]] == [0, 1, 2, 3]
 
@@ -277,7 +278,8 @@ def test_the_margin_chart(run):
     assert [series.lower, series.value, series.upper] == names
 
 
-@pytest.mark.parametrize("load_fast", ["true", slow("false")])
+@pytest.mark.slow
+@pytest.mark.parametrize("load_fast", ["true", "false"])
 def test_a_real_tensorboard_shows_it(load_fast, run, serving):
     runs = ["population", *SLOTS]
     with serving(run.log_dir, runs, "--load_fast", load_fast) as server:
@@ -342,6 +344,7 @@ def test_files_are_whole_and_closed_when_training_breaks(error, tmp_path):
     assert not _open_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_was_written(tmp_path):
     script = f"""
 import os, signal
@@ -371,6 +374,7 @@ gdopt.Gadam(model, 3).fit(
     assert {s[0] for one in lineage for s in one["selections"]} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tmp_path):
     """On a file system of 256 KiB, beside one that has room."""
     disk = tmp_path / "disk"
@@ -404,6 +408,7 @@ def test_a_disk_that_fills_up(tmp_path):
 # --- settings ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_left_out(tmp_path):
     class Spoils(PopulationCallback):
         """Of parents and of children, all but the first."""
@@ -426,6 +431,7 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
     assert np.isfinite(written["population/selection_entropy"])
 
 
+@pytest.mark.slow
 def test_no_family_trees(tmp_path):
     _fit(_gadam(), [PopulationTensorBoard(tmp_path, tree_freq=0)])
     assert not [tag for tag in read(tmp_path / "population") if "family" in tag]
@@ -444,6 +450,7 @@ def test_without_matplotlib_the_table_alone(monkeypatch, tmp_path):
     assert tags == ["population/family_table"]
 
 
+@pytest.mark.slow
 def test_beside_keras_tensorboard_and_a_second_one(tmp_path):
     _fit(
         _gadam(),
@@ -458,6 +465,7 @@ def test_beside_keras_tensorboard_and_a_second_one(tmp_path):
     assert "epoch_loss" in read(tmp_path / "keras" / "train")
 
 
+@pytest.mark.slow
 def test_any_path_of_gfile(tmp_path):
     _fit(_gadam(), [PopulationTensorBoard(f"file://{tmp_path}/run")], generations=1)
     assert "best/loss" in read(tmp_path / "run" / "population")

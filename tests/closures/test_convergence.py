@@ -60,6 +60,7 @@ def test_a_quadratic_of_n_weights_takes_n_iterations(make, more, size, rng):
     np.testing.assert_allclose(point_of(model), minimum, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_both_betas_go_the_same_way_on_a_quadratic(rng):
     function, *_ = _quadratic(10, rng)
     start = rng.normal(size=10)
@@ -73,7 +74,7 @@ def test_both_betas_go_the_same_way_on_a_quadratic(rng):
 @pytest.mark.parametrize(
     ("line_search", "jit_compile"),
     [
-        ("wolfe", True),
+        slow("wolfe", True),
         ("armijo", False),
         slow("exact", False),
         slow("wolfe", False),
@@ -124,7 +125,7 @@ def test_conjugate_gradient_follows_its_equations(beta):
             direction = -new
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[3]], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEMS[0], slow(PROBLEMS[3])], ids=str)
 @pytest.mark.parametrize("self_scaled", [True, False])
 def test_bfgs_follows_its_equations(self_scaled, problem):
     points, gradients, metrics = _followed(
@@ -402,7 +403,7 @@ def test_keras_holds_the_first_point_in_floatx():
     assert point_of(model_of(PROBLEMS[0].function, (1.5, 2.5), gdopt.LBFGS())).dtype == "float64"
 
 
-@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("solver", ["exact", slow("cg")])
 def test_newton_leaves_where_the_loss_is_almost_flat(solver):
     """There the curvature is 4e-44 and the gradient -1; the minimum of the loss is at 100."""
     optimizer = gdopt.Newton(solver=solver, iterations_per_step=200, jit_compile=False)

@@ -47,6 +47,7 @@ def test_races_optimizers_of_the_package(names, tmp_path, output_of):
     assert (folder / "losses.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_same_weights_and_batches_for_everyone(tmp_path, output_of):
     """A second race with the same seed, in another order, gives the same losses."""
     pytest.importorskip("sklearn")

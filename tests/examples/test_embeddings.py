@@ -41,6 +41,7 @@ def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     assert (tmp_path / "runs" / "embeddings.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.slow
 def test_texts_of_ones_own(example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

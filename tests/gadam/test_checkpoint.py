@@ -61,7 +61,7 @@ def _assert_same_run(one, other):
     ("kind", "engine"),
     [
         ("arrays", "stacked"),
-        ("dataset", "mapped"),
+        slow("dataset", "mapped"),
         slow("ragged", "stacked"),
         slow("arrays", "mapped"),
         slow("dataset", "stacked"),
@@ -101,6 +101,7 @@ def directory(whole, tmp_path):
     return shutil.copytree(whole.directory, tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_nothing_is_done_where_all_is_done(whole, directory):
     other = _gadam()
     history = other.fit(**_arrays(), generations=3, verbose=0, checkpoint_dir=directory)
@@ -108,6 +109,7 @@ def test_nothing_is_done_where_all_is_done(whole, directory):
     assert history.epoch == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_is_remembered(rng, tmp_path):
     data = _data(rng, "arrays")
     slower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
@@ -153,6 +155,7 @@ def _saved_by_version_0_1_0(directory, **identity):
     checkpoint.save(gadam._population.members, {**record, "learning_rate": rate})
 
 
+@pytest.mark.slow
 def test_a_stack_of_version_0_1_0_goes_on(tmp_path):
     _saved_by_version_0_1_0(tmp_path)
     expected, resumed = _gadam(), _gadam()

@@ -508,6 +508,7 @@ def test_more_workers_than_the_cluster_has_room_for(cluster):
         _run(gdopt.RayEngine(2, threads_per_worker=1000))
 
 
+@pytest.mark.slow
 def test_the_user_s_error_comes_once_and_names_the_worker(cluster):
     here = os.getpid()
 

@@ -346,6 +346,7 @@ def test_the_state_of_pythons_random_numbers_is_left_alone():
     assert [random.random() for _ in range(3)] == expected
 
 
+@pytest.mark.slow
 def test_a_subclassed_model(data):
     model = models.Subclassed()
     model(np.zeros((1, 6), "float32"))
@@ -483,6 +484,7 @@ def test_counting_for_long_says_so(monkeypatch):
         StreamData(_dataset(_padded()), members=2)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_a_batch_are_one_batch(data):
     x, y = data[0][:20], data[1][:20]
     assert ArrayData(x, y, seed=1).steps_per_epoch == 1
@@ -535,7 +537,6 @@ KINDS_OF_DATA = {
     "weighted": lambda x, y: (tf.data.Dataset.from_tensor_slices((x, y, np.ones(48))).batch(16),),
     "py_dataset": lambda x, y: (_PyDataset(x, y),),
 }
-STREAMS = ("shuffled", "weighted", "py_dataset")
 
 
 # An engine sees arrays or a stream, whatever they were made of.
@@ -543,10 +544,10 @@ STREAMS = ("shuffled", "weighted", "py_dataset")
     ("kind", "engine"),
     [
         *(
-            (kind, "stacked") if kind in ("shuffled", "py_dataset") else slow(kind, "stacked")
+            (kind, "stacked") if kind == "py_dataset" else slow(kind, "stacked")
             for kind in KINDS_OF_DATA
         ),
-        *(slow(kind, "mapped") if kind in STREAMS else (kind, "mapped") for kind in KINDS_OF_DATA),
+        *((kind, "mapped") if kind == "lists" else slow(kind, "mapped") for kind in KINDS_OF_DATA),
     ],
 )
 def test_kinds_of_data(kind, engine, data):
@@ -901,7 +902,8 @@ def test_mixed_float16_is_refused_with_the_reason():
         _gadam()
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_mixed_bfloat16_trains(engine, data):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     gadam = _gadam(engine=engine)
@@ -972,7 +974,8 @@ class _OwnMetric(keras.metrics.Mean):
         super().update_state(keras.ops.abs(y - prediction))
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, data):
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(3, activation="tanh")(inputs)

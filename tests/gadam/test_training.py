@@ -83,13 +83,7 @@ def _assert_members_equal_models(gadam, trained, losses, before, data, twin, rto
         for name in STACKED
         if name != "dropout"
     ]
-    + [
-        # By every change those that are mapped unless asked for otherwise, and dropout.
-        ("mapped", name)
-        if name in ("convolution", "dropout", "recurrent")
-        else slow("mapped", name)
-        for name in UNROLLED
-    ],
+    + [("mapped", name) if name == "dropout" else slow("mapped", name) for name in UNROLLED],
 )
 def test_each_member_is_trained_as_keras_would(engine, name, rng, float64):
     """Two epochs of 22 samples in batches of 8, 8 and 6. (Under XLA the dropout of one seed is
@@ -121,7 +115,7 @@ def _texts(kind, rng):
     ("engine", "kind"),
     [
         ("stacked", "padded"),
-        ("mapped", "ragged"),
+        slow("mapped", "ragged"),
         slow("stacked", "ragged"),
         slow("mapped", "padded"),
     ],
@@ -167,7 +161,8 @@ def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind
         np.testing.assert_allclose(fitness[member], expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_several_inputs_and_outputs_and_weights_of_samples(engine, rng, float64):
     x, y = models.samples_of_two(rng)
     loss = {"one": "mse", "other": "mae"}
@@ -220,6 +215,7 @@ def test_members_accumulate_gradients_of_a_scaled_loss(engine, rng, float64):
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
+@pytest.mark.slow
 def test_sequences_that_go_on_in_the_next_batch(rng, float64):
     """Each phase of training begins with none."""
     x, y = models.samples(rng, count=24)
@@ -237,6 +233,7 @@ def test_sequences_that_go_on_in_the_next_batch(rng, float64):
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
+@pytest.mark.slow
 def test_words(rng, float64):
     words = np.array([["the cat"], ["a dog"], ["the cat and the dog"], ["mice"]] * 5)[:, 0]
     y = rng.normal(size=(20, 1))

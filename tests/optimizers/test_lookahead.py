@@ -211,6 +211,7 @@ def test_fit_leaves_the_slow_weights_in_the_model(start, gradients, float64):
     np.testing.assert_allclose(model.layers[0].kernel.numpy(), slow_weights[-1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_slow_weights_of_bfloat16_variables_are_in_float32():
     variable = keras.Variable([256.0], dtype="bfloat16")
     optimizer = gdopt.Lookahead(gdopt.GradientDescent(1.0), sync_period=1, slow_step_size=1e-3)

@@ -38,7 +38,7 @@ for case in CASES:
         else:
             raise AssertionError(f"{case}: no {error}")
 
-for case in CASES if os.environ["FIT"] == "all" else A_FEW:
+for case in CASES if os.environ["FIT"] == "all" else A_FEW[:1]:
     # In `fit`, with Keras's base arguments, saved and loaded.
     keras.utils.set_random_seed(0)  # other weights may need more epochs
     x = rng.normal(size=(32, 4)).astype("float32")
@@ -89,7 +89,7 @@ print("all", len(CASES))
 """
 
 
-@pytest.mark.parametrize("fit", ["a few", slow("all")])
+@pytest.mark.parametrize("fit", ["one", slow("all")])
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_rules_work_with_another_backend(backend, fit):
     if importlib.util.find_spec(backend) is None:

@@ -193,14 +193,14 @@ def test_refuses_variables_that_a_gradient_overwrites():
 def _declared():
     """Each hyper-parameter that a rule declares, with two values of it."""
     values, declared = {"fraction": (0.35, 0.9), "positive": (1e-6, 3e-3)}, []
+    seen = set()
     for case in CASES:
         for name, kind in pure_step(_built(case())).evolvable.items():
-            of_base = name in ("learning_rate", "weight_decay")
             is_wrapper = isinstance(case, WrapperCase)
             if is_wrapper and name == "weight_decay":
                 continue  # it moves the weights that a synchronization sees: test_evolution.py
-            alike = (case.arguments and not is_wrapper) or (of_base and str(case) != "Adam()")
-            marks = [pytest.mark.slow] if alike else []
+            marks = [pytest.mark.slow] if name in seen else []  # each by every change once
+            seen.add(name)
             declared.append(
                 pytest.param(case, name, values[kind], id=f"{case}-{name}", marks=marks)
             )

@@ -14,7 +14,13 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import A_FEW, CASES, every_optimizer, every_optimizer_with
+from tests.optimizer_cases import (
+    A_FEW,
+    CASES,
+    every_optimizer,
+    every_optimizer_alike,
+    every_optimizer_with,
+)
 from tests.parameters import slow
 
 SETTINGS = {
@@ -105,7 +111,7 @@ def test_goes_on_bit_equal(case, setting_and_way, tmp_path):
     _assert_same(_fit(loaded), _fit(model))
 
 
-@pytest.mark.parametrize("case", A_FEW, ids=str)
+@every_optimizer_alike
 def test_checkpoint_restores_an_optimizer_that_is_not_built(case, tmp_path):
     model = _fit(_model(case()))
     path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "c")
@@ -271,8 +277,10 @@ STATES_THAT_DO_NOT_FIT = [
 @pytest.mark.parametrize(
     ("saved", "loading", "message", "built"),
     [
-        *((*state, False) for state in STATES_THAT_DO_NOT_FIT),
         (*STATES_THAT_DO_NOT_FIT[0], True),
+        *((*state, False) for state in STATES_THAT_DO_NOT_FIT[1:3]),
+        slow(*STATES_THAT_DO_NOT_FIT[0], False),
+        *(slow(*state, False) for state in STATES_THAT_DO_NOT_FIT[3:]),
         *(slow(*state, True) for state in STATES_THAT_DO_NOT_FIT[1:]),
     ],
 )
@@ -393,7 +401,7 @@ def _python(script):
     )
 
 
-@pytest.mark.parametrize("cases", [A_FEW, slow(CASES)], ids=["a few", "all"])
+@pytest.mark.parametrize("cases", [A_FEW[:1], slow(CASES)], ids=["one", "all"])
 def test_resumes_in_a_new_process(cases, tmp_path):
     """Each optimizer on an embedding and dense layers; the slow test, one on other layers, too."""
     runs = [(str(case), "embedding") for case in cases]
@@ -410,6 +418,7 @@ def test_resumes_in_a_new_process(cases, tmp_path):
         _assert_same(resumed, expected)
 
 
+@pytest.mark.slow
 def test_loading_without_the_package_fails_loudly(tmp_path):
     names = sorted({case.cls.__name__ for case in CASES})
     for case in CASES:

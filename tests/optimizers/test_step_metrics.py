@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from tests.optimizer_cases import A_FEW, RULES, every_rule
+from tests.optimizer_cases import RULES, every_rule, every_rule_alike
 from tests.parameters import slow
 
 
@@ -186,7 +186,7 @@ def test_accumulation_records_updates_and_their_mean_gradient(variables, rng):
     assert optimizer.step_metrics["grad_norm"] == pytest.approx(_norm(mean), rel=1e-3)
 
 
-@pytest.mark.parametrize("case", [case for case in A_FEW if case in RULES], ids=str)
+@every_rule_alike
 def test_two_devices_record_the_reduced_gradient(case, two_devices, rng):
     x = rng.normal(size=(16, 4)).astype("float32")
     y = rng.normal(size=(16, 1)).astype("float32")
