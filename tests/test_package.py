@@ -59,6 +59,7 @@ def test_typing_marker_ships():
     assert (PACKAGE / "py.typed").exists()
 
 
+@pytest.mark.slow
 def test_the_package_does_not_import_its_callbacks():
     script = "import sys, keras_gdopt; sys.exit('keras_gdopt.callbacks' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

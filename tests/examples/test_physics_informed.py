@@ -51,6 +51,7 @@ def test_the_residual_is_that_of_burgers_equation(example, float64):
     np.testing.assert_allclose(residual, expected, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     small = ("--units", 8, "--layers", 2, "--points", 256)
     output = output_of(SCRIPT, *small, "--adam-steps", 100, "--lbfgs-iterations", 150)

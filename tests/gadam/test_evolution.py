@@ -341,7 +341,8 @@ def test_nothing_is_traced_again_for_other_values():
     assert train.experimental_get_tracing_count() == traced == 1
 
 
-@pytest.mark.parametrize("engine", ["stacked", slow("mapped")])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_a_resumed_run_goes_on_with_its_values(engine, tmp_path):
     whole = _gadam(engine=engine, evolve=EVOLVE)
     expected = whole.fit(**_data(), generations=4, verbose=0).history
