@@ -379,6 +379,7 @@ def test_own_metrics_in_mixed_precision(case, rng, tmp_path):
     assert read(tmp_path)["optimizer/loss_scale"] == {5: 2.0**15, 10: 2.0**15}
 
 
+@pytest.mark.slow
 @every_class
 def test_own_metrics_on_two_devices(case, two_devices, rng, tmp_path):
     with two_devices.scope():
@@ -492,6 +493,7 @@ def test_histograms_of_weights_slots_and_gradients(rng, tmp_path):
                 assert ends == pytest.approx((gradient.min(), gradient.max()), rel=1e-2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_that_were_not_recorded_anew_are_not_written_again(rng, tmp_path):
     model = _model(gdopt.Adam())
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=20, tier="histograms")
@@ -503,6 +505,7 @@ def test_gradients_that_were_not_recorded_anew_are_not_written_again(rng, tmp_pa
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_higher_tier_is_recorded_in_a_second_fit(rng, tmp_path):
     model = _model(gdopt.Adam())
     for tier in TIERS:
@@ -705,6 +708,7 @@ def _configs(cls):
                 yield cls(**{name: value})
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_has_one_type_in_all_runs():
     """A key that is text in one run is text in all of them, for TensorBoard."""
     modules = (keras.optimizers, gdopt)

@@ -437,6 +437,7 @@ def test_no_family_trees(tmp_path):
     assert not [tag for tag in read(tmp_path / "population") if "family" in tag]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_table_alone(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

@@ -229,6 +229,7 @@ def test_lbfgs_with_a_long_memory_is_bfgs():
         assert metrics[k]["memory_pairs"] == len(pairs)
 
 
+@pytest.mark.slow
 def test_lbfgs_forgets_the_oldest_pairs():
     function = PROBLEMS[4].function
     points, gradients, metrics = _followed(

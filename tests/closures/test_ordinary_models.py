@@ -108,6 +108,7 @@ def _only_add_loss():
     return keras.Model(inputs, AddsLoss()([layers.Dense(1)(inputs), inputs]))
 
 
+@pytest.mark.slow
 def test_a_loss_that_only_layers_add():
     model = _attached(_only_add_loss(), gdopt.LBFGS(iterations_per_step=20, jit_compile=False))
     assert model.train_on_batch(X) < 1e-6
@@ -286,7 +287,8 @@ def test_the_unit_of_the_loss_does_not_matter(cls, arguments):
         np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [EXACT, slow(COMPILED)], ids=["plain", "compiled"])
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [EXACT, COMPILED], ids=["plain", "compiled"])
 def test_the_units_of_features_do_not_matter_to_newton(arguments):
     units = np.array([2.0**14, 1.0, 2.0**-6], "float32")
     expected = _path(gdopt.Newton, arguments, _valley, START)

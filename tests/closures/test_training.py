@@ -125,6 +125,7 @@ def test_metrics_are_those_of_weights_and_gradients(cls):
         np.testing.assert_allclose(recorded, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_closure_alike
 def test_gradients_can_be_asked_for_after_a_training(cls):
     model = _model(_plain(cls))
@@ -193,6 +194,7 @@ def test_goes_on_bit_equal(cls, way, tmp_path):
     _assert_same(loaded, model)
 
 
+@pytest.mark.slow
 @every_closure_alike
 def test_state_of_another_size_is_refused(cls, tmp_path):
     model = _model(_plain(cls))
@@ -323,6 +325,7 @@ def test_the_first_trial_is_the_learning_rate():
     assert lengths == [0.25, 0.25, 0.125]
 
 
+@pytest.mark.slow
 def test_a_subclassed_model_that_is_built_by_its_first_batch():
     class Subclassed(keras.Model):
         def __init__(self):

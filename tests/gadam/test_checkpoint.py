@@ -119,6 +119,7 @@ def test_a_changed_learning_rate_is_remembered(rng, tmp_path):
     np.testing.assert_allclose(float(resumed.model.optimizer.learning_rate), 0.005, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_some_generations_are_saved(rng, tmp_path):
     gadam = _gadam()
     gadam.fit(

@@ -320,6 +320,7 @@ def test_an_initializer_draws_all_members():
     assert abs(biases.std() - 2.0) < 0.2
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_the_models(data):
     def build():
         model = models.dense()
@@ -499,6 +500,7 @@ def test_fewer_samples_than_a_batch_are_one_batch(data):
     np.testing.assert_array_equal(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_a_model_with_a_batch_size_of_its_own():
     """A stateful LSTM is judged in batches of that size, too; others are refused in words."""
     x, y = np.ones((8, 3, 2), "float32"), np.ones((8, 1), "float32")
@@ -561,11 +563,12 @@ def test_kinds_of_data(kind, engine, data):
     assert _trace_counts(gadam) == traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "loss"),
     [
         (lambda classes: np.eye(3)[classes], keras.losses.CategoricalCrossentropy),
-        slow(lambda classes: classes, keras.losses.SparseCategoricalCrossentropy),
+        (lambda classes: classes, keras.losses.SparseCategoricalCrossentropy),
     ],
     ids=["one_hot", "integers"],
 )
@@ -676,6 +679,7 @@ def test_reduce_lr_on_plateau_slows_the_members(engine, data):
     assert not set(weights[1].flatten().tolist()) <= set(weights[0].flatten().tolist())
 
 
+@pytest.mark.slow
 def test_terminate_on_nan_sees_that_no_member_is_finite(data):
     """Which ends `fit` by itself; one member that is finite keeps it going."""
     x, y = data
@@ -886,6 +890,7 @@ def test_models_that_cannot_be_populations(monkeypatch):
         _gadam()
 
 
+@pytest.mark.slow
 def test_a_model_that_a_closure_optimizer_trained_before(data):
     model = _model()
     model.compile(gdopt.LBFGS(), "mse")
@@ -993,7 +998,8 @@ def test_raw_operations_and_losses_and_metrics_that_nobody_registered(engine, da
     assert model.compiled
 
 
-@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_adapted_layers_stay_adapted(engine, data):
     x, y = 5 * data[0] + 30, data[1]
     normalization = keras.layers.Normalization()

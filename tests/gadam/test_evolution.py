@@ -684,7 +684,8 @@ class Halving(keras.Model):
         return {name: value / 2 for name, value in super().test_step(data).items()}
 
 
-@pytest.mark.parametrize("cls", [Absolute, slow(Counting), slow(Halving)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [Absolute, Counting, Halving])
 def test_an_ensemble_of_models_with_an_evaluation_of_their_own_is_not_compiled(cls):
     """It is a plain functional model, and would evaluate something else in silence."""
     x, y = models.samples(np.random.default_rng(0), count=16)
@@ -730,6 +731,7 @@ def test_an_ensemble_keeps_masks_and_the_precision_of_outputs(policy):
     np.testing.assert_allclose(ensemble.evaluate(x, y, verbose=0), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_subclassed_model_has_no_ensemble():
     gadam = _gadam("subclassed")
     gadam.fit(**_data(), generations=1, verbose=0)

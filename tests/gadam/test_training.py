@@ -198,7 +198,8 @@ def test_every_optimizer_trains_members(case, engine, rng, float64):
     assert trained.batches.numpy().tolist() == [6] * MEMBERS
 
 
-@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_members_accumulate_gradients_of_a_scaled_loss(engine, rng, float64):
     """Six batches, so that the second training begins in the middle of an update."""
     settings = {"gradient_accumulation_steps": 4, "loss_scale_factor": 64.0, "use_ema": True}
@@ -250,6 +251,7 @@ def test_words(rng, float64):
     _assert_members_equal_models(gadam, trained, losses, before, data, twin)
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16(rng):
     """To the digits that it has."""
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -292,7 +294,8 @@ def test_random_numbers_without_a_seed(engine, rng):
     assert len({round(float(loss), 5) for loss in losses[0]}) == 2 * MEMBERS
 
 
-@pytest.mark.parametrize("engine", [slow("stacked"), "mapped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["stacked", "mapped"])
 def test_weights_that_the_loss_does_not_depend_on_stay(engine, rng, float64):
     x, y = models.samples(rng)
     settings = {"weight_decay": 0.1, "gradient_accumulation_steps": 2, "use_ema": True}
@@ -479,6 +482,7 @@ def test_a_child_has_the_state_of_its_fitter_parent(rng):
     assert fitter_ones == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_rate_for_each_layer():
     """Of 0 for the last one, whose weights stay what all members start from."""
     if not hasattr(keras.optimizers, "MultiOptimizer"):

@@ -12,7 +12,6 @@ from tests.optimizer_cases import (
     every_optimizer_with,
     every_rule_alike,
 )
-from tests.parameters import slow
 
 
 def _data(rng, samples=48):
@@ -476,7 +475,8 @@ def test_two_devices_sum_repeated_rows(case, lazy, two_devices, rng):
     _assert_close(two, one)
 
 
-@pytest.mark.parametrize("case", [A_FEW[0], *map(slow, A_FEW[1:])], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", A_FEW, ids=str)
 def test_two_devices_in_mixed_float16(case, two_devices, rng):
     keras.mixed_precision.set_global_policy("mixed_float16")
     data = _data(rng)
