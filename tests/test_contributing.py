@@ -86,6 +86,7 @@ def test_the_optimizer_is_short_and_clean(copy):
     assert run.returncode == 0, run.stdout
 
 
+@pytest.mark.slow
 def test_every_cross_cutting_test_covers_it(copy):
     """Where another optimizer of one rule is a parameter, this one is, too."""
     run = _pytest(copy, "--collect-only", "-m", "slow or not slow", *CROSS_CUTTING)

@@ -166,6 +166,7 @@ def test_a_stack_of_version_0_1_0_goes_on(tmp_path):
     np.testing.assert_array_equal(resumed.fitness, expected.fitness)
 
 
+@pytest.mark.slow
 def test_clones_of_version_0_1_0_do_not(tmp_path):
     _saved_by_version_0_1_0(tmp_path, engine="unrolled")
     with pytest.raises(ValueError, match=r"(?s)engine 'unrolled' of version 0\.1\.0.*best member"):
