@@ -1,7 +1,7 @@
-"""Times contenders in turn, within one process, and prints a table of each work."""
+"""Times contenders in turn and prints a table of each work."""
 
 import argparse
-import atexit
+import contextlib
 import gc
 import os
 import statistics
@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_HERE = Path(__file__).resolve().parents[1]
 _PAGE = 4096
 
 # How the names of contenders begin that are not ours.
@@ -92,8 +93,11 @@ def measure(work: Work, repetitions: int) -> None:
 
 def beside_before(
     checkout: str, module: str, name: str, makers: Mapping[str, Callable[[], Sequence[Work]]]
-) -> list[Work]:
+) -> Iterator[Work]:
     """Each contender of ours beside itself in another version of the package.
+
+    Each of the two has a fresh process of its own, which ends when the next work is asked for: in
+    one that has run others before, steps of large models take up to a third longer.
 
     Args:
         checkout: The other version's directory. The benchmarks are those of this one.
@@ -101,25 +105,35 @@ def beside_before(
         name: Which of them.
         makers: Makers of works.
     """
-    works = []
     for place, work in enumerate(makers[name]()):
         for contender in work.contenders:
-            if not contender.name.startswith(_PEERS):
-                before = _in_another_version(checkout, module, name, place, contender.name)
+            if contender.name.startswith(_PEERS):
+                continue
+            with contextlib.ExitStack() as processes:
+                before, now = (
+                    processes.enter_context(
+                        _in_a_process(version, module, name, place, contender.name, label)
+                    )
+                    for version, label in (
+                        (Path(checkout).resolve(), f"{contender.name}, before"),
+                        (_HERE, contender.name),
+                    )
+                )
                 bounds = {contender.name: work.bound_before}
-                works.append(Work(work.name, [before, contender], work.calls, bounds))
-    return works
+                yield Work(work.name, [before, now], work.calls, bounds)
 
 
-def _in_another_version(
-    checkout: str, module: str, name: str, place: int, contender: str
-) -> Contender:
-    """A contender in a process of its own, with the package of another checkout."""
+@contextlib.contextmanager
+def _in_a_process(
+    checkout: Path, module: str, name: str, place: int, contender: str, label: str
+) -> Iterator[Contender]:
+    """A contender in a process of its own, with the package of a checkout."""
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(checkout).resolve())!r})
+sys.path.insert(0, {str(checkout)!r})
 import keras_gdopt
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+assert keras_gdopt.__file__.startswith({str(checkout)!r}), keras_gdopt.__file__
+sys.path.insert(0, {str(_HERE)!r})
 from {module} import WORKS
 contenders = WORKS[{name!r}]()[{place}].contenders
 (contender,) = [each for each in contenders if each.name == {contender!r}]
@@ -135,7 +149,6 @@ for _ in sys.stdin:
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    atexit.register(child.kill)
     stdin, stdout = child.stdin, child.stdout
     assert stdin and stdout
     while stdout.readline() not in ("ready\n", ""):  # when all is imported
@@ -149,8 +162,12 @@ for _ in sys.stdin:
         call()
         return call
 
-    made = Contender(f"{contender}, before", make, process=child.pid)
-    return made
+    made = Contender(label, make, process=child.pid)
+    try:
+        yield made
+    finally:
+        child.kill()
+        child.wait()
 
 
 HEADER = """\
@@ -241,7 +258,7 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
         parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")
     print(f"{environment()}\n\n{HEADER}", flush=True)
     for name in arguments.work or works:
-        found = works[name]()
+        found: Iterable[Work] = works[name]()
         if arguments.before:
             module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
             found = beside_before(arguments.before, module, name, works)
