@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parents[1]
 _PAGE = 4096
+_PROCESSES = 3
 
 # How the names of contenders begin that are not ours.
 _PEERS = ("keras.", "Keras", "torch", "optax", "JAX")
@@ -92,35 +93,55 @@ def measure(work: Work, repetitions: int) -> None:
 
 
 def beside_before(
-    checkout: str, module: str, name: str, makers: Mapping[str, Callable[[], Sequence[Work]]]
+    checkout: str,
+    module: str,
+    name: str,
+    makers: Mapping[str, Callable[[], Sequence[Work]]],
+    repetitions: int,
 ) -> Iterator[Work]:
-    """Each contender of ours beside itself in another version of the package.
+    """Times each contender of ours beside itself in another version of the package.
 
-    Each of the two has a fresh process of its own, which ends when the next work is asked for: in
-    one that has run others before, steps of large models take up to a third longer.
+    Each has a fresh process of its own, three times: in a process that has run other contenders
+    before, steps of large models take up to a third longer, and in a fresh one up to a tenth
+    more or less, as its memory happens to lie.
 
     Args:
         checkout: The other version's directory. The benchmarks are those of this one.
         module: Of the benchmarks that `makers` belong to.
         name: Which of them.
         makers: Makers of works.
+        repetitions: How often each contender is timed, in all.
     """
     for place, work in enumerate(makers[name]()):
         for contender in work.contenders:
             if contender.name.startswith(_PEERS):
                 continue
-            with contextlib.ExitStack() as processes:
-                before, now = (
-                    processes.enter_context(
-                        _in_a_process(version, module, name, place, contender.name, label)
-                    )
-                    for version, label in (
-                        (Path(checkout).resolve(), f"{contender.name}, before"),
-                        (_HERE, contender.name),
-                    )
-                )
-                bounds = {contender.name: work.bound_before}
-                yield Work(work.name, [before, now], work.calls, bounds)
+            both = [
+                (Path(checkout).resolve(), f"{contender.name}, before"),
+                (_HERE, contender.name),
+            ]
+            rounds = []
+            for _ in range(_PROCESSES):
+                with contextlib.ExitStack() as processes:
+                    sides = [
+                        processes.enter_context(
+                            _in_a_process(version, module, name, place, contender.name, label)
+                        )
+                        for version, label in both
+                    ]
+                    measure(Work(work.name, sides, work.calls), -(-repetitions // _PROCESSES))
+                    rounds.append(sides)
+            sides = [_joined(same) for same in zip(*rounds, strict=True)]
+            yield Work(work.name, sides, work.calls, {contender.name: work.bound_before})
+
+
+def _joined(same: Sequence[Contender]) -> Contender:
+    """One contender that was timed in several processes."""
+    joined = Contender(same[0].name, same[0].make, same[0].steps)
+    joined.compile_seconds = statistics.median(one.compile_seconds for one in same)
+    joined.memory = statistics.median(one.memory for one in same)
+    joined.seconds = [seconds for one in same for seconds in one.seconds]
+    return joined
 
 
 @contextlib.contextmanager
@@ -258,10 +279,11 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
         parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")
     print(f"{environment()}\n\n{HEADER}", flush=True)
     for name in arguments.work or works:
-        found: Iterable[Work] = works[name]()
         if arguments.before:
             module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
-            found = beside_before(arguments.before, module, name, works)
-        for work in found:
+            for work in beside_before(arguments.before, module, name, works, arguments.repetitions):
+                print(rows(work), flush=True)  # as soon as it is known: some take an hour
+            continue
+        for work in works[name]():
             measure(work, arguments.repetitions)
-            print(rows(work), flush=True)  # as soon as it is known: some take an hour
+            print(rows(work), flush=True)
