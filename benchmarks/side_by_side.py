@@ -16,7 +16,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parents[1]
 _PAGE = 4096
-_PROCESSES = 3
+_PROCESSES = 4
 
 # How the names of contenders begin that are not ours.
 _PEERS = ("keras.", "Keras", "torch", "optax", "JAX")
@@ -101,9 +101,9 @@ def beside_before(
 ) -> Iterator[Work]:
     """Times each contender of ours beside itself in another version of the package.
 
-    Each has a fresh process of its own, three times: in a process that has run other contenders
-    before, steps of large models take up to a third longer, and in a fresh one up to a tenth
-    more or less, as its memory happens to lie.
+    Each has a fresh process of its own, four times, in turns the first to be started: in a
+    process that has run other contenders before, steps of large models take up to a third
+    longer, and in a fresh one up to a tenth more or less, as its memory happens to lie.
 
     Args:
         checkout: The other version's directory. The benchmarks are those of this one.
@@ -121,14 +121,15 @@ def beside_before(
                 (_HERE, contender.name),
             ]
             rounds = []
-            for _ in range(_PROCESSES):
+            for turn in range(_PROCESSES):
                 with contextlib.ExitStack() as processes:
                     sides = [
                         processes.enter_context(
                             _in_a_process(version, module, name, place, contender.name, label)
                         )
-                        for version, label in both
+                        for version, label in (both if turn % 2 else reversed(both))
                     ]
+                    sides = sides if turn % 2 else sides[::-1]
                     measure(Work(work.name, sides, work.calls), -(-repetitions // _PROCESSES))
                     rounds.append(sides)
             sides = [_joined(same) for same in zip(*rounds, strict=True)]

@@ -8,6 +8,7 @@ from keras_gdopt import initializers, losses
 from keras_gdopt.closures.bfgs import BFGS
 from keras_gdopt.closures.conjugate_gradient import ConjugateGradient
 from keras_gdopt.closures.lbfgs import LBFGS
+from keras_gdopt.closures.levenberg_marquardt import LevenbergMarquardt
 from keras_gdopt.closures.newton import Newton
 from keras_gdopt.gadam import Gadam, RayEngine
 from keras_gdopt.optimizers.adadelta import Adadelta
@@ -35,6 +36,7 @@ __all__ = [
     "Gadam",
     "GradientDescent",
     "GradientOptimizer",
+    "LevenbergMarquardt",
     "Lookahead",
     "Momentum",
     "Nadam",

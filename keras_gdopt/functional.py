@@ -97,6 +97,46 @@ class ModelFunction:
             for variable in self.state_variables
         ]
 
+    def outputs(self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch) -> Any:
+        """What the model makes of a batch in training.
+
+        Args:
+            weights: As for `loss`.
+            state: As for `loss`.
+            batch: As for `loss`.
+
+        Returns:
+            A structure of tensors.
+
+        Raises:
+            ValueError: If a layer adds a loss of its own, which is none of the outputs'.
+        """
+        mapping = self._mapping(weights, state)
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            outputs = _with_predictions(self.model, batch, training=True)["y_pred"]
+        if scope.losses:
+            raise ValueError(
+                f"The loss of the model '{self.model.name}' is not a function of its outputs "
+                f"alone. Received: {len(scope.losses)} loss(es) that layers add by `add_loss` or "
+                "an activity regularizer"
+            )
+        return outputs
+
+    def loss_of_outputs(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch, outputs: Any
+    ) -> Tensor:
+        """The loss as a function of what the model made of a batch, and of the regularizers.
+
+        Args:
+            weights: As for `loss`.
+            state: As for `loss`.
+            batch: As for `loss`.
+            outputs: As `outputs` returns them.
+        """
+        with keras.StatelessScope(self._mapping(weights, state), collect_losses=True):
+            parts = {**batch._asdict(), "y_pred": outputs}
+            return self.model._compute_loss(**parts, training=True)
+
     def judged(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:

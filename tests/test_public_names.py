@@ -35,7 +35,7 @@ def _lines_of(module: ModuleType, prefix: str) -> Iterator[str]:
             yield prefix + name
     if module is gdopt:
         # They have pages in the documentation, though `gdopt.__all__` names no such module.
-        for room, names in ((closures, ["ClosureOptimizer"]), (gadam, gadam.__all__)):
+        for room, names in ((closures, closures.__all__), (gadam, gadam.__all__)):
             for name in set(names) - set(module.__all__):
                 prefix = room.__name__.removeprefix("keras_gdopt.")
                 yield from _lines_of_class(getattr(room, name), f"{prefix}.{name}")

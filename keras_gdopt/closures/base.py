@@ -1,16 +1,15 @@
 """What the optimizers that evaluate the loss themselves share."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.closures.line_search import Found, Trial, select
+from keras_gdopt.closures.line_search import rounding_of, select
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
 from keras_gdopt.optimizers.argument_checks import (
@@ -31,16 +30,14 @@ Tensor = Any
 Memory = dict[str, Tensor]
 """What an algorithm keeps from one iteration to the next, by name."""
 
-LINE_SEARCHES = ("wolfe", "armijo", "exact")
-
 _NOT_STARTED = "no step was made yet"
-_LOSS_NOT_FINITE = len(searches.STATUSES)
-_STALLED = _LOSS_NOT_FINITE + 1
 _STATUSES = (
-    *searches.STATUSES,
     "the loss or its gradient is not finite at the weights",
     "neither the loss nor its gradient falls by more than its rounding",
 )
+"""What a status says that no algorithm's own does."""
+
+_LOSS_NOT_FINITE, _STALLED = range(2)
 
 _MOST_FAILURES = 2
 _MOST_STALLED = 20
@@ -84,7 +81,7 @@ class Progress(NamedTuple):
     """How near the iterations are to where rounding ends them; floating-point scalars."""
 
     failures: Tensor
-    """Line searches without a result, one after the other."""
+    """Iterations without a lower loss, one after the other."""
     stalled: Tensor
     """Iterations since the lowest loss or the least gradient."""
     lowest_loss: Tensor
@@ -95,13 +92,21 @@ class Progress(NamedTuple):
     gradient: Tensor
 
 
-class Proposal(NamedTuple):
-    """Where an algorithm wants to go."""
+class Iteration(NamedTuple):
+    """What came of one iteration of an algorithm."""
 
-    direction: Tensor
-    first_step: Tensor
-    """The first that the line search tries."""
+    point: Point
+    """Where it ended: where it began, if it `failed`."""
     memory: Memory
+    evaluations: Tensor
+    """Of the loss and its gradient; int32."""
+    step_length: Tensor
+    status: Tensor
+    """The place in the class's `statuses`; int32."""
+    failed: Tensor
+    """Whether it found no lower loss."""
+    is_rounding: Tensor
+    """Whether it failed because no loss near by is lower by more than rounding."""
 
 
 class ClosureOptimizer(SavedStateOptimizer):
@@ -109,12 +114,11 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     `attach(model)`, once after `model.compile`, gives it that loss: from then on a
     training step of the model is `iterations_per_step` iterations of the algorithm on the
-    step's batch, each with a line search, in one compiled loop,
+    step's batch, in one compiled loop.
 
-    $$\theta_{k+1} = \theta_k + \alpha_k d_k$$
-
-    A subclass states what it keeps (`memory_layout`) and three pure functions, `direction`,
-    `remember` and `forget`; this class does the rest.
+    A subclass states what it keeps (`memory_layout`), what an iteration is (`iterate`, a pure
+    function) and how it can end (`statuses`); this class does the rest. With a line search,
+    `LineSearchOptimizer` is the one to derive from.
 
     The loss is the compiled one, with sample weights and the layers' own losses. Random
     layers keep one mask, and batch normalization the batch's statistics, all through a
@@ -126,11 +130,7 @@ class ClosureOptimizer(SavedStateOptimizer):
     batch still decides the first direction, so few iterations and large batches suit it.
 
     Args:
-        learning_rate: The first trial step, as a multiple of the algorithm's own: a number
-            above 0 or a schedule (of training steps).
-        line_search: `"wolfe"` (strong Wolfe conditions), `"armijo"` (enough decrease, by
-            backtracking) or `"exact"` (the minimum along the direction, to the machine's
-            precision).
+        learning_rate: Of the algorithm: a number above 0 or a schedule (of training steps).
         iterations_per_step: Iterations in a training step, at most.
         closure_chunks: In how many parts to go through a batch, for batches larger than
             memory. Defaults to 1. Needs losses that are means over the samples, those that
@@ -154,8 +154,8 @@ class ClosureOptimizer(SavedStateOptimizer):
     hyperparameters: ClassVar[Sequence[str]] = ()
     """Names of the constructor's own arguments, kept as attributes of that name."""
 
-    curvature: ClassVar[float] = 0.9
-    """$c_2$ of the strong Wolfe conditions."""
+    statuses: ClassVar[Sequence[str]] = ("accepted",)
+    """How an iteration can end: as it should at first."""
 
     own_metrics: ClassVar[Sequence[str]] = ()
     """Names of the scalars in the memory that are recorded as step metrics."""
@@ -164,8 +164,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         self,
         learning_rate: Any,
         *,
-        line_search: str,
-        iterations_per_step: int,
+        iterations_per_step: int = 1,
         closure_chunks: int = 1,
         gradient_tolerance: float = 1e-7,
         change_tolerance: float = 0.0,
@@ -182,7 +181,6 @@ class ClosureOptimizer(SavedStateOptimizer):
                 f"learning_rate={learning_rate!r}"
             )
         super().__init__(rate, name=name)
-        self.line_search = checked_choice("line_search", line_search, LINE_SEARCHES)
         self.iterations_per_step = checked_count(
             "iterations_per_step", iterations_per_step, minimum=1
         )
@@ -208,26 +206,38 @@ class ClosureOptimizer(SavedStateOptimizer):
         """
         raise NotImplementedError
 
-    def direction(
-        self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
-    ) -> Proposal:
-        """Where to go from a point; a pure function."""
-        raise NotImplementedError
-
-    def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
-        """What to keep of an iteration; a pure function.
+    def iterate(
+        self,
+        point: Point,
+        memory: Memory,
+        has_failed: Tensor,
+        learning_rate: Tensor,
+        loss: BatchLoss,
+    ) -> Iteration:
+        """One iteration from a point; a pure function.
 
         Args:
-            memory: As the proposal left it.
-            before: Where the iteration started.
-            after: Where it ended: the same where the line search found nothing.
-            proposal: The direction that was taken.
+            point: Where it begins.
+            memory: What the iteration before has left.
+            has_failed: Whether that one `failed`. After two in a row the step ends.
+            learning_rate: A scalar.
+            loss: Of the batch.
         """
         raise NotImplementedError
 
-    def forget(self, memory: Memory) -> Memory:
-        """A memory that no longer influences the next direction."""
-        raise NotImplementedError
+    def check_size(self, size: int) -> None:
+        """Raises a `ValueError` if the algorithm is not for as many weights; before it has any.
+
+        Args:
+            size: The number of weights.
+        """
+
+    def check_model(self, model: Any) -> None:
+        """Raises a `ValueError` if the algorithm cannot train a model; part of `attach`.
+
+        Args:
+            model: Compiled with this optimizer.
+        """
 
     # --- the loss ------------------------------------------------------------
 
@@ -268,19 +278,19 @@ class ClosureOptimizer(SavedStateOptimizer):
         """Whether the last step ended where there is no more to gain.
 
         There the gradient, or the change of the loss, is within its tolerance, or rounding
-        keeps the loss from falling: two line searches in a row found no lower loss, or
+        keeps the loss from falling: two iterations in a row found no lower loss, or
         neither the loss nor the largest entry of its gradient fell by more than rounding in
-        20 iterations. `line_search_status` tells which. Steps that start there, on the same
-        batch, evaluate the loss once.
+        20 iterations. `status` tells which. Steps that start there, on the same batch,
+        evaluate the loss once.
         """
         return self._report is not None and bool(self._report["converged"].numpy())
 
     @property
-    def line_search_status(self) -> str:
-        """How the last line search ended: `"accepted"`, or why not."""
+    def status(self) -> str:
+        """How the last iteration ended: `"accepted"`, or why not."""
         if self._report is None or int(self._report["iterations"].numpy()) == 0:
             return _NOT_STARTED
-        return _STATUSES[int(self._report["status"].numpy())]
+        return (*self.statuses, *_STATUSES)[int(self._report["status"].numpy())]
 
     def record_step_metrics(
         self, every: int = 1, *, tier: str = "scalars", listener: Any = None
@@ -310,12 +320,12 @@ class ClosureOptimizer(SavedStateOptimizer):
         """The metrics of the last step; empty before there is one.
 
         - `iterations`: the count of training steps,
-        - `learning_rate`: the first trial step,
+        - `learning_rate`,
         - `grad_norm`: the norm of the gradient where the step ended,
         - `update_norm`: the norm of the change of all weights,
         - `weight_norm`: the norm of all weights where it ended,
-        - `step_length`: α of the last iteration,
-        - `evaluations`: of the loss and its gradient, line searches included,
+        - `step_length`: of the last iteration, as a part of what the algorithm proposed,
+        - `evaluations`: of the loss and its gradient, those of trial steps included,
         - `steps_made`: iterations of the algorithm,
         - what the algorithm has of its own.
         """
@@ -362,12 +372,13 @@ class ClosureOptimizer(SavedStateOptimizer):
             variables: The model's trainable variables.
 
         Raises:
-            ValueError: If there are no variables, one is not in float32 or float64 or has a
-                constraint, or loaded state does not fit.
+            ValueError: If there are no variables or too many weights, a variable is not in
+                float32 or float64 or has a constraint, or loaded state does not fit.
         """
         if self.built:
             return
         self._check_variables(variables)
+        self.check_size(_size(variables))
         self._check_loaded_state_fits(variables)
         super().build(variables)
         dtype = common_dtype(variables)
@@ -393,7 +404,6 @@ class ClosureOptimizer(SavedStateOptimizer):
             if name not in BASE_ARGUMENTS or name == "name"
         }
         own = (
-            "line_search",
             "iterations_per_step",
             "closure_chunks",
             "gradient_tolerance",
@@ -459,71 +469,45 @@ class ClosureOptimizer(SavedStateOptimizer):
         return run.point.loss
 
     def _iterated(self, point: Point, learning_rate: Tensor, loss: BatchLoss) -> "_Run":
-        search = self._line_search()
-
         def iteration(run: _Run) -> _Run:
-            point = run.point
-            memory = select(run.forgets, self.forget(run.memory), run.memory)
-            proposal = self.direction(point, memory, learning_rate, loss)
-            # What is remembered may be from before a layer was frozen.
-            proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
-            proposal, slope = self._descending(point, proposal, learning_rate)
-
-            def evaluate(step: Tensor) -> Trial:
-                value, gradient = loss.value_and_gradient(point.weights + step * proposal.direction)
-                return Trial(step, value, _dot(gradient, proposal.direction), gradient)
-
-            start = Trial(tf.zeros_like(slope), point.loss, slope, point.gradient)
-            found: Found = search(evaluate, start, proposal.first_step)
-            trial = found.trial
-            failed = tf.equal(trial.step, 0)
-            after = Point(
-                point.weights + trial.step * proposal.direction, trial.loss, trial.gradient
-            )
-            after = select(failed, point, after)
-            memory = self.remember(proposal.memory, point, after, proposal)
-            # After one failure the next direction begins anew; after two the memory is what it
-            # was, for a batch that it may suit.
-            kept = select(run.forgets, run.memory, proposal.memory)
-            memory = select(failed, kept, memory)
-            progress = _progress_after(run.progress, after, failed)
+            before = run.point
+            made = self.iterate(before, run.memory, run.has_failed, learning_rate, loss)
+            after = made.point
+            progress = _progress_after(run.progress, after, made.failed)
             stalled = progress.stalled >= _MOST_STALLED
-            # Steps to losses that are not finite may become shorter.
-            no_decrease = tf.equal(found.status, searches.NO_DECREASE)
-            change = tf.abs(after.loss - point.loss)
-            largest = tf.maximum(tf.abs(after.loss), tf.abs(point.loss))
+            change = tf.abs(after.loss - before.loss)
+            largest = tf.maximum(tf.abs(after.loss), tf.abs(before.loss))
             converged = self._is_flat(after) | (
-                ~failed & (change < self.change_tolerance * largest)
+                ~made.failed & (change < self.change_tolerance * largest)
             )
-            ended_by_rounding = stalled | (no_decrease & (progress.failures >= _MOST_FAILURES))
+            # Steps to losses that are not finite may become shorter.
+            rounded = made.failed & made.is_rounding & (progress.failures >= _MOST_FAILURES)
             return _Run(
                 iterations=run.iterations + 1,
-                evaluations=run.evaluations + found.evaluations,
+                evaluations=run.evaluations + made.evaluations,
                 point=after,
-                memory=memory,
-                forgets=failed,
-                step=trial.step,
-                status=tf.where(stalled & ~failed & ~converged, _STALLED, found.status),
+                memory=made.memory,
+                has_failed=made.failed,
+                step_length=made.step_length,
+                status=tf.where(
+                    stalled & ~made.failed & ~converged, self._place(_STALLED), made.status
+                ),
                 progress=progress,
-                converged=converged | ended_by_rounding,
+                converged=converged | stalled | rounded,
             )
 
         finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
         progress, ended_by_rounding = self._progress_at(point)
         last_failed = self._progress[Progress._fields.index("failures")] > 0
-        status = tf.where(
-            progress.failures >= _MOST_FAILURES,
-            searches.NO_DECREASE,
-            tf.where(ended_by_rounding, _STALLED, searches.ACCEPTED),
-        )
+        status = tf.where(ended_by_rounding, self._place(_STALLED), 0)
         run = _Run(
             iterations=tf.constant(0),
             evaluations=tf.constant(1),
             point=point,
             memory={name: tf.convert_to_tensor(v) for name, v in self._memory.items()},
-            forgets=last_failed,
-            step=tf.zeros_like(point.loss),
-            status=tf.where(finite, status, _LOSS_NOT_FINITE),
+            has_failed=last_failed,
+            step_length=tf.zeros_like(point.loss),
+            status=tf.where(finite, status, self._place(_LOSS_NOT_FINITE)),
             progress=progress,
             converged=self._is_flat(point) | ended_by_rounding,
         )
@@ -539,26 +523,12 @@ class ClosureOptimizer(SavedStateOptimizer):
         )
         return run
 
-    def _descending(
-        self, point: Point, proposal: Proposal, learning_rate: Tensor
-    ) -> tuple[Proposal, Tensor]:
-        """The proposal, or the gradient's direction where it does not descend; and its slope."""
-        slope = _dot(point.gradient, proposal.direction)
-        descends = tf.math.is_finite(slope) & (slope < 0)
-        steepest = Proposal(
-            -point.gradient,
-            first_step_downhill(point.gradient, learning_rate),
-            self.forget(proposal.memory),
-        )
-        proposal = select(descends, proposal, steepest)
-        return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
-
     def _progress_at(self, point: Point) -> tuple[Progress, Tensor]:
         """What was saved if a step goes on where the last one ended; and if rounding ended it."""
         saved = Progress(*tf.unstack(tf.convert_to_tensor(self._progress)))
         largest = _largest_entry(point.gradient)
         # Evaluated again, neither need be the same to the last bit.
-        same_loss = tf.abs(point.loss - saved.loss) <= searches.rounding_of(saved.loss)
+        same_loss = tf.abs(point.loss - saved.loss) <= rounding_of(saved.loss)
         same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
         goes_on = same_loss & same_gradient & (saved.gradient > 0)
         zero = tf.zeros_like(largest)
@@ -566,10 +536,9 @@ class ClosureOptimizer(SavedStateOptimizer):
         ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
         return select(goes_on, saved, fresh), goes_on & ended
 
-    def _line_search(self) -> Callable[..., Found]:
-        if self.line_search == "wolfe":
-            return lambda *args: searches.strong_wolfe(*args, curvature=self.curvature)
-        return searches.armijo if self.line_search == "armijo" else searches.exact
+    def _place(self, status: int) -> int:
+        """Of one of those that all classes have, behind the class's own."""
+        return len(self.statuses) + status
 
     def _is_flat(self, point: Point) -> Tensor:
         return _largest_entry(point.gradient) <= self.gradient_tolerance
@@ -609,7 +578,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         numbers = [
             learning_rate,
             *(norm(vector) for vector in vectors),
-            run.step,
+            run.step_length,
             run.evaluations,
             run.iterations,
             *(run.memory[name] for name in self.own_metrics),
@@ -681,6 +650,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
         if self.closure_chunks > 1:
             _check_chunks_add_up(model)
+        self.check_model(model)
         if model.built:
             self._check_variables(model.trainable_variables)
 
@@ -727,9 +697,9 @@ class _Run(NamedTuple):
     evaluations: Tensor
     point: Point
     memory: Memory
-    forgets: Tensor
-    """Whether the next direction is to be one without it."""
-    step: Tensor
+    has_failed: Tensor
+    """Whether the last iteration found no lower loss."""
+    step_length: Tensor
     status: Tensor
     progress: Progress
     converged: Tensor
@@ -789,14 +759,9 @@ class _TrainStep:
         return self._model(), self._optimizer()
 
 
-def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
-    """The first trial along the negative gradient: no weights move by more than 1 together."""
-    return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
-
-
 def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
     largest = _largest_entry(after.gradient)
-    falls = after.loss < before.lowest_loss - searches.rounding_of(before.lowest_loss)
+    falls = after.loss < before.lowest_loss - rounding_of(before.lowest_loss)
     better = falls | (largest < _LESS * before.least_gradient)
     return Progress(
         failures=tf.where(failed, before.failures + 1, 0.0),
@@ -856,7 +821,3 @@ def _check_chunks_add_up(model: keras.Model) -> None:
 
 def _size(variables: Sequence[Any]) -> int:
     return sum(int(np.prod(variable.shape)) for variable in variables)
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return tf.reduce_sum(one * other)

@@ -25,21 +25,29 @@ class BatchLoss:
         chunks: In how many parts the batch is gone through, one after the other, so that
             only one of them has to fit into memory.
         is_compiled: Whether XLA compiles what this is used in.
+
+    Attributes:
+        function: The model.
+        batch: The batch.
+        state: The model's state, in the order of `function.state_variables`.
+        chunks: In how many parts the batch is gone through.
+        is_compiled: Whether XLA compiles what this is used in.
+        dtype: Of the vector of all weights.
     """
 
     def __init__(
         self, function: ModelFunction, batch: Batch, chunks: int = 1, *, is_compiled: bool = False
     ) -> None:
         self.is_compiled = is_compiled
-        self._function = function
-        self._batch = batch
-        self._chunks = chunks
-        self._state = [tf.convert_to_tensor(v) for v in function.state_variables]
+        self.function = function
+        self.batch = batch
+        self.chunks = chunks
+        self.state = [tf.convert_to_tensor(v) for v in function.state_variables]
         self._shapes = [tuple(v.shape) for v in function.trainable_variables]
         self._dtypes = [tf.as_dtype(v.dtype) for v in function.trainable_variables]
         self._is_frozen = function.is_frozen
         self._sizes = [tf.TensorShape(shape).num_elements() for shape in self._shapes]
-        self._dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
+        self.dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
         # One trace each, wherever they are called from.
         self._value_and_gradient = tf.function(self._traced_value_and_gradient, autograph=False)
         self._product = tf.function(self._traced_product, autograph=False)
@@ -53,7 +61,7 @@ class BatchLoss:
 
     def joined(self, arrays: Sequence[Any]) -> Tensor:
         """Arrays, one for each trainable variable, as one vector."""
-        flat = [tf.reshape(tf.cast(array, self._dtype), [-1]) for array in arrays]
+        flat = [tf.reshape(tf.cast(array, self.dtype), [-1]) for array in arrays]
         return tf.concat(flat, axis=0)
 
     def parted(self, vector: Tensor) -> list[Tensor]:
@@ -62,6 +70,13 @@ class BatchLoss:
         return [
             tf.cast(tf.reshape(part, shape), dtype)
             for part, shape, dtype in zip(parts, self._shapes, self._dtypes, strict=True)
+        ]
+
+    def trained(self, weights: Tensor) -> list[Tensor]:
+        """The arrays of a vector; no derivative goes through those that are frozen."""
+        return [
+            tf.stop_gradient(array) if is_frozen else array
+            for array, is_frozen in zip(self.parted(weights), self._is_frozen, strict=True)
         ]
 
     def without_frozen(self, vector: Tensor) -> Tensor:
@@ -94,16 +109,16 @@ class BatchLoss:
     def hessian(self, weights: Tensor) -> Tensor:
         """The Hessian at `weights`, one product for each of its columns."""
         columns = tf.map_fn(
-            lambda place: self._product(weights, tf.one_hot(place, self.size, dtype=self._dtype)),
+            lambda place: self._product(weights, tf.one_hot(place, self.size, dtype=self.dtype)),
             tf.range(self.size),
-            fn_output_signature=tf.TensorSpec((self.size,), self._dtype),
+            fn_output_signature=tf.TensorSpec((self.size,), self.dtype),
         )
         return 0.5 * (columns + tf.transpose(columns))
 
     # --- the parts -----------------------------------------------------------
 
     def _traced_value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        loss, gradient = self._mean_over_chunks(
+        loss, gradient = self.mean_over_chunks(
             lambda batch: self._of_part(batch, weights), [(), (self.size,)]
         )
         return loss, gradient
@@ -120,30 +135,26 @@ class BatchLoss:
             )
             return (tf.convert_to_tensor(product),)
 
-        (product,) = self._mean_over_chunks(of_part, [(self.size,)])
+        (product,) = self.mean_over_chunks(of_part, [(self.size,)])
         return product
 
     def _of_part(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            arrays = [
-                tf.stop_gradient(array) if is_frozen else array
-                for array, is_frozen in zip(self.parted(weights), self._is_frozen, strict=True)
-            ]
-            loss, _ = self._function.loss(arrays, self._state, batch)
-            loss = tf.cast(loss, self._dtype)
+            loss, _ = self.function.loss(self.trained(weights), self.state, batch)
+            loss = tf.cast(loss, self.dtype)
         gradient = tape.gradient(loss, weights, unconnected_gradients="zero")
         return loss, tf.convert_to_tensor(gradient)
 
-    def _mean_over_chunks(
+    def mean_over_chunks(
         self, of_part: Callable[[Batch], tuple[Tensor, ...]], shapes: Sequence[tuple[int, ...]]
     ) -> Any:
         """The mean of what all samples give, from means over parts of them."""
-        if self._chunks == 1:
-            return of_part(self._batch)
-        parts = {name: part for name, part in self._batch._asdict().items() if part is not None}
+        if self.chunks == 1:
+            return of_part(self.batch)
+        parts = {name: part for name, part in self.batch._asdict().items() if part is not None}
         count = tf.shape(tf.nest.flatten(parts)[0])[0]
-        length = -(-count // self._chunks)
+        length = -(-count // self.chunks)
 
         def share(begin: Tensor, size: Tensor) -> list[Tensor]:
             def cut(part: Tensor) -> Tensor:
@@ -151,9 +162,9 @@ class BatchLoss:
                 return tf.slice(part, [begin, *others[0]], [size, *others[1]])
 
             values = of_part(Batch(**tf.nest.map_structure(cut, parts)))
-            return [value * tf.cast(size / count, self._dtype) for value in values]
+            return [value * tf.cast(size / count, self.dtype) for value in values]
 
-        sums = [tf.zeros(shape, self._dtype) for shape in shapes]
+        sums = [tf.zeros(shape, self.dtype) for shape in shapes]
         _, sums = tf.while_loop(
             lambda chunk, _: chunk < count // length,
             lambda chunk, sums: (

@@ -6,15 +6,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.base import (
-    ClosureOptimizer,
-    Memory,
-    Point,
+from keras_gdopt.closures.base import Memory, Point, Tensor
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.line_search_optimizer import (
+    LineSearchOptimizer,
     Proposal,
-    Tensor,
     first_step_downhill,
 )
-from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_flag
 
@@ -22,7 +20,7 @@ _MOST_WEIGHTS = 8192
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
-class BFGS(ClosureOptimizer):
+class BFGS(LineSearchOptimizer):
     r"""BFGS, by default self-scaled, with a line search.
 
     $$\theta_{t+1} = \theta_t - \alpha_t H_t g_t$$
@@ -102,24 +100,14 @@ class BFGS(ClosureOptimizer):
         )
         self.self_scaled = checked_flag("self_scaled", self_scaled)
 
-    def build(self, variables: Any) -> None:
-        """Makes the memory and restores what was loaded before.
-
-        Args:
-            variables: The model's trainable variables.
-
-        Raises:
-            ValueError: If there are too many weights, a variable is in half precision, or
-                loaded state does not fit.
-        """
-        size = sum(int(np.prod(variable.shape)) for variable in variables)
+    def check_size(self, size: int) -> None:
+        """Raises if there are too many weights for a matrix."""
         if size > _MOST_WEIGHTS:
             raise ValueError(
                 f"BFGS is for at most {_MOST_WEIGHTS:,} weights. Use `LBFGS`, which needs no "
                 f"matrix. Received: a model of {size:,} weights, whose inverse Hessian and its "
                 f"update would need about {3 * 8 * size**2 / 2**30:,.1f} GiB in float64"
             )
-        super().build(variables)
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
         """The inverse Hessian, how many updates it has, and the last one's τ."""

@@ -5,15 +5,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.closures.base import (
-    ClosureOptimizer,
-    Memory,
-    Point,
+from keras_gdopt.closures.base import Memory, Point, Tensor
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.line_search_optimizer import (
+    LineSearchOptimizer,
     Proposal,
-    Tensor,
     first_step_downhill,
 )
-from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice
 
@@ -21,7 +19,7 @@ BETAS = ("polak_ribiere", "fletcher_reeves")
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
-class ConjugateGradient(ClosureOptimizer):
+class ConjugateGradient(LineSearchOptimizer):
     r"""Nonlinear conjugate gradient with a line search.
 
     $$d_t = -g_t + \beta_t d_{t-1}, \qquad \theta_{t+1} = \theta_t + \alpha_t d_t$$

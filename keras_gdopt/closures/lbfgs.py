@@ -6,21 +6,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.base import (
-    ClosureOptimizer,
-    Memory,
-    Point,
+from keras_gdopt.closures.base import Memory, Point, Tensor
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.line_search_optimizer import (
+    LineSearchOptimizer,
     Proposal,
-    Tensor,
     first_step_downhill,
 )
-from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_count
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
-class LBFGS(ClosureOptimizer):
+class LBFGS(LineSearchOptimizer):
     r"""Limited-memory BFGS with a line search.
 
     $$\theta_{t+1} = \theta_t - \alpha_t H_t g_t$$

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.base import ClosureOptimizer, Memory, Point, Proposal, Tensor
+from keras_gdopt.closures.base import Memory, Point, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.damped_systems import diagonal, with_unit_diagonal
+from keras_gdopt.closures.line_search_optimizer import LineSearchOptimizer, Proposal
 from keras_gdopt.closures.vectors import cosine, norm
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
 
@@ -21,7 +23,7 @@ _GOLDEN = (1 + 5**0.5) / 2
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
-class Newton(ClosureOptimizer):
+class Newton(LineSearchOptimizer):
     r"""Newton's method, with the exact Hessian or its products with vectors.
 
     $$\theta_{t+1} = \theta_t - \alpha_t (H_t + \lambda_t I)^{-1} g_t$$
@@ -102,17 +104,8 @@ class Newton(ClosureOptimizer):
         self.solver = checked_choice("solver", solver, SOLVERS)
         self.damping = checked_number("damping", damping)
 
-    def build(self, variables: Any) -> None:
-        """Makes the memory and restores what was loaded before.
-
-        Args:
-            variables: The model's trainable variables.
-
-        Raises:
-            ValueError: If there are too many weights for `solver="exact"`, a variable is in
-                half precision, or loaded state does not fit.
-        """
-        size = sum(int(np.prod(variable.shape)) for variable in variables)
+    def check_size(self, size: int) -> None:
+        """Raises if there are too many weights for `solver="exact"`."""
         if self.solver == "exact" and size > _MOST_EXACT:
             raise ValueError(
                 f'`solver="exact"` is for at most {_MOST_EXACT:,} weights. Use '
@@ -120,7 +113,6 @@ class Newton(ClosureOptimizer):
                 f"{size:,} weights, whose Hessian and its decomposition would need about "
                 f"{3 * 4 * size**2 / 2**30:,.1f} GiB in float32"
             )
-        super().build(variables)
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
         """λ, and what it and the tolerance of the next iteration depend on."""
@@ -197,11 +189,11 @@ def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Te
     zero, half = hessian.shape[0] * epsilon, epsilon**0.5
 
     def solved(damping: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-        matrix, scale = _with_unit_diagonal(hessian, damping)
+        matrix, scale = with_unit_diagonal(hessian, damping)
         # Compiled, a decomposition that fails returns NaN.
-        factor = tf.linalg.cholesky(tf.linalg.set_diag(matrix, _diagonal(matrix) + ridge))
+        factor = tf.linalg.cholesky(tf.linalg.set_diag(matrix, diagonal(matrix) + ridge))
         direction = -tf.linalg.cholesky_solve(factor, (gradient / scale)[:, None])[:, 0] / scale
-        positive = tf.reduce_min(_diagonal(factor) ** 2) > zero
+        positive = tf.reduce_min(diagonal(factor) ** 2) > zero
         return direction, positive & tf.reduce_all(tf.math.is_finite(direction))
 
     def raised(raises: Tensor, damping: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -217,21 +209,6 @@ def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Te
         (tf.constant(0), damping, *solved(damping, tf.zeros_like(damping))),
     )
     return direction, damping
-
-
-def _with_unit_diagonal(hessian: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The damped Hessian in units of each weight's own curvature, and these units.
-
-    What is rounding in it depends neither on the units of the loss nor on those of features.
-    """
-    damped = tf.linalg.set_diag(hessian, _diagonal(hessian) + damping)
-    curvatures = tf.abs(_diagonal(damped))
-    scale = tf.sqrt(tf.where(curvatures > 0, curvatures, 1.0))
-    return damped / scale[:, None] / scale[None, :], scale
-
-
-def _diagonal(matrix: Tensor) -> Tensor:
-    return tf.linalg.diag_part(matrix)
 
 
 def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +227,7 @@ def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple
 
     def by_the_pseudo_inverse() -> Tensor:
         # Beside the largest, small eigenvalues may only seem to be rounding.
-        matrix, scale = _with_unit_diagonal(hessian, damping)
+        matrix, scale = with_unit_diagonal(hessian, damping)
         values, vectors = tf.linalg.eigh(matrix)
         values = tf.abs(values)
         inverse = tf.where(values > zero * tf.reduce_max(values), 1.0 / values, 0.0)

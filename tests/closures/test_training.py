@@ -12,11 +12,13 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import keras_gdopt as gdopt
-from keras_gdopt.closures import ClosureOptimizer
+from keras_gdopt.closures import ClosureOptimizer, LineSearchOptimizer
 from tests.optimizer_cases import closure_classes
 from tests.parameters import slow
 
 every_closure = pytest.mark.parametrize("cls", closure_classes(), ids=lambda cls: cls.__name__)
+
+SEARCHING = [cls for cls in closure_classes() if issubclass(cls, LineSearchOptimizer)]
 
 # For what the base class does alike for all.
 every_closure_alike = pytest.mark.parametrize(
@@ -58,11 +60,12 @@ def _fit(model, epochs=1, samples=24, batch_size=24):
     ).history
 
 
-def test_there_are_three():
+def test_they_are_these():
     assert {cls.__name__ for cls in closure_classes()} == {
         "BFGS",
         "ConjugateGradient",
         "LBFGS",
+        "LevenbergMarquardt",
         "Newton",
     }
 
@@ -406,9 +409,6 @@ def test_tensorboard_shows_what_it_did(cls, tmp_path):
         ({"gradient_accumulation_steps": 2}, r"use `closure_chunks`"),
         ({"use_ema": True}, r"does not take `use_ema`"),
         ({"lazy": True}, r"does not take the argument `lazy`"),
-        ({"learning_rate": 0.0}, r"must be above 0\. Received: learning_rate=0\.0"),
-        ({"learning_rate": -1.0}, r"`learning_rate` must be a finite number"),
-        ({"line_search": "golden"}, r"`line_search` must be one of .*'golden'"),
         ({"iterations_per_step": 0}, r"`iterations_per_step` must be an integer of at least 1"),
         ({"closure_chunks": 1.5}, r"`closure_chunks` must be an integer"),
         ({"gradient_tolerance": -1.0}, r"`gradient_tolerance` must be a finite number"),
@@ -420,6 +420,16 @@ def test_tensorboard_shows_what_it_did(cls, tmp_path):
 def test_arguments_out_of_range(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         cls(**arguments)
+
+
+@pytest.mark.parametrize("cls", SEARCHING, ids=lambda cls: cls.__name__)
+def test_arguments_of_line_searches_out_of_range(cls):
+    with pytest.raises(ValueError, match=r"must be above 0\. Received: learning_rate=0\.0"):
+        cls(learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"`learning_rate` must be a finite number"):
+        cls(learning_rate=-1.0)
+    with pytest.raises(ValueError, match=r"`line_search` must be one of .*'golden'"):
+        cls(line_search="golden")
 
 
 def test_arguments_of_their_own_out_of_range():
@@ -435,7 +445,8 @@ def test_arguments_of_their_own_out_of_range():
 
 @every_closure
 def test_config_round_trip(cls):
-    optimizer = cls(0.5, line_search="armijo", iterations_per_step=7, closure_chunks=2, name="mine")
+    searching = {"line_search": "armijo"} if cls in SEARCHING else {}
+    optimizer = cls(0.5, iterations_per_step=7, closure_chunks=2, name="mine", **searching)
     config = optimizer.get_config()
     assert cls.from_config(config).get_config() == config
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))

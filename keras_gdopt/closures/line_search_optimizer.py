@@ -1,0 +1,162 @@
+"""What the optimizers share that search along a direction."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import tensorflow as tf
+
+from keras_gdopt.closures import line_search as searches
+from keras_gdopt.closures.base import ClosureOptimizer, Iteration, Memory, Point, Tensor
+from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.line_search import Found, Trial, select
+from keras_gdopt.optimizers.argument_checks import checked_choice
+
+LINE_SEARCHES = ("wolfe", "armijo", "exact")
+
+
+class Proposal(NamedTuple):
+    """Where an algorithm wants to go."""
+
+    direction: Tensor
+    first_step: Tensor
+    """The first that the line search tries."""
+    memory: Memory
+
+
+class LineSearchOptimizer(ClosureOptimizer):
+    r"""A closure optimizer each of whose iterations is a search along a direction.
+
+    $$\theta_{k+1} = \theta_k + \alpha_k d_k$$
+
+    A subclass states what it keeps (`memory_layout`) and three pure functions, `direction`,
+    `remember` and `forget`; this class and `ClosureOptimizer` do the rest.
+
+    Args:
+        learning_rate: The first trial step, as a multiple of the algorithm's own: a number
+            above 0 or a schedule (of training steps).
+        line_search: `"wolfe"` (strong Wolfe conditions), `"armijo"` (enough decrease, by
+            backtracking) or `"exact"` (the minimum along the direction, to the machine's
+            precision).
+        **kwargs: See `ClosureOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    statuses = searches.STATUSES
+
+    curvature: ClassVar[float] = 0.9
+    """$c_2$ of the strong Wolfe conditions."""
+
+    def __init__(self, learning_rate: Any, *, line_search: str, **kwargs: Any) -> None:
+        super().__init__(learning_rate, **kwargs)
+        self.line_search = checked_choice("line_search", line_search, LINE_SEARCHES)
+
+    @property
+    def line_search_status(self) -> str:
+        """How the last line search ended, as `status` says it."""
+        return self.status
+
+    # --- the algorithm -------------------------------------------------------
+
+    def direction(
+        self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
+    ) -> Proposal:
+        """Where to go from a point; a pure function."""
+        raise NotImplementedError
+
+    def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
+        """What to keep of an iteration; a pure function.
+
+        Args:
+            memory: As the proposal left it.
+            before: Where the iteration started.
+            after: Where it ended: the same where the line search found nothing.
+            proposal: The direction that was taken.
+        """
+        raise NotImplementedError
+
+    def forget(self, memory: Memory) -> Memory:
+        """A memory that no longer influences the next direction."""
+        raise NotImplementedError
+
+    # --- an iteration --------------------------------------------------------
+
+    def iterate(
+        self,
+        point: Point,
+        memory: Memory,
+        has_failed: Tensor,
+        learning_rate: Tensor,
+        loss: BatchLoss,
+    ) -> Iteration:
+        """A search along the direction; after one that found nothing, along another.
+
+        Args:
+            point: Where it begins.
+            memory: What the iteration before has left.
+            has_failed: Whether that one found no lower loss.
+            learning_rate: The first trial step, as a multiple of the algorithm's own.
+            loss: Of the batch.
+        """
+        known = select(has_failed, self.forget(memory), memory)
+        proposal = self.direction(point, known, learning_rate, loss)
+        # What is remembered may be from before a layer was frozen.
+        proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
+        proposal, slope = self._descending(point, proposal, learning_rate)
+
+        def evaluate(step: Tensor) -> Trial:
+            value, gradient = loss.value_and_gradient(point.weights + step * proposal.direction)
+            return Trial(step, value, _dot(gradient, proposal.direction), gradient)
+
+        start = Trial(tf.zeros_like(slope), point.loss, slope, point.gradient)
+        found: Found = self._search()(evaluate, start, proposal.first_step)
+        trial = found.trial
+        failed = tf.equal(trial.step, 0)
+        after = Point(point.weights + trial.step * proposal.direction, trial.loss, trial.gradient)
+        after = select(failed, point, after)
+        remembered = self.remember(proposal.memory, point, after, proposal)
+        # After one failure the next direction begins anew; after two the memory is what it was,
+        # for a batch that it may suit.
+        kept = select(has_failed, memory, proposal.memory)
+        return Iteration(
+            point=after,
+            memory=select(failed, kept, remembered),
+            evaluations=found.evaluations,
+            step_length=trial.step,
+            status=found.status,
+            failed=failed,
+            is_rounding=tf.equal(found.status, searches.NO_DECREASE),
+        )
+
+    def _descending(
+        self, point: Point, proposal: Proposal, learning_rate: Tensor
+    ) -> tuple[Proposal, Tensor]:
+        """The proposal, or the gradient's direction where it does not descend; and its slope."""
+        slope = _dot(point.gradient, proposal.direction)
+        descends = tf.math.is_finite(slope) & (slope < 0)
+        steepest = Proposal(
+            -point.gradient,
+            first_step_downhill(point.gradient, learning_rate),
+            self.forget(proposal.memory),
+        )
+        proposal = select(descends, proposal, steepest)
+        return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
+
+    def _search(self) -> Callable[..., Found]:
+        if self.line_search == "wolfe":
+            return lambda *args: searches.strong_wolfe(*args, curvature=self.curvature)
+        return searches.armijo if self.line_search == "armijo" else searches.exact
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, for `from_config`."""
+        return {**super().get_config(), "line_search": self.line_search}
+
+
+def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
+    """The first trial along the negative gradient: no weights move by more than 1 together."""
+    return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return tf.reduce_sum(one * other)
