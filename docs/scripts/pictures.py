@@ -42,7 +42,8 @@ def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
     for room in ("optimizers", "closures"):
         paths += sorted((ROOT / "keras_gdopt" / room).glob("*.py"))
     for page in sorted((SCRIPTS.parent / "algorithms").glob("*.md")):
-        yield page.stem, paths, _path
+        if f"pictures/{page.stem}.svg" in page.read_text():
+            yield page.stem, paths, _path
 
 
 # Imported where a picture must be drawn: TensorFlow takes seconds.

@@ -93,7 +93,7 @@ def test_fit_minimizes_and_shows_the_loss_at_the_accepted_weights(cls, jit_compi
     metrics = optimizer.step_metrics
     assert metrics["iterations"] == 2 and metrics["steps_made"] == 4
     assert metrics["evaluations"] >= 5
-    assert optimizer.line_search_status == "accepted"
+    assert optimizer.status == "accepted"
     assert not optimizer.converged
 
 
@@ -283,11 +283,11 @@ def test_a_loss_that_is_not_finite_leaves_the_weights():
     before = model.get_weights()
     loss = model.train_on_batch(x, np.full_like(y, np.nan))
     assert np.isnan(loss)
-    assert optimizer.line_search_status == "the loss or its gradient is not finite at the weights"
+    assert optimizer.status == "the loss or its gradient is not finite at the weights"
     for received, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(received, expected)
     model.train_on_batch(x, y)
-    assert optimizer.line_search_status == "accepted"
+    assert optimizer.status == "accepted"
 
 
 @every_closure_alike
@@ -368,6 +368,7 @@ def test_chunks_give_the_step_of_the_whole_batch():
 # --- TensorBoard ----------------------------------------------------------------------------
 
 OWN = {
+    "LevenbergMarquardt": {"damping", "gain_ratio"},
     "ConjugateGradient": {"beta"},
     "Newton": {"damping", "inner_iterations"},
     "LBFGS": {"memory_pairs"},
