@@ -149,8 +149,8 @@ BREAKS = [
     Break(
         "a_smaller_last_chunk_counts_as_much",
         "keras_gdopt/closures/batch_loss.py",
-        "value * tf.cast(size / count, self._dtype)",
-        "value / self._chunks",
+        "value * tf.cast(size / count, self.dtype)",
+        "value / self.chunks",
         ("tests/closures/test_batch_loss.py",),
     ),
     # Genetics and breeding.
