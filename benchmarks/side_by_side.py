@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[1]
 _PAGE = 4096
 _PROCESSES = 4
 
@@ -101,9 +101,9 @@ def beside_before(
 ) -> Iterator[Work]:
     """Times each contender of ours beside itself in another version of the package.
 
-    Each has a fresh process of its own, four times, in turns the first to be started: in a
-    process that has run other contenders before, steps of large models take up to a third
-    longer, and in a fresh one up to a tenth more or less, as its memory happens to lie.
+    Each has a fresh process of its own, four times, in turns the first to be started: a process
+    that has run other contenders before is slower, and no two processes are equally fast, as
+    their memory happens to lie.
 
     Args:
         checkout: The other version's directory. The benchmarks are those of this one.
@@ -118,7 +118,7 @@ def beside_before(
                 continue
             both = [
                 (Path(checkout).resolve(), f"{contender.name}, before"),
-                (_HERE, contender.name),
+                (_ROOT, contender.name),
             ]
             rounds = []
             for turn in range(_PROCESSES):
@@ -155,7 +155,7 @@ import sys
 sys.path.insert(0, {str(checkout)!r})
 import keras_gdopt
 assert keras_gdopt.__file__.startswith({str(checkout)!r}), keras_gdopt.__file__
-sys.path.insert(0, {str(_HERE)!r})
+sys.path.insert(0, {str(_ROOT)!r})
 from {module} import WORKS
 contenders = WORKS[{name!r}]()[{place}].contenders
 (contender,) = [each for each in contenders if each.name == {contender!r}]

@@ -34,9 +34,7 @@ class LevenbergMarquardt(ClosureOptimizer):
     2, 4, 8, … until one is. λ begins at `damping` times the largest diagonal entry of G, so that
     neither the unit of the targets nor that of the loss matters.
 
-    It is for all data in a batch (`batch_size=len(x)`) and up to some thousands of weights. On
-    the test problem of the benchmarks it needs a few hundred iterations where L-BFGS needs
-    thousands.
+    It is for all data in a batch (`batch_size=len(x)`) and up to some thousands of weights.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
