@@ -74,34 +74,35 @@ def _cells(kind: str) -> Iterator[tuple[str, Any, str, str, str, bool]]:
     """Kind, optimizer, model, data, setting, and whether only `.ci/slow` tests it.
 
     Each model with each kind of data, the settings and the optimizers in turn. In the default run
-    each model, each kind of data and each setting at least once.
+    each model at least once, and with each kind of optimizer each kind of data and each setting.
     """
     optimizers = KINDS[kind]
     new_data, new_settings = set(DATA), set(SETTINGS)
     turn = 0
+    refused = REFUSED[kind]
     for i, model in enumerate(MODELS):
         suitable = [data for data in DATA if DATA[data].suits(MODELS[model])]
         settings = [name for name in SETTINGS if name != "jit" or MODELS[model].compiles]
         default = next((data for data in suitable if data in new_data), suitable[i % len(suitable)])
         for data in suitable:
             setting = settings[turn % len(settings)]
-            if data == default:
-                refused = REFUSED[kind]
-                if model not in refused:
-                    trained = [name for name in settings if name not in {*refused, "eager", "jit"}]
-                    if kind == "closure":
-                        trained.remove("as it comes")  # which compiles by XLA
-                    todo = [name for name in settings if name in new_settings]
-                    setting = next(iter(todo), trained[i % len(trained)])
-                    if setting not in refused:
-                        new_data.discard(data)
-                    new_settings.discard(setting)
+            by_every_change = data == default and (
+                kind == "first-order" or i < 2 or model in refused
+            )
+            if data == default and model not in refused:
+                trained = [name for name in settings if name not in {*refused, "eager", "jit"}]
+                if kind == "closure":
+                    trained.remove("as it comes")  # which compiles by XLA
+                todo = [name for name in settings if name in new_settings]
+                setting = next(iter(todo), trained[i % len(trained)])
+                if kind != "of outputs":
+                    by_every_change |= data in new_data or setting in new_settings
+                if setting not in refused:
+                    new_data.discard(data)
+                new_settings.discard(setting)
             optimizer = optimizers[turn // len(SETTINGS) % len(optimizers)]
             if data == default and kind == "closure" and "LSTM" in model:
                 optimizer = Case(gdopt.LBFGS)  # XLA compiles the Hessian of a loop for a minute
-            by_every_change = data == default and (
-                kind != "of outputs" or i < 2 or model in refused
-            )
             yield kind, optimizer, model, data, setting, not by_every_change
             turn += 1
 

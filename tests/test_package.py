@@ -15,6 +15,7 @@ import pytest
 
 import keras_gdopt as gdopt
 from tests.optimizer_cases import closure_classes, optimizer_classes
+from tests.parameters import slow
 
 PACKAGE = Path(gdopt.__file__).parent
 RULES = [Path(inspect.getfile(cls)) for cls in optimizer_classes()]
@@ -90,7 +91,14 @@ def test_rules_contain_no_tensorflow_and_are_short(path):
     assert len(path.read_text().splitlines()) - docstrings < 100
 
 
-@pytest.mark.parametrize("name", _modules())
+# The examples of the others of their kind are like these.
+_ALIKE = ["bfgs", "conjugate_gradient", "levenberg_marquardt", "newton"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [slow(name) if name.rpartition(".")[2] in _ALIKE else name for name in _modules()],
+)
 def test_examples_in_docstrings(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0

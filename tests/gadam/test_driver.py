@@ -209,6 +209,7 @@ def test_training_makes_the_best_member_better(data):
     assert history.history["fitness"][-1] < history.history["fitness"][0]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_result_and_another_another(data):
     results = []
     start = models.linear().get_weights()
