@@ -25,7 +25,8 @@ PAGES = [
     ROOT / "examples/README.md",
     ROOT / "benchmarks/README.md",
 ]
-SLOW = ("clusters.md", "closures.md", "gadam.md")  # of what takes long to start or to compile
+# Of what takes long to start or to compile.
+SLOW = ("clusters.md", "closures.md", "gadam.md", "levenberg_marquardt.md")
 
 
 def _each(pages):

@@ -87,7 +87,7 @@ def _cells(kind: str) -> Iterator[tuple[str, Any, str, str, str, bool]]:
         for data in suitable:
             setting = settings[turn % len(settings)]
             by_every_change = data == default and (
-                kind == "first-order" or i < 2 or model in refused
+                kind == "first-order" or i == 0 or model in refused
             )
             if data == default and model not in refused:
                 trained = [name for name in settings if name not in {*refused, "eager", "jit"}]
