@@ -3,7 +3,7 @@
 import contextlib
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -137,6 +137,11 @@ class ModelFunction:
             parts = {**batch._asdict(), "y_pred": outputs}
             return self.model._compute_loss(**parts, training=True)
 
+    @property
+    def is_regularized(self) -> bool:
+        """Whether the loss is more than a function of the outputs, by the weights' regularizers."""
+        return any(variable.regularizer is not None for variable in self.trainable_variables)
+
     def judged(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -164,6 +169,59 @@ class ModelFunction:
         ]
 
 
+class ResidualFunction(ModelFunction):
+    """A compiled model whose loss is made of residuals: the sum of the mean square of each array.
+
+    Args:
+        model: As for `ModelFunction`.
+        variables: As for `ModelFunction`.
+        residuals: Called as the model's `compute_loss` is; returns a structure of arrays.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        variables: Sequence[keras.Variable] | None = None,
+        *,
+        residuals: Callable[..., Any],
+    ) -> None:
+        super().__init__(model, variables)
+        self._residuals = residuals
+
+    @property
+    def is_regularized(self) -> bool:
+        """False: what regularizers add would have to be a residual."""
+        return False
+
+    def outputs(self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch) -> Any:
+        """The residuals of a batch.
+
+        Args:
+            weights: As for `loss`.
+            state: As for `loss`.
+            batch: As for `loss`.
+
+        Returns:
+            A structure of tensors.
+        """
+        with keras.StatelessScope(self._mapping(weights, state), collect_losses=True):
+            return self._residuals(**_with_predictions(self.model, batch, training=True))
+
+    def loss_of_outputs(
+        self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch, outputs: Any
+    ) -> Tensor:
+        """The sum of mean squares of residuals.
+
+        Args:
+            weights: Of no influence.
+            state: Of no influence.
+            batch: Of no influence.
+            outputs: As `outputs` returns them.
+        """
+        del weights, state, batch
+        return sum(keras.ops.mean(part**2) for part in keras.tree.flatten(outputs))
+
+
 def _other_state(model: keras.Model) -> list[keras.Variable]:
     """The variables that a model's layers use and that it does not count among its own."""
     # In which layers remember the batch before, as a `stateful` LSTM does.
@@ -175,10 +233,20 @@ def _other_state(model: keras.Model) -> list[keras.Variable]:
     found = [part for part in keras.tree.flatten(states) if isinstance(part, keras.Variable)]
     python_state = random.getstate()  # Keras draws the first seed from there
     try:
-        found.append(global_seed_generator().state)
+        with _outside_of_traces():
+            found.append(global_seed_generator().state)
     finally:
         random.setstate(python_state)
     return list({id(variable): variable for variable in found}.values())
+
+
+def _outside_of_traces() -> contextlib.AbstractContextManager[None]:
+    """Where a variable that is made has its value at once, even while a function is traced."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
 
 
 def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:

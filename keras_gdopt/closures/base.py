@@ -1,7 +1,7 @@
 """What the optimizers that evaluate the loss themselves share."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import keras
@@ -232,11 +232,12 @@ class ClosureOptimizer(SavedStateOptimizer):
             size: The number of weights.
         """
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, loss: Callable[..., ModelFunction]) -> None:
         """Raises a `ValueError` if the algorithm cannot train a model; part of `attach`.
 
         Args:
             model: Compiled with this optimizer.
+            loss: Makes its loss a function, from the model and its weights.
         """
 
     # --- the loss ------------------------------------------------------------
@@ -258,8 +259,11 @@ class ClosureOptimizer(SavedStateOptimizer):
                 other weights. What cannot be known of a model that is not built is checked
                 in its first step.
         """
-        self._check_model(model)
-        model.train_step = _TrainStep(model, self)
+        self._attach(model, ModelFunction)
+
+    def _attach(self, model: keras.Model, loss: Callable[..., ModelFunction]) -> None:
+        self._check_model(model, loss)
+        model.train_step = _TrainStep(model, self, loss)
         model.train_function = None
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
@@ -612,7 +616,7 @@ class ClosureOptimizer(SavedStateOptimizer):
                     f"Received: {name}={value!r}"
                 )
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, model: Any, loss: Callable[..., ModelFunction]) -> None:
         if isinstance(getattr(model, "train_step", None), _TrainStep):
             del model.train_step  # of an earlier `attach`
         check_is_trainable_by_its_loss(model)
@@ -650,7 +654,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
         if self.closure_chunks > 1:
             _check_chunks_add_up(model)
-        self.check_model(model)
+        self.check_model(model, loss)
         if model.built:
             self._check_variables(model.trainable_variables)
 
@@ -711,9 +715,12 @@ class _TrainStep:
     Holds neither the model nor the optimizer, which holds the model's variables.
     """
 
-    def __init__(self, model: keras.Model, optimizer: ClosureOptimizer) -> None:
+    def __init__(
+        self, model: keras.Model, optimizer: ClosureOptimizer, loss: Callable[..., ModelFunction]
+    ) -> None:
         self._model = weakref.ref(model)
         self._optimizer = weakref.ref(optimizer)
+        self._loss = loss
         self._is_compiled = _is_compiled(model, optimizer.jit_compile)
         self._minimize = tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
 
@@ -751,7 +758,7 @@ class _TrainStep:
     def _traced(self, data: Data, *, keeps_gradient: bool, trained: tuple[int, ...]) -> Tensor:
         del keeps_gradient, trained  # another trace for each, as they are read elsewhere
         model, optimizer = self._both()
-        function = ModelFunction(model, optimizer._trainable_variables)
+        function = self._loss(model, optimizer._trainable_variables)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
 
     def _both(self) -> tuple[Any, Any]:

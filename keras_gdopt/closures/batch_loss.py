@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow as tf
@@ -25,6 +26,7 @@ class BatchLoss:
         chunks: In how many parts the batch is gone through, one after the other, so that
             only one of them has to fit into memory.
         is_compiled: Whether XLA compiles what this is used in.
+        state: The model's state. Defaults to what it is now.
 
     Attributes:
         function: The model.
@@ -36,13 +38,21 @@ class BatchLoss:
     """
 
     def __init__(
-        self, function: ModelFunction, batch: Batch, chunks: int = 1, *, is_compiled: bool = False
+        self,
+        function: ModelFunction,
+        batch: Batch,
+        chunks: int = 1,
+        *,
+        is_compiled: bool = False,
+        state: Sequence[Tensor] | None = None,
     ) -> None:
         self.is_compiled = is_compiled
         self.function = function
         self.batch = batch
         self.chunks = chunks
-        self.state = [tf.convert_to_tensor(v) for v in function.state_variables]
+        if state is None:
+            state = [tf.convert_to_tensor(v) for v in function.state_variables]
+        self.state = state
         self._shapes = [tuple(v.shape) for v in function.trainable_variables]
         self._dtypes = [tf.as_dtype(v.dtype) for v in function.trainable_variables]
         self._is_frozen = function.is_frozen
@@ -104,16 +114,58 @@ class BatchLoss:
 
     def hessian_product(self, weights: Tensor, vector: Tensor) -> Tensor:
         """The Hessian at `weights` times a vector: the derivative of the gradient's product."""
-        return self._product(weights, vector)
+        try:
+            return self._product(weights, vector)
+        except LookupError:  # of an operation that has no derivative
+            return self.apart(lambda loss: loss.hessian_product, weights, vector)
 
     def hessian(self, weights: Tensor) -> Tensor:
         """The Hessian at `weights`, one product for each of its columns."""
         columns = tf.map_fn(
-            lambda place: self._product(weights, tf.one_hot(place, self.size, dtype=self.dtype)),
+            lambda place: self.hessian_product(
+                weights, tf.one_hot(place, self.size, dtype=self.dtype)
+            ),
             tf.range(self.size),
             fn_output_signature=tf.TensorSpec((self.size,), self.dtype),
         )
         return 0.5 * (columns + tf.transpose(columns))
+
+    def apart(
+        self,
+        method: "Callable[[BatchLoss], Callable[..., Any]]",
+        *vectors: Tensor,
+        batch: Batch | None = None,
+    ) -> Any:
+        """What a function of this loss gives, which is traced as if nothing else were.
+
+        While what XLA compiles is traced, TensorFlow makes operations, as for the derivative of
+        a slice, that can neither be differentiated again nor vectorized.
+
+        Args:
+            method: Makes the function of a loss.
+            vectors: What the function is called with.
+            batch: Another batch for the loss.
+        """
+        batch = batch or self.batch
+        parts = {name: part for name, part in batch._asdict().items() if part is not None}
+        arguments = (parts, list(self.state), list(vectors))
+
+        def of_arguments(parts: Any, state: Any, vectors: Any) -> Any:
+            loss = BatchLoss(self.function, Batch(**parts), self.chunks, state=state)
+            return method(loss)(*vectors)
+
+        if tf.executing_eagerly():
+            return of_arguments(*arguments)
+
+        def traced() -> Any:
+            specs = tf.nest.map_structure(
+                lambda array: tf.TensorSpec(array.shape, array.dtype), arguments
+            )
+            return tf.function(of_arguments, autograph=False).get_concrete_function(*specs)
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            concrete = thread.submit(traced).result()
+        return concrete(*arguments)
 
     # --- the parts -----------------------------------------------------------
 
@@ -147,14 +199,25 @@ class BatchLoss:
         return loss, tf.convert_to_tensor(gradient)
 
     def mean_over_chunks(
-        self, of_part: Callable[[Batch], tuple[Tensor, ...]], shapes: Sequence[tuple[int, ...]]
+        self,
+        of_part: Callable[[Batch], tuple[Tensor, ...]],
+        shapes: Sequence[tuple[int, ...]],
+        longest: int | None = None,
     ) -> Any:
-        """The mean of what all samples give, from means over parts of them."""
-        if self.chunks == 1:
+        """The mean of what all samples give, from means over parts of them.
+
+        Args:
+            of_part: Gives a tuple of means over a part.
+            shapes: Of these means.
+            longest: How many samples a part may have. Defaults to as many as there are.
+        """
+        if self.chunks == 1 and longest is None:
             return of_part(self.batch)
         parts = {name: part for name, part in self.batch._asdict().items() if part is not None}
         count = tf.shape(tf.nest.flatten(parts)[0])[0]
         length = -(-count // self.chunks)
+        if longest is not None:
+            length = tf.minimum(length, longest)
 
         def share(begin: Tensor, size: Tensor) -> list[Tensor]:
             def cut(part: Tensor) -> Tensor:

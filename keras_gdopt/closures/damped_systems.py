@@ -1,11 +1,40 @@
 """Systems of equations with a damped matrix of second derivatives."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
 
+from keras_gdopt.closures.vectors import norm
+
 Tensor = Any
+
+
+class Solution(NamedTuple):
+    """Of a damped system."""
+
+    vector: Tensor
+    product: Tensor
+    """The matrix without damping, times the vector."""
+    iterations: Tensor
+    """Of conjugate gradients; int32."""
+
+
+class DampedSystem(Protocol):
+    """A symmetric matrix that is at least semidefinite, however it is held."""
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest entry of the diagonal, or about that."""
+
+    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+        """The solution with the matrix plus `damping` times the identity.
+
+        Args:
+            damping: A scalar above 0.
+            right: A vector.
+        """
 
 
 def diagonal(matrix: Tensor) -> Tensor:
@@ -24,21 +53,150 @@ def with_unit_diagonal(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]
     return damped / scale[:, None] / scale[None, :], scale
 
 
-def solve_damped(matrix: Tensor, damping: Tensor, right: Tensor, *, is_compiled: bool) -> Tensor:
-    """The solution with a positive semidefinite matrix plus a multiple of the identity.
+class DenseSystem:
+    """A matrix as it is.
 
     Where the damping is less than rounding, it is of rounding's size in units of each weight's
     own curvature. Where the damped matrix is not positive definite, the solution is not finite.
+
+    Args:
+        matrix: The matrix.
+        is_compiled: Whether XLA compiles what this is used in.
     """
-    scaled, scale = with_unit_diagonal(matrix, damping)
-    least = 4 * matrix.shape[0] * np.finfo(matrix.dtype.as_numpy_dtype).eps
-    ridge = tf.maximum(least - damping / scale**2, 0.0)
-    scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
-    right = right / scale
-    if is_compiled:  # there a decomposition that fails returns NaN, and elsewhere it raises
-        factor = tf.linalg.cholesky(scaled)
-        return tf.linalg.cholesky_solve(factor, right[:, None])[:, 0] / scale
-    values, vectors = tf.linalg.eigh(scaled)
-    parts = tf.linalg.matvec(vectors, right, transpose_a=True) / values
-    parts = tf.where(values > 0, parts, np.nan)
-    return tf.linalg.matvec(vectors, parts) / scale
+
+    def __init__(self, matrix: Tensor, *, is_compiled: bool) -> None:
+        self._matrix = matrix
+        self._is_compiled = is_compiled
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest entry of the diagonal."""
+        return tf.reduce_max(diagonal(self._matrix))
+
+    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+        """See `DampedSystem`."""
+        scaled, scale = with_unit_diagonal(self._matrix, damping)
+        ridge = tf.maximum(_rounding(self._matrix) - damping / scale**2, 0.0)
+        scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
+        vector = self._solved(scaled, right / scale) / scale
+        return Solution(vector, tf.linalg.matvec(self._matrix, vector), tf.constant(0))
+
+    def _solved(self, matrix: Tensor, right: Tensor) -> Tensor:
+        if self._is_compiled:  # there a decomposition that fails returns NaN, elsewhere it raises
+            return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right[:, None])[:, 0]
+        values, vectors = tf.linalg.eigh(matrix)
+        parts = tf.linalg.matvec(vectors, right, transpose_a=True) / values
+        return tf.linalg.matvec(vectors, tf.where(values > 0, parts, np.nan))
+
+
+class SystemOfRows:
+    r"""A matrix JᵀHJ of which J has fewer rows than columns, for right-hand sides Jᵀu.
+
+    $$(J^\top H J + \lambda I)^{-1} J^\top u = J^\top (H J J^\top + \lambda I)^{-1} u$$
+
+    Args:
+        rows: J, groups × rows of a group × columns.
+        blocks: H, which couples the rows of a group: groups × rows of a group × rows of a group.
+        right: u, groups × rows of a group.
+    """
+
+    def __init__(self, rows: Tensor, blocks: Tensor, right: Tensor) -> None:
+        self._rows = tf.reshape(rows, [-1, rows.shape[2]])
+        self._blocks = blocks
+        self._right = tf.reshape(right, [-1])
+        products = tf.matmul(self._rows, self._rows, transpose_b=True)
+        self._matrix = self._weighted(products)
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest entry of the diagonal."""
+        return tf.reduce_max(tf.reduce_sum(self._rows * self._weighted(self._rows), axis=0))
+
+    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+        """See `DampedSystem`.
+
+        Args:
+            damping: A scalar above 0.
+            right: Jᵀu, which is known.
+        """
+        del right
+        least = _rounding(self._matrix) * tf.reduce_max(diagonal(self._matrix))
+        ridge = tf.maximum(damping, least)
+        damped = tf.linalg.set_diag(self._matrix, diagonal(self._matrix) + ridge)
+        coefficients = tf.linalg.solve(damped, self._right[:, None])
+        vector = tf.matmul(self._rows, coefficients, transpose_a=True)
+        product = tf.matmul(
+            self._rows, self._weighted(tf.matmul(self._rows, vector)), transpose_a=True
+        )
+        return Solution(vector[:, 0], product[:, 0], tf.constant(0))
+
+    def _weighted(self, matrix: Tensor) -> Tensor:
+        groups = tf.reshape(matrix, [-1, self._blocks.shape[2], tf.shape(matrix)[1]])
+        return tf.reshape(tf.matmul(self._blocks, groups), tf.shape(matrix))
+
+
+class SystemOfProducts:
+    """A matrix of which only products with vectors are known: by conjugate gradients.
+
+    Args:
+        product: The matrix times a vector.
+        scale: About the diagonal of the matrix, which preconditions it.
+        tolerance: Of the residual, as a part of the right-hand side.
+        most: Iterations, at most.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        scale: Tensor,
+        *,
+        tolerance: float,
+        most: int,
+    ) -> None:
+        self._product = product
+        self._scale = scale
+        self._tolerance = tolerance
+        self._most = most
+
+    @property
+    def largest(self) -> Tensor:
+        """About the largest entry of the diagonal."""
+        return tf.reduce_max(self._scale)
+
+    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+        """See `DampedSystem`."""
+        length = norm(right)
+        right = tf.math.divide_no_nan(right, length)
+        scale = self._scale + damping
+
+        def body(
+            count: Tensor, ended: Tensor, vector: Tensor, its_product: Tensor, residual: Tensor,
+            search: Tensor,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            of_search = self._product(search)
+            damped = of_search + damping * search
+            square = tf.reduce_sum(residual**2 / scale)
+            curvature = tf.reduce_sum(search * damped)
+            ended = ~(curvature > 0)  # by rounding, or where a product is not finite
+            part = tf.where(ended, tf.zeros_like(square), square / curvature)
+            vector += part * search
+            its_product += part * of_search
+            residual -= part * damped
+            ended |= norm(residual) <= self._tolerance
+            new_square = tf.reduce_sum(residual**2 / scale)
+            search = residual / scale + new_square / square * search
+            return count + 1, ended, vector, its_product, residual, search
+
+        zeros = tf.zeros_like(right)
+        count, _, vector, its_product, *_ = tf.while_loop(
+            lambda count, ended, *_: ~ended & (count < self._most),
+            body,
+            (tf.constant(0), length <= 0, zeros, zeros, right, right / scale),
+        )
+        return Solution(length * vector, length * its_product, count)
+
+
+def _rounding(matrix: Tensor) -> Tensor:
+    """Of a decomposition, beside a diagonal of 1."""
+    epsilon = np.finfo(matrix.dtype.as_numpy_dtype).eps
+    return 4 * tf.cast(tf.shape(matrix)[0], matrix.dtype) * epsilon

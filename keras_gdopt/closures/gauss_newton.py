@@ -1,18 +1,48 @@
 """The generalized Gauss–Newton matrix of a batch's loss."""
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.functional import Batch, ModelFunction
+from keras_gdopt.functional import Batch, Data
 
 Tensor = Any
+Leaves = list[Tensor]
 
-_SAMPLES, _LENGTH = 3, 4  # of made-up data, where the batch's shapes do not say
+_NEVER_IN_PARTS = 2048  # entries of a sample's part of the Jacobian
+_MOST_ENTRIES = 2**25  # of the Jacobian at a time, elsewhere
+_PROBES = 8
+
+
+class Ways(NamedTuple):
+    """How to get the matrix: which of the arrays of outputs in which way.
+
+    For a loss that is not made of residuals all arrays go one way, as its second derivatives
+    may couple them.
+    """
+
+    by_samples: tuple[int, ...] = ()
+    """Those with a Jacobian whose rows are taken sample by sample, all at once."""
+    by_rows: tuple[int, ...] = ()
+    """Those of residuals that have few rows, which are taken one by one."""
+    by_products: tuple[int, ...] = ()
+    """Those for which the matrix is multiplied with each unit vector."""
+
+
+class JacobianBySamples(NamedTuple):
+    """What the matrix is made of where samples stand apart."""
+
+    rows: Tensor
+    """The Jacobian: samples × outputs × weights."""
+    blocks: Tensor
+    """The second derivatives of the loss by the outputs: samples × outputs × outputs."""
+    slopes: Tensor
+    """The first derivatives: samples × outputs."""
 
 
 class GaussNewton:
@@ -21,217 +51,273 @@ class GaussNewton:
     $$G = J_z^\top \left(\nabla_z^2 L\right) J_z + \nabla^2 R$$
 
     with the model's outputs z, their Jacobian by the weights, the loss L as a function of them
-    and the regularizers R. For the mean squared error it is $\frac2n J^\top J$.
+    and the regularizers R. For the mean squared error it is $\frac2n J^\top J$. Where the loss is
+    made of residuals, these are the outputs.
 
     Args:
         loss: Of the batch.
-        by_samples: Whether the Jacobian is taken sample by sample, all at once, as
-            `can_be_by_samples` tells. Otherwise the matrix takes one product for each weight.
+        ways: How to get the matrix, as `ways_to_the_matrix` tells. Products need none.
     """
 
-    def __init__(self, loss: BatchLoss, *, by_samples: bool) -> None:
+    def __init__(self, loss: BatchLoss, ways: Ways | None = None) -> None:
         self._loss = loss
-        self._by_samples = by_samples
-        self._outputs_are: Any = None
+        self._ways = ways or Ways()
+        self._structure: Any = None
 
-    def product(self, weights: Tensor, vector: Tensor) -> Tensor:
-        """The matrix at `weights` times a vector."""
-        (product,) = self._loss.mean_over_chunks(
-            lambda batch: (self._product_of_part(batch, weights, vector),), [(self._loss.size,)]
-        )
+    def product(self, weights: Tensor, vector: Tensor, only: Sequence[int] | None = None) -> Tensor:
+        """The matrix at `weights` times a vector.
+
+        Args:
+            weights: A vector.
+            vector: A vector.
+            only: The places of some arrays of residuals, for the part of the matrix that is
+                theirs.
+        """
+        try:
+            (product,) = self._loss.mean_over_chunks(
+                lambda batch: (self._product_of_part(batch, weights, vector, only),),
+                [(self._loss.size,)],
+            )
+        except LookupError:  # of an operation that has no derivative
+            return self._loss.apart(
+                lambda loss: functools.partial(GaussNewton(loss).product, only=only),
+                weights,
+                vector,
+            )
         return product
 
     def matrix(self, weights: Tensor) -> Tensor:
         """The matrix at `weights`."""
         size, dtype = self._loss.size, self._loss.dtype
-
-        def by_products(product: Any) -> Tensor:
-            columns = tf.map_fn(
-                lambda place: product(tf.one_hot(place, size, dtype=dtype)),
-                tf.range(size),
-                fn_output_signature=tf.TensorSpec((size,), dtype),
+        by_samples, by_rows, by_products = self._ways
+        matrix = tf.zeros((size, size), dtype)
+        if by_samples:
+            (part,) = self._loss.mean_over_chunks(
+                lambda batch: (_joined(self._by_samples(batch, weights, by_samples)),),
+                [(size, size)],
+                self._longest(weights),
             )
-            return 0.5 * (columns + tf.transpose(columns))
-
-        if not self._by_samples:
-            return by_products(lambda vector: self.product(weights, vector))
-        (matrix,) = self._loss.mean_over_chunks(
-            lambda batch: (self._matrix_of_part(batch, weights),), [(size, size)]
-        )
-        if self._is_regularized:
+            matrix += part
+        if by_rows:
+            (part,) = self._loss.mean_over_chunks(
+                lambda batch: (self._by_rows(batch, weights, by_rows),), [(size, size)]
+            )
+            matrix += part
+        if by_products:
+            only = by_products if by_samples or by_rows else None
+            matrix += self._by_products(lambda v: self.product(weights, v, only))
+        elif self._loss.function.is_regularized:
             batch = self._loss.batch
-            outputs = self._outputs(batch, weights)
-            matrix += by_products(
-                lambda vector: self._of_regularizers(batch, weights, outputs, vector)
-            )
+            leaves = self._leaves(batch, weights)
+            matrix += self._by_products(lambda v: self._of_regularizers(batch, weights, leaves, v))
         return matrix
 
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """The diagonal of the matrix at `weights`, or the norms of its rows, about.
+
+        The norms, where the Jacobian is not known by samples, are those of products with
+        vectors of random signs (as in AdaHessian, Yao et al. 2021, Eq. 9).
+        """
+        size, dtype = self._loss.size, self._loss.dtype
+        if self._ways.by_rows or self._ways.by_products or self._loss.function.is_regularized:
+            signs = np.random.default_rng(0).choice([-1.0, 1.0], (_PROBES, size))
+            squares = tf.map_fn(
+                lambda probe: self.product(weights, probe) ** 2, tf.constant(signs, dtype)
+            )
+            return tf.sqrt(tf.reduce_mean(squares, axis=0))
+
+        def of_part(batch: Batch) -> tuple[Tensor]:
+            rows, blocks, _ = self._by_samples(batch, weights, self._ways.by_samples)
+            return (tf.einsum("nkl,nkd,nld->d", blocks, rows, rows),)
+
+        (diagonal,) = self._loss.mean_over_chunks(of_part, [(size,)], self._longest(weights))
+        return diagonal
+
+    def jacobian(self, weights: Tensor) -> JacobianBySamples:
+        """What the matrix at `weights` is made of, if all of it is taken by samples."""
+        return self._by_samples(self._loss.batch, weights, self._ways.by_samples)
+
+    def rows(self, weights: Tensor) -> Tensor | None:
+        """How many rows the Jacobian has, if the matrix is made of them and nothing else."""
+        others = self._ways.by_rows or self._ways.by_products or self._loss.chunks > 1
+        if others or self._loss.function.is_regularized:
+            return None
+        leaves = self._leaves(self._loss.batch, weights)
+        return tf.shape(leaves[0])[0] * sum(_entries(leaf) for leaf in leaves)
+
     def curvature_near_targets(self, weights: Tensor, rng: np.random.Generator) -> np.ndarray:
-        """The curvature of the loss in outputs that are made up as `_made_up` does it."""
+        """The curvature of the loss in outputs that are made up between 0.1 and 0.9."""
         batch = self._loss.batch
-        outputs = _made_up(self._outputs(batch, weights), rng)
-        return self._curvature(batch, weights, outputs, tf.ones_like(outputs)).numpy()
+        leaves = [
+            tf.constant(rng.uniform(0.1, 0.9, leaf.shape), leaf.dtype)
+            for leaf in self._leaves(batch, weights)
+        ]
+        curved = self._curvature(batch, weights, leaves, [tf.ones_like(leaf) for leaf in leaves])
+        return np.concatenate([np.ravel(leaf) for leaf in curved])
 
-    # --- its factors ---------------------------------------------------------
+    def shapes_of_outputs(self, weights: Tensor) -> list[tuple[int, ...]]:
+        """Of each array of outputs, or residuals; not in a function that is traced."""
+        return [tuple(leaf.shape) for leaf in self._leaves(self._loss.batch, weights)]
 
-    def _product_of_part(self, batch: Batch, weights: Tensor, vector: Tensor) -> Tensor:
+    def rows_one_by_one(self, weights: Tensor, places: Sequence[int]) -> Tensor:
+        """Of the Jacobian of some arrays: rows × weights."""
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(weights)
+            leaves = self._leaves(self._loss.batch, weights)
+            some = tf.concat([tf.reshape(leaves[place], [-1]) for place in places], axis=0)
+        return tape.jacobian(some, weights, unconnected_gradients="zero")
+
+    def rows_by_samples(self, weights: Tensor, places: Sequence[int]) -> Tensor:
+        """Of the Jacobian of some arrays: samples × outputs × weights."""
+
+        def of_one(sample: Data) -> Tensor:
+            one = Batch(**tf.nest.map_structure(lambda array: array[None], sample))
+            with tf.GradientTape(persistent=True) as tape:
+                tape.watch(weights)
+                entries = _in_rows(self._leaves(one, weights), places)[0]
+
+            def row(unit: Tensor) -> Tensor:
+                return tape.gradient(entries, weights, unit, unconnected_gradients="zero")
+
+            if entries.shape[0] == 1:  # compiles faster
+                return row(tf.ones_like(entries))[None]
+            units = tf.eye(entries.shape[0], dtype=entries.dtype)
+            return tf.vectorized_map(row, units, fallback_to_while_loop=False)
+
+        parts = {n: part for n, part in self._loss.batch._asdict().items() if part is not None}
+        return tf.vectorized_map(of_one, parts, fallback_to_while_loop=False)
+
+    # --- its parts -----------------------------------------------------------
+
+    def _product_of_part(
+        self, batch: Batch, weights: Tensor, vector: Tensor, only: Sequence[int] | None
+    ) -> Tensor:
         # Reverse over reverse, as for the Hessian: J v is the derivative of uᵀ J v by u.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(weights)
-            outputs = self._outputs(batch, weights)
-        towards = tf.zeros_like(outputs)
+            leaves = self._leaves(batch, weights)
+        towards = [tf.zeros_like(leaf) for leaf in leaves]
         with tf.GradientTape() as outer:
             outer.watch(towards)
-            pulled = tape.gradient(outputs, weights, towards, unconnected_gradients="zero")
+            pulled = tape.gradient(leaves, weights, towards, unconnected_gradients="zero")
         moved = outer.gradient(pulled, towards, vector, unconnected_gradients="zero")
-        curved = self._curvature(batch, weights, outputs, moved)
-        product = tape.gradient(outputs, weights, curved, unconnected_gradients="zero")
-        if self._is_regularized:
-            product += self._of_regularizers(batch, weights, outputs, vector)
+        if only is not None:
+            moved = [
+                leaf if place in only else tf.zeros_like(leaf) for place, leaf in enumerate(moved)
+            ]
+        curved = self._curvature(batch, weights, leaves, moved)
+        product = tape.gradient(leaves, weights, curved, unconnected_gradients="zero")
+        if self._loss.function.is_regularized:
+            product += self._of_regularizers(batch, weights, leaves, vector)
         return product
 
-    def _matrix_of_part(self, batch: Batch, weights: Tensor) -> Tensor:
-        outputs = self._outputs(batch, weights)
-        jacobian = self._jacobian(batch, weights)
-        blocks = self._blocks(batch, weights, outputs)
-        weighted = tf.einsum("nkl,nld->nkd", blocks, jacobian)
-        rows = [-1, self._loss.size]
-        return tf.matmul(tf.reshape(jacobian, rows), tf.reshape(weighted, rows), transpose_a=True)
+    def _by_products(self, product: Callable[[Tensor], Tensor]) -> Tensor:
+        size, dtype = self._loss.size, self._loss.dtype
+        columns = tf.map_fn(
+            lambda place: product(tf.one_hot(place, size, dtype=dtype)),
+            tf.range(size),
+            fn_output_signature=tf.TensorSpec((size,), dtype),
+        )
+        return 0.5 * (columns + tf.transpose(columns))
 
-    def _jacobian(self, batch: Batch, weights: Tensor) -> Tensor:
-        """Of the outputs of each sample, by that sample alone: samples × outputs × weights."""
+    def _by_rows(self, batch: Batch, weights: Tensor, places: Sequence[int]) -> Tensor:
+        """Of arrays of residuals, whose second derivatives are diagonal."""
 
-        def of_one(sample: Any) -> Tensor:
-            one = Batch(tf.nest.map_structure(lambda array: array[None], sample))
-            with tf.GradientTape(persistent=True) as tape:
-                tape.watch(weights)
-                entries = tf.unstack(self._outputs(one, weights)[0])
-            return tf.stack(
-                [tape.gradient(z, weights, unconnected_gradients="zero") for z in entries]
-            )
+        def rows_of(loss: BatchLoss) -> Callable[[Tensor], Tensor]:
+            return lambda weights: GaussNewton(loss).rows_one_by_one(weights, places)
 
-        return tf.vectorized_map(of_one, batch.x, fallback_to_while_loop=False)
+        rows = self._loss.apart(rows_of, weights, batch=batch)
+        leaves = self._leaves(batch, weights)
+        curved = self._curvature(batch, weights, leaves, [tf.ones_like(leaf) for leaf in leaves])
+        shares = tf.concat([tf.reshape(curved[place], [-1]) for place in places], axis=0)
+        return tf.matmul(rows, shares[:, None] * rows, transpose_a=True)
 
-    def _blocks(self, batch: Batch, weights: Tensor, outputs: Tensor) -> Tensor:
-        """The second derivatives of the loss by the outputs of each sample."""
-        units = tf.eye(outputs.shape[1], dtype=outputs.dtype)
-        return tf.stack(
-            [
-                self._curvature(batch, weights, outputs, tf.zeros_like(outputs) + unit)
-                for unit in tf.unstack(units)
-            ],
-            axis=2,
+    def _by_samples(
+        self, batch: Batch, weights: Tensor, places: Sequence[int]
+    ) -> JacobianBySamples:
+        def rows_of(loss: BatchLoss) -> Callable[[Tensor], Tensor]:
+            return lambda weights: GaussNewton(loss).rows_by_samples(weights, places)
+
+        rows = self._loss.apart(rows_of, weights, batch=batch)
+        leaves = self._leaves(batch, weights)
+
+        def column(unit: Tensor) -> Tensor:
+            ends = np.cumsum([_entries(leaves[place]) for place in places])[:-1]
+            vector = [tf.zeros_like(leaf) for leaf in leaves]
+            for place, part in zip(places, np.split(np.arange(unit.shape[0]), ends), strict=True):
+                shape = leaves[place].shape[1:]
+                vector[place] += tf.reshape(tf.gather(unit, part), shape)
+            return _in_rows(self._curvature(batch, weights, leaves, vector), places)
+
+        units = tf.unstack(tf.eye(rows.shape[1], dtype=rows.dtype))
+        with tf.GradientTape() as tape:
+            tape.watch(leaves)
+            value = self._of_leaves(batch, weights, leaves)
+        slopes = tape.gradient(value, leaves, unconnected_gradients="zero")
+        return JacobianBySamples(
+            rows, tf.stack([column(unit) for unit in units], axis=2), _in_rows(slopes, places)
         )
 
-    def _curvature(self, batch: Batch, weights: Tensor, outputs: Tensor, vector: Tensor) -> Tensor:
+    def _curvature(self, batch: Batch, weights: Tensor, leaves: Leaves, vector: Leaves) -> Leaves:
         """The second derivative of the loss by the outputs, times a vector."""
-        with tf.GradientTape() as outer:
-            outer.watch(outputs)
-            with tf.GradientTape() as inner:
-                inner.watch(outputs)
-                loss = self._of_outputs(batch, weights, outputs)
-            gradient = inner.gradient(loss, outputs, unconnected_gradients="zero")
-        return outer.gradient(gradient, outputs, vector, unconnected_gradients="zero")
+        return _second_derivative(lambda z: self._of_leaves(batch, weights, z), leaves, vector)
 
     def _of_regularizers(
-        self, batch: Batch, weights: Tensor, outputs: Tensor, vector: Tensor
+        self, batch: Batch, weights: Tensor, leaves: Leaves, vector: Tensor
     ) -> Tensor:
         """The second derivative of the loss by the weights at fixed outputs, times a vector."""
-        with tf.GradientTape() as outer:
-            outer.watch(weights)
-            with tf.GradientTape() as inner:
-                inner.watch(weights)
-                loss = self._of_outputs(batch, weights, outputs)
-            gradient = inner.gradient(loss, weights, unconnected_gradients="zero")
-        return outer.gradient(gradient, weights, vector, unconnected_gradients="zero")
+        return _second_derivative(lambda w: self._of_leaves(batch, w, leaves), weights, vector)
 
     # --- the model -----------------------------------------------------------
 
-    @property
-    def _is_regularized(self) -> bool:
-        variables = self._loss.function.trainable_variables
-        return any(variable.regularizer is not None for variable in variables)
+    def _longest(self, weights: Tensor) -> int | None:
+        """Of how many samples the Jacobian fits into memory."""
+        leaves = self._leaves(self._loss.batch, weights)
+        entries = sum(_entries(leaves[place]) for place in self._ways.by_samples) * self._loss.size
+        return None if entries <= _NEVER_IN_PARTS else max(1, _MOST_ENTRIES // entries)
 
-    def _outputs(self, batch: Batch, weights: Tensor) -> Tensor:
-        """All outputs of each sample, in a row."""
+    def _leaves(self, batch: Batch, weights: Tensor) -> Leaves:
+        """The arrays of outputs."""
         loss = self._loss
-        structure = loss.function.outputs(loss.trained(weights), loss.state, batch)
-        self._outputs_are = keras.tree.map_structure(
-            lambda array: tf.TensorSpec(array.shape, array.dtype), structure
-        )
-        rows = [
-            tf.cast(tf.reshape(array, [-1, _entries(array)]), loss.dtype)
-            for array in keras.tree.flatten(structure)
-        ]
-        return tf.concat(rows, axis=1)
+        outputs = loss.function.outputs(loss.trained(weights), loss.state, batch)
+        self._structure = keras.tree.map_structure(lambda array: array.dtype, outputs)
+        return [tf.cast(array, loss.dtype) for array in keras.tree.flatten(outputs)]
 
-    def _of_outputs(self, batch: Batch, weights: Tensor, outputs: Tensor) -> Tensor:
-        """The loss as a function of all outputs, as `_outputs` has them."""
+    def _of_leaves(self, batch: Batch, weights: Tensor, leaves: Leaves) -> Tensor:
+        """The loss as a function of the arrays that `_leaves` has made last."""
         loss = self._loss
-        specs = keras.tree.flatten(self._outputs_are)
-        parts = tf.split(outputs, [_entries(spec) for spec in specs], axis=1)
-        arrays = [
-            tf.cast(tf.reshape(part, [-1, *spec.shape[1:]]), spec.dtype)
-            for part, spec in zip(parts, specs, strict=True)
-        ]
-        structure = keras.tree.pack_sequence_as(self._outputs_are, arrays)
-        value = loss.function.loss_of_outputs(loss.trained(weights), loss.state, batch, structure)
+        dtypes = keras.tree.flatten(self._structure)
+        arrays = [tf.cast(leaf, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+        outputs = keras.tree.pack_sequence_as(self._structure, arrays)
+        value = loss.function.loss_of_outputs(loss.trained(weights), loss.state, batch, outputs)
         return tf.cast(value, loss.dtype)
 
 
-def can_be_by_samples(loss: BatchLoss) -> bool:
-    """Whether the matrix can be taken sample by sample, found out with made-up data.
-
-    That is where the outputs of a sample depend on that sample alone, in training too, the loss
-    adds up over the samples, and the layers can be vectorized.
-
-    Args:
-        loss: Of a batch, which may be one of a function that is being traced.
-
-    Raises:
-        ValueError: If the loss has no curvature in the outputs.
-    """
-    # In a thread of its own there are values, and tapes that record, whatever is being traced.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_found_out, loss.function, loss.batch).result()
+def _second_derivative(function: Callable[[Any], Tensor], at: Any, vector: Any) -> Any:
+    """Of a function, times a vector."""
+    with tf.GradientTape() as outer:
+        outer.watch(at)
+        with tf.GradientTape() as inner:
+            inner.watch(at)
+            value = function(at)
+        gradient = inner.gradient(value, at, unconnected_gradients="zero")
+    return outer.gradient(gradient, at, vector, unconnected_gradients="zero")
 
 
-def _found_out(function: ModelFunction, batch: Batch) -> bool:
-    rng = np.random.default_rng(0)
-    parts = {name: part for name, part in batch._asdict().items() if part is not None}
-    made_up = tf.nest.map_structure(lambda array: _made_up(array, rng), parts)
-    loss = BatchLoss(function, Batch(**made_up))
-    weights = loss.joined([v.value for v in function.trainable_variables])
-    # Where weights begin at 0, samples may seem to be apart that are not.
-    weights += tf.constant(rng.normal(size=loss.size) * 0.1, weights.dtype)
-    vector = tf.constant(rng.normal(size=loss.size), weights.dtype)
-    try:
-        system = GaussNewton(loss, by_samples=False)
-        expected = system.product(weights, vector).numpy()
-    except Exception:  # of whatever such data are none for
-        return False
-    if not np.any(expected):
-        if np.any(system.curvature_near_targets(weights, rng)):
-            return False  # only flat far from its targets, as Huber's, so these data tell nothing
-        raise ValueError(
-            "The loss has no curvature in the model's outputs, so there is no Gauss-Newton "
-            "step. Use a smooth loss, such as 'mse' or 'huber', or another optimizer, such as "
-            f"`LBFGS`. Received: the loss {function.model.loss!r}"
-        )
-    try:
-        matrix = GaussNewton(loss, by_samples=True).matrix(weights).numpy()
-    except Exception:  # of whatever cannot be vectorized
-        return False
-    error = np.linalg.norm(matrix @ vector.numpy() - expected)
-    return bool(error <= np.finfo(matrix.dtype).eps ** 0.5 * np.linalg.norm(expected))
+def _joined(jacobian: JacobianBySamples) -> Tensor:
+    """The matrix, of its parts."""
+    rows, blocks, _ = jacobian
+    size = rows.shape[2]
+    weighted = tf.einsum("nkl,nld->nkd", blocks, rows)
+    flat = [tf.reshape(array, [-1, size]) for array in (rows, weighted)]
+    return tf.matmul(*flat, transpose_a=True)
 
 
-def _made_up(array: Any, rng: np.random.Generator) -> Any:
-    shape = (_SAMPLES, *(_LENGTH if length is None else length for length in array.shape[1:]))
-    if array.dtype.is_floating:
-        return tf.constant(rng.uniform(0.1, 0.9, shape), array.dtype)
-    return tf.zeros(shape, array.dtype)
+def _in_rows(leaves: Leaves, places: Sequence[int]) -> Tensor:
+    """Some arrays, all entries of a sample in a row."""
+    rows = [tf.reshape(leaves[place], [-1, _entries(leaves[place])]) for place in places]
+    return tf.concat(rows, axis=1)
 
 
-def _entries(array: Any) -> int:
-    return int(np.prod(array.shape[1:]))
+def _entries(leaf: Tensor) -> int:
+    return int(np.prod(leaf.shape[1:]))

@@ -1,5 +1,7 @@
 """The method of Levenberg and Marquardt."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -8,12 +10,26 @@ import tensorflow as tf
 
 from keras_gdopt.closures.base import ClosureOptimizer, Iteration, Memory, Point, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.closures.damped_systems import diagonal, solve_damped
-from keras_gdopt.closures.gauss_newton import GaussNewton, can_be_by_samples
+from keras_gdopt.closures.damped_systems import (
+    DampedSystem,
+    DenseSystem,
+    SystemOfProducts,
+    SystemOfRows,
+)
+from keras_gdopt.closures.gauss_newton import GaussNewton, Ways
 from keras_gdopt.closures.line_search import rounding_of, select
-from keras_gdopt.optimizers.argument_checks import checked_number
+from keras_gdopt.closures.ways_to_the_matrix import ways_to_the_matrix
+from keras_gdopt.functional import ModelFunction, ResidualFunction
+from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
 
-_MOST_WEIGHTS = 8192
+SOLVERS = ("auto", "exact", "cg")
+
+_MOST_EXACT = 8192
+_MOST_BY_DEFAULT = 4096
+_MOST_BY_PRODUCTS = 256
+_FEW_WEIGHTS = 512  # a matrix of so many costs less than to compile another way
+_TOLERANCE = 1e-3
+_MOST_INNER = 250
 _MOST_TRIES = 60
 _ACCEPTED, _NO_DECREASE, _NOT_FINITE = range(3)
 
@@ -34,24 +50,39 @@ class LevenbergMarquardt(ClosureOptimizer):
     2, 4, 8, … until one is. λ begins at `damping` times the largest diagonal entry of G, so that
     neither the unit of the targets nor that of the loss matters.
 
-    It is for all data in a batch (`batch_size=len(x)`) and up to some thousands of weights.
+    It is for all data in a batch (`batch_size=len(x)`).
+
+    - `solver="exact"` builds G, by samples where the outputs of a sample depend on that sample
+      alone and the layers can be vectorized (which is found out with made-up data), elsewhere by
+      a product for each weight; and solves by Cholesky decomposition. With fewer outputs than
+      weights it solves $(\nabla_z^2 L\, J_z J_z^\top + \lambda_t I)\, w = \nabla_z L$ instead
+      and steps by $-J_z^\top w$, which is the same.
+    - `solver="cg"` never builds G: conjugate gradient, preconditioned by about the diagonal, solves
+      until the residual is below a thousandth of the gradient, in at most 250 iterations.
+
+    A model with a `compute_loss` of its own, as a physics-informed network has, needs its
+    residuals: `attach(model, residuals=function)`.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
 
     Args:
         damping: Of the first step, above 0. Defaults to 1e-3.
+        solver: `"exact"`, for at most 8,192 weights; `"cg"`; or `"auto"`, exact for at most 4,096
+            weights, or 256 where it takes a product for each. Defaults to `"auto"`.
         iterations_per_step: Iterations in a training step, at most. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance`, `jit_compile` and
             `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here; in `attach`, if the
-            model has a `compute_loss` of its own or batch normalization that trains; in `build`,
-            if it has too many weights; in the first step, if its loss has no curvature in the
-            outputs (as `"mae"`) or its layers add losses.
+            model has a `compute_loss` of its own without `residuals`, or batch normalization
+            that trains; in `build`, if it has too many weights for `solver="exact"`; in the first
+            step, if its loss has no curvature in the outputs (as `"mae"`), its layers add losses,
+            or residuals are not those of the loss.
 
-    Step metrics of its own: `damping` (λ for the next iteration) and `gain_ratio` (ρ).
+    Step metrics of its own: `damping` (λ for the next iteration), `gain_ratio` (ρ) and
+    `inner_iterations` (of conjugate gradient in the last iteration; 0 for `"exact"`).
 
     Example:
 
@@ -70,16 +101,23 @@ class LevenbergMarquardt(ClosureOptimizer):
     Eq. 2.21 and Algorithm 3.16; Schraudolph 2002, *Fast curvature matrix-vector products*, Eq. 5.
     """
 
-    hyperparameters = ("damping",)
-    own_metrics = ("damping", "gain_ratio")
+    hyperparameters = ("damping", "solver")
+    own_metrics = ("damping", "gain_ratio", "inner_iterations")
     statuses = (
         "accepted",
         "no step, however damped, lowers the loss by more than its rounding",
         "no step, however damped, has a lower loss that is finite",
     )
 
-    def __init__(self, damping: float = 1e-3, iterations_per_step: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        damping: float = 1e-3,
+        solver: str = "auto",
+        iterations_per_step: int = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(1.0, iterations_per_step=iterations_per_step, **kwargs)
+        self.solver = checked_choice("solver", solver, SOLVERS)
         self.damping = checked_number("damping", damping)
         if not self.damping:
             raise ValueError(
@@ -92,20 +130,45 @@ class LevenbergMarquardt(ClosureOptimizer):
         del config["learning_rate"]  # a step is as long as the damping makes it
         return config
 
+    def attach(self, model: keras.Model, residuals: Callable[..., Any] | None = None) -> None:
+        """Makes the model's training steps minimize the loss with this optimizer.
+
+        See `ClosureOptimizer.attach`.
+
+        Args:
+            model: Compiled with this optimizer.
+            residuals: For a model with a `compute_loss` of its own: a function that is called as
+                that is, with `x`, `y`, `y_pred` and `sample_weight`, and returns an array, or a
+                structure of some, whose mean squares add up to the loss. The matrix is cheap to
+                have of an array whose entry i depends on sample i alone, and of one with few
+                entries, whatever the batch.
+
+        Raises:
+            ValueError: As `ClosureOptimizer.attach`. In the first step, if the mean squares do
+                not add up to the loss.
+        """
+        loss: Callable[..., ModelFunction] = ModelFunction
+        if residuals is not None:
+            loss = functools.partial(ResidualFunction, residuals=residuals)
+        self._attach(model, loss)
+
     def check_size(self, size: int) -> None:
-        """Raises if there are too many weights for a matrix."""
-        if size > _MOST_WEIGHTS:
+        """Raises if there are too many weights for `solver="exact"`."""
+        if self.solver == "exact" and size > _MOST_EXACT:
             raise ValueError(
-                f"LevenbergMarquardt is for at most {_MOST_WEIGHTS:,} weights. Use `LBFGS`, which "
-                f"needs no matrix. Received: a model of {size:,} weights, whose matrix and its "
-                f"decomposition would need about {3 * 8 * size**2 / 2**30:,.1f} GiB in float64"
+                f'`solver="exact"` is for at most {_MOST_EXACT:,} weights. Use `solver="cg"`, '
+                f"which needs no matrix, or `LBFGS`. Received: a model of {size:,} weights, whose "
+                "matrix and its decomposition would need about "
+                f"{3 * 8 * size**2 / 2**30:,.1f} GiB in float64"
             )
 
-    def check_model(self, model: Any) -> None:
-        """Raises if the model's loss is no sum over functions of its outputs."""
-        if type(model).compute_loss is not keras.Model.compute_loss:
+    def check_model(self, model: Any, loss: Callable[..., ModelFunction]) -> None:
+        """Raises if the model's loss is no sum over functions of its outputs, or of residuals."""
+        has_own_loss = type(model).compute_loss is not keras.Model.compute_loss
+        if has_own_loss and loss is ModelFunction:
             raise ValueError(
-                "LevenbergMarquardt needs a loss that is a function of the model's outputs. "
+                "LevenbergMarquardt needs a loss that is a function of the model's outputs, or "
+                "residuals whose mean squares add up to it: `attach(model, residuals=function)`. "
                 f"Received: the model '{model.name}' with a `compute_loss` of its own"
             )
         names = [
@@ -121,9 +184,14 @@ class LevenbergMarquardt(ClosureOptimizer):
             )
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
-        """λ (0 before the first step), by what it grows next, and the last gain ratio."""
+        """λ (0 before the first step), by what it grows next, and what the metrics show."""
         del size
-        return {"damping": ((), 0.0), "growth": ((), 2.0), "gain_ratio": ((), 0.0)}
+        return {
+            "damping": ((), 0.0),
+            "growth": ((), 2.0),
+            "gain_ratio": ((), 0.0),
+            "inner_iterations": ((), 0),
+        }
 
     def iterate(
         self,
@@ -143,19 +211,49 @@ class LevenbergMarquardt(ClosureOptimizer):
             loss: Of the batch.
         """
         del has_failed, learning_rate
-        system = GaussNewton(loss, by_samples=can_be_by_samples(loss))
-        matrix = system.matrix(point.weights)
-        largest = tf.reduce_max(diagonal(matrix))
-        least = np.finfo(matrix.dtype.as_numpy_dtype).eps ** 2
+        ways = ways_to_the_matrix(loss)
+        matrix = GaussNewton(loss, ways)
+        if self._takes_products(loss, ways):
+            system: DampedSystem = SystemOfProducts(
+                lambda vector: matrix.product(point.weights, vector),
+                matrix.diagonal(point.weights),
+                tolerance=_TOLERANCE,
+                most=min(2 * loss.size, _MOST_INNER),
+            )
+            return self._stepped(system, point, memory, loss)
+
+        def by_the_matrix() -> Iteration:
+            dense = matrix.matrix(point.weights)
+            system = DenseSystem(dense, is_compiled=loss.is_compiled)
+            return self._stepped(system, point, memory, loss)
+
+        def by_the_rows() -> Iteration:
+            system = SystemOfRows(*matrix.jacobian(point.weights))
+            return self._stepped(system, point, memory, loss)
+
+        count = matrix.rows(point.weights)
+        if count is None or loss.size <= _FEW_WEIGHTS:
+            return by_the_matrix()
+        return tf.cond(count < loss.size, by_the_rows, by_the_matrix)
+
+    def _takes_products(self, loss: BatchLoss, ways: Ways) -> bool:
+        if self.solver != "auto":
+            return self.solver == "cg"
+        return loss.size > (_MOST_BY_PRODUCTS if ways.by_products else _MOST_BY_DEFAULT)
+
+    def _stepped(
+        self, system: DampedSystem, point: Point, memory: Memory, loss: BatchLoss
+    ) -> Iteration:
+        dtype = loss.dtype
+        largest = system.largest
+        least = np.finfo(dtype.as_numpy_dtype).eps ** 2
         at_first = self.damping * tf.where(largest > 0, largest, tf.ones_like(largest))
         damping = tf.where(memory["damping"] > 0, memory["damping"], at_first)
 
         def tried(tries: _Tries) -> _Tries:
-            step = -solve_damped(
-                matrix, tries.damping, point.gradient, is_compiled=loss.is_compiled
-            )
-            step = loss.without_frozen(step)
-            curved = tf.reduce_sum(step * tf.linalg.matvec(matrix, step))
+            solution = system.solve(tries.damping, point.gradient)
+            step = loss.without_frozen(-solution.vector)
+            curved = tf.reduce_sum(solution.vector * solution.product)
             promised = -tf.reduce_sum(step * point.gradient) - 0.5 * curved
             weights = point.weights + step
             after = Point(weights, *loss.value_and_gradient(weights))
@@ -167,6 +265,7 @@ class LevenbergMarquardt(ClosureOptimizer):
             shrunk = tries.damping * tf.maximum(1 - (2 * ratio - 1) ** 3, 1 / 3)
             return _Tries(
                 count=tries.count + 1,
+                inner=tries.inner + solution.iterations,
                 damping=tf.where(
                     accepted,
                     tf.maximum(shrunk, least * largest),
@@ -185,18 +284,23 @@ class LevenbergMarquardt(ClosureOptimizer):
             lambda tries: (tried(tries),),
             (
                 _Tries(
-                    tf.constant(0), damping, memory["growth"], point, memory["gain_ratio"],
-                    nothing, nothing,
+                    tf.constant(0), tf.constant(0), damping, memory["growth"], point,
+                    memory["gain_ratio"], nothing, nothing,
                 ),
             ),
         )  # fmt: skip
         failed = ~tries.accepted
-        found = {"damping": tries.damping, "growth": tries.growth, "gain_ratio": tries.ratio}
+        found = {
+            "damping": tries.damping,
+            "growth": tries.growth,
+            "gain_ratio": tries.ratio,
+            "inner_iterations": tries.inner,
+        }
         return Iteration(
             point=tries.point,
             memory=select(failed, memory, found),
             evaluations=tries.count,
-            step_length=tf.cast(tries.accepted, matrix.dtype),
+            step_length=tf.cast(tries.accepted, dtype),
             status=tf.where(
                 failed, tf.where(tries.is_rounding, _NO_DECREASE, _NOT_FINITE), _ACCEPTED
             ),
@@ -209,6 +313,7 @@ class _Tries(NamedTuple):
     """How far an iteration has come with its damping."""
 
     count: Tensor
+    inner: Tensor
     damping: Tensor
     growth: Tensor
     point: Point
