@@ -4,7 +4,7 @@ import importlib
 from importlib.metadata import version
 from types import ModuleType
 
-from keras_gdopt import initializers, losses
+from keras_gdopt import constraints, initializers, losses
 from keras_gdopt.closures.bfgs import BFGS
 from keras_gdopt.closures.conjugate_gradient import ConjugateGradient
 from keras_gdopt.closures.lbfgs import LBFGS
@@ -46,6 +46,7 @@ __all__ = [
     "RayEngine",
     "__version__",
     "callbacks",
+    "constraints",
     "initializers",
     "losses",
 ]

@@ -23,7 +23,7 @@ RULES = [Path(inspect.getfile(cls)) for cls in optimizer_classes()]
 # Floors of the house: a room may import from the floors below.
 FLOORS = [
     ["keras_gdopt.optimizers", "keras_gdopt.functional"],
-    ["keras_gdopt.losses", "keras_gdopt.initializers"],
+    ["keras_gdopt.losses", "keras_gdopt.initializers", "keras_gdopt.constraints"],
     ["keras_gdopt.closures", "keras_gdopt.gadam"],
     ["keras_gdopt.callbacks"],
 ]
@@ -113,6 +113,7 @@ def test_examples_in_docstrings(name):
         gdopt.losses.MulticlassHinge,
         gdopt.initializers.SparseNormal,
         gdopt.initializers.ClassPriorBias,
+        gdopt.constraints.Bounds,
         gdopt.callbacks.ConvergenceStopping,
         gdopt.callbacks.OptimizerTensorBoard,
         gdopt.callbacks.PopulationTensorBoard,

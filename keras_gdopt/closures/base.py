@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.box import is_box
 from keras_gdopt.closures.line_search import rounding_of, select
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainable_by_its_loss
@@ -156,6 +157,9 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     statuses: ClassVar[Sequence[str]] = ("accepted",)
     """How an iteration can end: as it should at first."""
+
+    takes_bounds: ClassVar[bool] = False
+    """Whether it keeps weights within bounds, as `NonNeg` and `constraints.Bounds` ask for."""
 
     own_metrics: ClassVar[Sequence[str]] = ()
     """Names of the scalars in the memory that are recorded as step metrics."""
@@ -325,7 +329,8 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         - `iterations`: the count of training steps,
         - `learning_rate`,
-        - `grad_norm`: the norm of the gradient where the step ended,
+        - `grad_norm`: the norm of the gradient where the step ended, without what bounds hold
+          back,
         - `update_norm`: the norm of the change of all weights,
         - `weight_norm`: the norm of all weights where it ended,
         - `step_length`: of the last iteration, as a part of what the algorithm proposed,
@@ -454,7 +459,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         """
         loss = BatchLoss(function, Batch(**data), self.closure_chunks, is_compiled=is_compiled)
         start = loss.joined([v.value for v in function.trainable_variables])
-        point = Point(start, *loss.value_and_gradient(start))
+        within = loss.projected(start)
+        point = Point(within, *loss.value_and_gradient(within))
         learning_rate = tf.cast(tf.convert_to_tensor(self.learning_rate), start.dtype)
         run = self._iterated(point, learning_rate, loss)
         arrays = loss.parted(run.point.weights)
@@ -477,11 +483,13 @@ class ClosureOptimizer(SavedStateOptimizer):
             before = run.point
             made = self.iterate(before, run.memory, run.has_failed, learning_rate, loss)
             after = made.point
-            progress = _progress_after(run.progress, after, made.failed)
+            progress = _progress_after(
+                run.progress, after, _largest_entry(after, loss), made.failed
+            )
             stalled = progress.stalled >= _MOST_STALLED
             change = tf.abs(after.loss - before.loss)
             largest = tf.maximum(tf.abs(after.loss), tf.abs(before.loss))
-            converged = self._is_flat(after) | (
+            converged = self._is_flat(after, loss) | (
                 ~made.failed & (change < self.change_tolerance * largest)
             )
             # Steps to losses that are not finite may become shorter.
@@ -501,7 +509,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             )
 
         finite = tf.math.is_finite(point.loss) & tf.reduce_all(tf.math.is_finite(point.gradient))
-        progress, ended_by_rounding = self._progress_at(point)
+        progress, ended_by_rounding = self._progress_at(point, loss)
         last_failed = self._progress[Progress._fields.index("failures")] > 0
         status = tf.where(ended_by_rounding, self._place(_STALLED), 0)
         run = _Run(
@@ -513,7 +521,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             step_length=tf.zeros_like(point.loss),
             status=tf.where(finite, status, self._place(_LOSS_NOT_FINITE)),
             progress=progress,
-            converged=self._is_flat(point) | ended_by_rounding,
+            converged=self._is_flat(point, loss) | ended_by_rounding,
         )
         (run,) = tf.while_loop(
             lambda run: (
@@ -527,10 +535,10 @@ class ClosureOptimizer(SavedStateOptimizer):
         )
         return run
 
-    def _progress_at(self, point: Point) -> tuple[Progress, Tensor]:
+    def _progress_at(self, point: Point, loss: BatchLoss) -> tuple[Progress, Tensor]:
         """What was saved if a step goes on where the last one ended; and if rounding ended it."""
         saved = Progress(*tf.unstack(tf.convert_to_tensor(self._progress)))
-        largest = _largest_entry(point.gradient)
+        largest = _largest_entry(point, loss)
         # Evaluated again, neither need be the same to the last bit.
         same_loss = tf.abs(point.loss - saved.loss) <= rounding_of(saved.loss)
         same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
@@ -544,8 +552,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         """Of one of those that all classes have, behind the class's own."""
         return len(self.statuses) + status
 
-    def _is_flat(self, point: Point) -> Tensor:
-        return _largest_entry(point.gradient) <= self.gradient_tolerance
+    def _is_flat(self, point: Point, loss: BatchLoss) -> Tensor:
+        return _largest_entry(point, loss) <= self.gradient_tolerance
 
     # --- what is recorded ----------------------------------------------------
 
@@ -578,7 +586,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         self, run: "_Run", start: Tensor, learning_rate: Tensor, loss: BatchLoss
     ) -> None:
         report, point = self._report, run.point
-        vectors = (point.gradient, point.weights - start, point.weights)
+        free = loss.free_gradient(point.weights, point.gradient)
+        vectors = (free, point.weights - start, point.weights)
         numbers = [
             learning_rate,
             *(norm(vector) for vector in vectors),
@@ -673,13 +682,19 @@ class ClosureOptimizer(SavedStateOptimizer):
                     "losses that differ in their last digits. Received: the variable "
                     f"'{variable_path(variable)}' of dtype {variable.dtype}"
                 )
-            if variable.constraint is not None:
-                raise ValueError(
-                    f"{name} does not take constraints: a step that a constraint changes is not "
-                    "the one that the line search accepted. Remove the constraint, or use a "
-                    f"first-order optimizer. Received: the variable '{variable_path(variable)}' "
-                    f"with the constraint {variable.constraint!r}"
-                )
+            if variable.constraint is None or (self.takes_bounds and is_box(variable.constraint)):
+                continue
+            taken = (
+                "takes no constraints but `NonNeg` and `keras_gdopt.constraints.Bounds`"
+                if self.takes_bounds
+                else "does not take constraints"
+            )
+            raise ValueError(
+                f"{name} {taken}: a step that a constraint changes is not the one that the line "
+                "search accepted. Remove the constraint, or use `LBFGS` for bounds and a "
+                "first-order optimizer for others. Received: the variable "
+                f"'{variable_path(variable)}' with the constraint {variable.constraint!r}"
+            )
         if not self.built:
             return
         known = {id(variable) for variable in self._trainable_variables}
@@ -766,8 +781,7 @@ class _TrainStep:
         return self._model(), self._optimizer()
 
 
-def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
-    largest = _largest_entry(after.gradient)
+def _progress_after(before: Progress, after: Point, largest: Tensor, failed: Tensor) -> Progress:
     falls = after.loss < before.lowest_loss - rounding_of(before.lowest_loss)
     better = falls | (largest < _LESS * before.least_gradient)
     return Progress(
@@ -780,8 +794,9 @@ def _progress_after(before: Progress, after: Point, failed: Tensor) -> Progress:
     )
 
 
-def _largest_entry(gradient: Tensor) -> Tensor:
-    return tf.reduce_max(tf.abs(gradient))
+def _largest_entry(point: Point, loss: BatchLoss) -> Tensor:
+    """Of the gradient, without what bounds hold back."""
+    return tf.reduce_max(tf.abs(loss.free_gradient(point.weights, point.gradient)))
 
 
 def _is_compiled(model: keras.Model, asked: bool | str) -> bool:

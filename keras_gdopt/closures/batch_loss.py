@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_gdopt.closures.box import box_of
 from keras_gdopt.functional import Batch, ModelFunction
 
 Tensor = Any
@@ -35,6 +36,7 @@ class BatchLoss:
         chunks: In how many parts the batch is gone through.
         is_compiled: Whether XLA compiles what this is used in.
         dtype: Of the vector of all weights.
+        box: The bounds of the weights, if there are some.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class BatchLoss:
         self._is_frozen = function.is_frozen
         self._sizes = [tf.TensorShape(shape).num_elements() for shape in self._shapes]
         self.dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
+        self.box = box_of(function.trainable_variables, self.dtype)
         # One trace each, wherever they are called from.
         self._value_and_gradient = tf.function(self._traced_value_and_gradient, autograph=False)
         self._product = tf.function(self._traced_product, autograph=False)
@@ -101,6 +104,18 @@ class BatchLoss:
             ],
             axis=0,
         )
+
+    def projected(self, weights: Tensor) -> Tensor:
+        """The weights within their bounds."""
+        return weights if self.box is None else self.box.projected(weights)
+
+    def inward(self, weights: Tensor, direction: Tensor) -> Tensor:
+        """A direction without what leads out of bounds at once."""
+        return direction if self.box is None else self.box.inward(weights, direction)
+
+    def free_gradient(self, weights: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient without what bounds hold back: 0 where the loss is lowest."""
+        return -self.inward(weights, -gradient) if self.box else gradient
 
     # --- the function --------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Limited-memory BFGS."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -15,6 +15,8 @@ from keras_gdopt.closures.line_search_optimizer import (
 )
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_count
+
+_LEAST_PART = 0.1
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
@@ -40,6 +42,11 @@ class LBFGS(LineSearchOptimizer):
     weights' dtype), for H would no longer be positive definite. That depends on the angle of
     both only, not on the units of the loss or the weights. The gradients of a pair are of one
     batch.
+
+    Weights with the constraint `constraints.Bounds`, or Keras's `NonNeg`, stay within their bounds:
+    one that its gradient pushes against a bound is held there, H is that of the others, and the
+    line search follows $P(\theta_t - \alpha H_t g_t)$, projected onto the bounds. (L-BFGS-B
+    begins each direction at a generalized Cauchy point instead.)
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
@@ -72,11 +79,13 @@ class LBFGS(LineSearchOptimizer):
     True
 
     Source: Nocedal 1980, *Updating quasi-Newton matrices with limited storage*; Nocedal and
-    Wright 2006, *Numerical Optimization*, Algorithms 7.4 and 7.5, Eq. 7.20.
+    Wright 2006, *Numerical Optimization*, Algorithms 7.4 and 7.5, Eq. 7.20. With bounds: Bertsekas
+    1982, *Projected Newton methods for optimization problems with simple constraints*, section 2.
     """
 
     hyperparameters = ("memory",)
     own_metrics = ("memory_pairs",)
+    takes_bounds = True
 
     def __init__(
         self,
@@ -108,12 +117,16 @@ class LBFGS(LineSearchOptimizer):
         self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
     ) -> Proposal:
         """The two-loop recursion."""
-        del loss
-        pairs = memory["memory_pairs"]
+        gradient = loss.free_gradient(point.weights, point.gradient)
+        pairs = _Pairs.of(memory)
+        if loss.box is not None:
+            is_held = loss.box.leads_out(point.weights, -point.gradient)
+            pairs = pairs.of_free(is_held)
         first = tf.where(
-            pairs > 0, learning_rate, first_step_downhill(point.gradient, learning_rate)
+            tf.reduce_any(pairs.count), learning_rate, first_step_downhill(gradient, learning_rate)
         )
-        return Proposal(-_inverse_hessian_product(memory, point.gradient), first, memory)
+        direction = -_inverse_hessian_product(pairs, gradient)
+        return Proposal(direction, first, memory)
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
         """One pair more, if it keeps H positive definite."""
@@ -147,17 +160,66 @@ class LBFGS(LineSearchOptimizer):
         return {**memory, "memory_pairs": tf.zeros_like(memory["memory_pairs"])}
 
 
-def _inverse_hessian_product(memory: Memory, gradient: Tensor) -> Tensor:
-    steps, changes, products = memory["steps"], memory["changes"], memory["products"]
-    pairs, size = memory["memory_pairs"], products.shape[0]
+class _Pairs(NamedTuple):
+    """What H is made of."""
+
+    steps: Tensor
+    changes: Tensor
+    products: Tensor
+    known: Tensor
+    """How many there are."""
+    next: Tensor
+    """The place behind the newest."""
+    count: Tensor
+    """Which of them count."""
+
+    @classmethod
+    def of(cls, memory: Memory) -> "_Pairs":
+        known, place = memory["memory_pairs"], memory["next_pair"]
+        rows = (memory["steps"], memory["changes"], memory["products"])
+        pairs = cls(*rows, known, place, count=tf.constant(True))
+        return pairs._replace(count=pairs.age < known)
+
+    @property
+    def age(self) -> Tensor:
+        """0 for the newest."""
+        size = self.products.shape[0]
+        return (self.next - 1 - tf.range(size)) % size
+
+    def of_free(self, is_held: Tensor) -> "_Pairs":
+        """Pairs of the weights that are not held by their bounds, for a step of those alone.
+
+        A pair counts if most of its curvature is theirs: the change of their gradient has a part
+        from the step of the others.
+        """
+        steps, changes = (
+            tf.where(is_held, tf.zeros_like(rows), rows) for rows in (self.steps, self.changes)
+        )
+        products = tf.reduce_sum(steps * changes, axis=1)
+        count = self.count & (products > _LEAST_PART * self.products)
+        return self._replace(
+            steps=tf.where(count[:, None], steps, tf.zeros_like(steps)),
+            changes=tf.where(count[:, None], changes, tf.zeros_like(changes)),
+            products=tf.where(count, products, tf.ones_like(products)),
+            count=count,
+        )
+
+    def newest(self) -> Tensor:
+        """The place of the newest that counts, if there is one."""
+        return tf.argmin(tf.where(self.count, self.age, self.products.shape[0]))
+
+
+def _inverse_hessian_product(pairs: _Pairs, gradient: Tensor) -> Tensor:
+    """The two-loop recursion; a pair that does not count is 0 and changes nothing."""
+    size = pairs.products.shape[0]
 
     def pair(age: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        place = (memory["next_pair"] - 1 - age) % size
+        place = (pairs.next - 1 - age) % size
         return (
             place,
-            tf.gather(steps, place),
-            tf.gather(changes, place),
-            tf.gather(products, place),
+            tf.gather(pairs.steps, place),
+            tf.gather(pairs.changes, place),
+            tf.gather(pairs.products, place),
         )
 
     def backward(age: Tensor, vector: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,11 +234,12 @@ def _inverse_hessian_product(memory: Memory, gradient: Tensor) -> Tensor:
         return age - 1, vector + factor * step
 
     _, vector, factors = tf.while_loop(
-        lambda age, *_: age < pairs,
+        lambda age, *_: age < pairs.known,
         backward,
-        (tf.constant(0), gradient, tf.zeros_like(products)),
+        (tf.constant(0), gradient, tf.zeros_like(pairs.products)),
     )
-    _, _, newest, product = pair(tf.constant(0))
-    scale = tf.where(pairs > 0, product / tf.reduce_sum(newest**2), 1.0)
-    _, vector = tf.while_loop(lambda age, _: age >= 0, forward, (pairs - 1, scale * vector))
+    newest = pairs.newest()
+    change, product = tf.gather(pairs.changes, newest), tf.gather(pairs.products, newest)
+    scale = tf.where(tf.reduce_any(pairs.count), product / tf.reduce_sum(change**2), 1.0)
+    _, vector = tf.while_loop(lambda age, _: age >= 0, forward, (pairs.known - 1, scale * vector))
     return vector

@@ -102,18 +102,25 @@ class LineSearchOptimizer(ClosureOptimizer):
         known = select(has_failed, self.forget(memory), memory)
         proposal = self.direction(point, known, learning_rate, loss)
         # What is remembered may be from before a layer was frozen.
-        proposal = proposal._replace(direction=loss.without_frozen(proposal.direction))
-        proposal, slope = self._descending(point, proposal, learning_rate)
+        direction = loss.inward(point.weights, loss.without_frozen(proposal.direction))
+        proposal, slope = self._descending(
+            point._replace(gradient=loss.free_gradient(point.weights, point.gradient)),
+            proposal._replace(direction=direction),
+            learning_rate,
+        )
 
         def evaluate(step: Tensor) -> Trial:
-            value, gradient = loss.value_and_gradient(point.weights + step * proposal.direction)
-            return Trial(step, value, _dot(gradient, proposal.direction), gradient)
+            weights = loss.projected(point.weights + step * proposal.direction)
+            value, gradient = loss.value_and_gradient(weights)
+            slope = _dot(gradient, loss.inward(weights, proposal.direction))
+            return Trial(step, value, slope, gradient)
 
         start = Trial(tf.zeros_like(slope), point.loss, slope, point.gradient)
         found: Found = self._search()(evaluate, start, proposal.first_step)
         trial = found.trial
         failed = tf.equal(trial.step, 0)
-        after = Point(point.weights + trial.step * proposal.direction, trial.loss, trial.gradient)
+        weights = loss.projected(point.weights + trial.step * proposal.direction)
+        after = Point(weights, trial.loss, trial.gradient)
         after = select(failed, point, after)
         remembered = self.remember(proposal.memory, point, after, proposal)
         # After one failure the next direction begins anew; after two the memory is what it was,

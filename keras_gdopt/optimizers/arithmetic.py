@@ -84,3 +84,8 @@ def computation_dtype(variable_dtype: Any) -> str:
     """The dtype in which a variable's update is computed and its slots are held."""
     dtype = keras.backend.standardize_dtype(variable_dtype)
     return "float32" if dtype == "bfloat16" else dtype
+
+
+def constrained(variable: Any, value: Tensor) -> Tensor:
+    """A value for a variable, as the variable's constraint leaves it."""
+    return value if variable.constraint is None else variable.constraint(value)

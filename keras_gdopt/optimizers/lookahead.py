@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
-from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.arithmetic import Tensor, constrained
 from keras_gdopt.optimizers.wrapping_optimizer import WrappingOptimizer
 
 
@@ -25,11 +25,11 @@ class Lookahead(WrappingOptimizer):
     model; the next `fit` begins a new cycle.
 
     The whole inner optimizer runs in each step: its clipping, weight decay, moving
-    average, accumulation (k counts updates, not batches) and constraints are its own
-    arguments. `learning_rate`, `iterations` and `exclude_from_weight_decay` are the
-    inner optimizer's; so are the step metrics, besides `slow_fast_distance`, the norm of
-    θ − φ before a synchronization, and `syncs`, their number since φ began. Around `NAG`,
-    the fast weights are its look-ahead points.
+    average and accumulation (k counts updates, not batches) are its own arguments.
+    Constraints hold for both, θ and φ. `learning_rate`, `iterations` and
+    `exclude_from_weight_decay` are the inner optimizer's; so are the step metrics,
+    besides `slow_fast_distance`, the norm of θ − φ before a synchronization, and `syncs`,
+    their number since φ began. Around `NAG`, the fast weights are its look-ahead points.
 
     While `fit` runs, the model holds the fast weights: validation and `ModelCheckpoint`
     see them. `train_on_batch`, and a `fit` that an exception ends (Ctrl-C), do not
@@ -133,7 +133,8 @@ class Lookahead(WrappingOptimizer):
         """Moves the slow weights towards the weights, and the weights there."""
         for weight, slow in self._pairs():
             fast, value = ops.cast(weight, slow.dtype), ops.convert_to_tensor(slow)
-            value = ops.where(where, value + self.slow_step_size * (fast - value), value)
+            moved = constrained(weight, value + self.slow_step_size * (fast - value))
+            value = ops.where(where, moved, value)
             self.assign(slow, value)
             self.assign(weight, ops.cast(ops.where(where, value, fast), weight.dtype))
 
@@ -146,7 +147,8 @@ class Lookahead(WrappingOptimizer):
         self.inner_optimizer.finalize_variable_values(var_list)
         if int(ops.convert_to_numpy(self._fast_updates)):
             for weight, slow in self._pairs():
-                weight.assign(ops.cast(slow, weight.dtype))
+                # Until they move they are what training began with, which may break a constraint.
+                weight.assign(constrained(weight, ops.cast(slow, weight.dtype)))
         self._fast_updates.assign(0)
 
     # --- the parts -----------------------------------------------------------

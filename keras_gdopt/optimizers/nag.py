@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_flag, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, global_norm, is_known
+from keras_gdopt.optimizers.arithmetic import Tensor, constrained, global_norm, is_known
 from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
 
 
@@ -33,10 +33,10 @@ class NAG(GradientOptimizer):
     the look-ahead point* $\hat\theta_{t+1}$: validation, `ModelCheckpoint`, moving
     averages and constraints see it, and `EarlyStopping(restore_best_weights=True)`
     restores one. $\theta_t$ itself, which follows the rule exactly at any schedule of
-    the rate, is put there by `finalize_variable_values`, which Keras calls at the end
-    of `fit`; the first step after that takes its gradient at $\theta_t$. Neither
-    `train_on_batch` nor a `fit` that an exception ends (Ctrl-C) finalizes. There, and
-    in a loop of one's own, call
+    the rate, is put there, within its constraints, by `finalize_variable_values`, which
+    Keras calls at the end of `fit`; the first step after that takes its gradient at
+    $\theta_t$. Neither `train_on_batch` nor a `fit` that an exception ends (Ctrl-C)
+    finalizes. There, and in a loop of one's own, call
     `optimizer.finalize_variable_values(model.trainable_variables)` before the weights
     are used; training goes on from either point.
 
@@ -138,7 +138,7 @@ class NAG(GradientOptimizer):
                 continue  # not trained by this optimizer
             slots = {name: slot[index] for name, slot in self._slots.items()}
             weight, final_slots = self._finalized(variable, slots)
-            variable.assign(weight)
+            variable.assign(constrained(variable, weight))
             slots["look_ahead"].assign(final_slots["look_ahead"])
         super().finalize_variable_values(var_list)
 

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
+from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype, constrained
 from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.lookahead import Lookahead
 from keras_gdopt.optimizers.nag import NAG
@@ -197,9 +197,7 @@ class PureStep:
             new["averages"] = [averages[index] for index in pairs]
             values.update(overwriting)
         for index in moved:
-            constraint = optimizer._trainable_variables[index].constraint
-            if constraint is not None:
-                values[index] = constraint(values[index])
+            values[index] = constrained(optimizer._trainable_variables[index], values[index])
         slots.update(new_slots)
         new["slots"] = {
             name: [slots[index][name] for index in range(len(weights))] for name in state["slots"]
@@ -217,6 +215,7 @@ class PureStep:
         for index, weight in enumerate(weights):
             own = {name: values[index] for name, values in slots.items()}
             final, own = self._optimizer._finalized(weight, own)
+            final = constrained(self._optimizer._trainable_variables[index], final)
             if self._optimizer.use_ema:
                 average = tf.cast(state["averages"][index], weight.dtype)
                 final = tf.where(batches > 0, average, final)
@@ -307,10 +306,12 @@ class PureLookahead:
         updates = self.makes_update(batches)
         count += tf.cast(updates, count.dtype)
         due = updates & (count % self._optimizer.sync_period == 0)
-        slow = [
-            tf.where(due, value + alpha * (tf.cast(weight, value.dtype) - value), value)
-            for weight, value in zip(weights, slow, strict=True)
+        variables = self._optimizer._trainable_variables
+        moved = [
+            constrained(variable, value + alpha * (tf.cast(weight, value.dtype) - value))
+            for variable, weight, value in zip(variables, weights, slow, strict=True)
         ]
+        slow = [tf.where(due, new, old) for new, old in zip(moved, slow, strict=True)]
         weights = [
             tf.where(due, tf.cast(value, weight.dtype), weight)
             for weight, value in zip(weights, slow, strict=True)
@@ -323,8 +324,13 @@ class PureLookahead:
         """What `finalize_variable_values` does at the end of training."""
         weights, inner = self._inner.finalized(weights, state["inner"], batches)
         weights = [
-            tf.where(state["fast_updates"] > 0, tf.cast(value, weight.dtype), weight)
-            for weight, value in zip(weights, state["slow"], strict=True)
+            constrained(
+                variable,
+                tf.where(state["fast_updates"] > 0, tf.cast(value, weight.dtype), weight),
+            )
+            for variable, weight, value in zip(
+                self._optimizer._trainable_variables, weights, state["slow"], strict=True
+            )
         ]
         return weights, {**state, "inner": inner, "fast_updates": state["fast_updates"] * 0}
 

@@ -171,7 +171,7 @@ class TensorFlowStep:
         else:
             update()
         for variable in (optimizer._trainable_variables[index] for index in gradients):
-            if variable.constraint is not None and not _compiles(variable.constraint):
+            if variable.constraint is not None and not constraint_compiles(variable.constraint):
                 variable.assign(variable.constraint(variable))
 
     def _is_idle(self, plan: _Plan) -> bool:
@@ -268,7 +268,7 @@ class TensorFlowStep:
                 optimizer.assign(optimizer._model_variables_moving_average[index], average)
         for index in (*plan.dense, *plan.rows):
             constraint = variables[index].constraint
-            if constraint is not None and _compiles(constraint):
+            if constraint is not None and constraint_compiles(constraint):
                 value = values.get(index, tf.convert_to_tensor(variables[index]))
                 values[index] = constraint(value)
         for index, slots in new_slots.items():
@@ -679,9 +679,9 @@ def on_every_device(anchor: Any, function: Callable[..., None], *args: Any) -> N
     tf.__internal__.distribute.interim.maybe_merge_call(across_replicas, strategy, *args)
 
 
-def _compiles(constraint: Any) -> bool:
-    """Whether a constraint is known to compile: Keras's own, but not a user's."""
-    return type(constraint).__module__.startswith("keras.")
+def constraint_compiles(constraint: Any) -> bool:
+    """Whether a constraint is known to compile: Keras's own and `Bounds`, but not a user's."""
+    return type(constraint).__module__.startswith(("keras.", "keras_gdopt."))
 
 
 def _decay(learning_rate: Any, weight_decay: Any, dtype: tf.DType) -> tf.Tensor:

@@ -8,7 +8,13 @@ import tensorflow as tf
 
 from keras_gdopt.optimizers.arithmetic import global_norm
 from keras_gdopt.optimizers.step_metrics import StepMetrics
-from keras_gdopt.optimizers.tensorflow_step import after, compiled, is_distributed, on_every_device
+from keras_gdopt.optimizers.tensorflow_step import (
+    after,
+    compiled,
+    constraint_compiles,
+    is_distributed,
+    on_every_device,
+)
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 if TYPE_CHECKING:
@@ -91,7 +97,10 @@ class TensorFlowSync:
     def _cluster(self, function: Callable[[], None], device: str) -> Callable[..., Any]:
         key = (function, device)
         if key not in self._clusters:
-            self._clusters[key] = compiled(function, self._lookahead._trainable_variables)
+            variables = self._lookahead._trainable_variables
+            constraints = (v.constraint for v in variables if v.constraint is not None)
+            can_be_one = all(map(constraint_compiles, constraints))
+            self._clusters[key] = compiled(function, variables) if can_be_one else function
         return self._clusters[key]
 
 

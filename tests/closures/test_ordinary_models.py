@@ -42,14 +42,17 @@ def _step(model, x=X, y=X**2, **arguments):
 
 @every_closure
 def test_constraints_are_refused_by_the_variables_name(cls):
-    message = r"does not take constraints.*'.*body/bias'.*NonNeg"
+    message = r"constraints.*'.*body/bias'.*UnitNorm"
     with pytest.raises(ValueError, match=message):
-        _attached(_mlp(bias_constraint="non_neg"), cls(), "mse")
-    unbuilt = keras.Sequential([layers.Dense(1, bias_constraint="non_neg", name="body")])
+        _attached(_mlp(bias_constraint="unit_norm"), cls(), "mse")
+    unbuilt = keras.Sequential([layers.Dense(1, bias_constraint="unit_norm", name="body")])
     _attached(unbuilt, cls(), "mse")
     with pytest.raises(ValueError, match=message):
         _step(unbuilt)
-    frozen = _mlp(bias_constraint="non_neg")
+    if not cls.takes_bounds:
+        with pytest.raises(ValueError, match=r"does not take constraints.*LBFGS.*NonNeg"):
+            _attached(_mlp(bias_constraint="non_neg"), cls(), "mse")
+    frozen = _mlp(bias_constraint="unit_norm")
     frozen.layers[0].trainable = False
     _attached(frozen, cls(), "mse")
 

@@ -1,0 +1,62 @@
+"""Bounds of all weights, laid out as one vector."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_gdopt.constraints import Bounds
+
+Tensor = Any
+
+
+class Box:
+    """Where weights may be.
+
+    Args:
+        lower: A vector, -∞ where there is no bound.
+        upper: A vector, ∞ where there is none.
+    """
+
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        self._lower = lower
+        self._upper = upper
+
+    def projected(self, weights: Tensor) -> Tensor:
+        """The nearest weights in the box."""
+        return tf.minimum(tf.maximum(weights, self._lower), self._upper)
+
+    def leads_out(self, weights: Tensor, direction: Tensor) -> Tensor:
+        """For each weight, whether it stands at a bound and the direction leads beyond."""
+        return ((weights <= self._lower) & (direction < 0)) | (
+            (weights >= self._upper) & (direction > 0)
+        )
+
+    def inward(self, weights: Tensor, direction: Tensor) -> Tensor:
+        """A direction without what leads out of the box at once."""
+        return tf.where(self.leads_out(weights, direction), tf.zeros_like(direction), direction)
+
+
+def is_box(constraint: Any) -> bool:
+    """Whether a variable's constraint is that of bounds."""
+    return isinstance(constraint, Bounds) or type(constraint) is keras.constraints.NonNeg
+
+
+def box_of(variables: Sequence[Any], dtype: Any) -> Box | None:
+    """The bounds of some variables, which have no other constraints; `None` if there are none."""
+    if all(variable.constraint is None for variable in variables):
+        return None
+    limits: list[Sequence[np.ndarray]] = []
+    for variable in variables:
+        bounds = variable.constraint
+        if bounds is None:
+            bounds = Bounds(lower=-np.inf)
+        elif not isinstance(bounds, Bounds):
+            bounds = Bounds(lower=0.0)
+        limits.append([np.ravel(limit) for limit in bounds.limits(tuple(variable.shape))])
+    lower, upper = (
+        tf.constant(np.concatenate(parts), dtype) for parts in zip(*limits, strict=True)
+    )
+    return Box(lower, upper)
