@@ -1,4 +1,4 @@
-"""Solves Burgers' equation with a network: L-BFGS from Adam's weights against Adam alone.
+"""Solves Burgers' equation with a network: four optimizers from the same weights of Adam.
 
     python examples/physics_informed.py
     python examples/physics_informed.py --floatx float32 --units 32
@@ -11,9 +11,9 @@ for x in [-1, 1] and t in [0, 1] (Raissi, Perdikaris and Karniadakis 2019): its 
 mean square of what is left of each of the three, on fixed points, all of them in every step.
 No data is involved; the exact solution, by the Cole-Hopf transformation, only tells the error.
 
-After the same first steps of Adam, L-BFGS goes on; the other contender is Adam alone, from
-the same weights and for as many seconds, with a learning rate that falls to zero along a
-cosine. Compiling is timed apart. It ends with a table and a picture.
+After the same first steps of Adam, Adam goes on with a learning rate that falls to zero along a
+cosine, or L-BFGS, self-scaled BFGS or Levenberg-Marquardt does, for as many seconds each.
+Compiling is timed apart. It ends with a table and a picture.
 
 Weights are in float64, so that rounding has no part in the comparison: near a minimum a loss
 tells weights apart to half of its digits only. As far as this goes, `--floatx float32` ends at
@@ -41,11 +41,6 @@ VISCOSITY = 0.01 / math.pi
 STEPS_PER_EPOCH = 50  # so often the error is looked at
 TIMES_SHOWN = (0.25, 0.5, 1.0)
 POSITIONS_SHOWN = np.linspace(-1, 1, 401)
-LABELS = {
-    "seconds": "seconds, without compiling",
-    "evaluations": "evaluations of loss and gradient",
-}
-ADAM, LBFGS = "tab:orange", "tab:blue"
 
 Tensor = Any
 
@@ -110,6 +105,11 @@ class BurgersNetwork(keras.Model):
         u_xx = second.gradient(u_x, x)
         return u_t + u * u_x - VISCOSITY * u_xx
 
+    def residuals(self, x: Tensor, **unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the equation at the points `x`, and of the conditions at start and walls."""
+        wrong_start = self.network(self.at_start) + tf.sin(math.pi * self.at_start[:, :1])
+        return self.residual(x), wrong_start, self.network(self.at_walls)
+
     def compute_loss(
         self,
         x: Tensor = None,
@@ -118,11 +118,9 @@ class BurgersNetwork(keras.Model):
         sample_weight: Tensor = None,
         training: bool = True,
     ) -> Tensor:
-        """The residual at the points `x`, and the conditions at start and walls."""
+        """The sum of the mean squares of all residuals."""
         del y, y_pred, sample_weight, training
-        wrong_start = self.network(self.at_start) + tf.sin(math.pi * self.at_start[:, :1])
-        parts = (self.residual(x), wrong_start, self.network(self.at_walls))
-        return sum(tf.reduce_mean(part**2) for part in parts)
+        return sum(tf.reduce_mean(part**2) for part in self.residuals(x))
 
 
 class Error:
@@ -213,14 +211,21 @@ class FallingRate(keras.callbacks.Callback):
         self.model.stop_training = share == 1.0
 
 
-class UntilConverged(keras.callbacks.Callback):
-    """Ends training where the optimizer cannot lower the loss any more."""
+class UntilItIsTime(keras.callbacks.Callback):
+    """Ends training when time is up, or where the optimizer cannot lower the loss any more."""
+
+    def __init__(self, recorder: Recorder, seconds: float) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._seconds = seconds
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         optimizer = self.model.optimizer
-        if optimizer.converged or optimizer.step_metrics["steps_made"] < STEPS_PER_EPOCH:
-            print(f"L-BFGS ends: {optimizer.line_search_status}")
+        if optimizer.converged or not optimizer.step_metrics["steps_made"]:
+            print(f"{optimizer.name} ends: {optimizer.status}")
             self.model.stop_training = True
+        elif epoch > 0:  # its seconds without compiling are known after the second one
+            self.model.stop_training = self._recorder.seconds[-1] >= self._seconds
 
 
 def with_adam(
@@ -242,14 +247,17 @@ def with_adam(
     model.fit(batches, epochs=epochs, shuffle=False, callbacks=callbacks, verbose=0)
 
 
-def with_lbfgs(model: keras.Model, points: Tensor, recorder: Recorder, iterations: int) -> None:
-    """Trains the model from where it is."""
-    optimizer = gdopt.LBFGS(memory=50, iterations_per_step=STEPS_PER_EPOCH)
+def with_closures(
+    model: keras.Model, points: Tensor, recorder: Recorder, optimizer: Any, seconds: float
+) -> None:
+    """Trains the model from where it is with an optimizer that evaluates the loss itself."""
     model.compile(optimizer)
-    optimizer.attach(model)
-    callbacks = [recorder, UntilConverged()]
-    epochs = iterations // STEPS_PER_EPOCH
-    model.fit(points, batch_size=len(points), epochs=epochs, callbacks=callbacks, verbose=0)
+    if isinstance(optimizer, gdopt.LevenbergMarquardt):
+        optimizer.attach(model, residuals=model.residuals)
+    else:
+        optimizer.attach(model)
+    callbacks = [recorder, UntilItIsTime(recorder, seconds)]
+    model.fit(points, batch_size=len(points), epochs=sys.maxsize, callbacks=callbacks, verbose=0)
 
 
 # --- what it shows -------------------------------------------------------------------
@@ -273,13 +281,13 @@ def result(name: str, model: keras.Model, points: Tensor, recorder: Recorder) ->
 
 def print_table(curves: list[Curve]) -> None:
     print(
-        f"\n{'':18}{'loss':>10}{'relative L2 error':>19}{'gradient evaluations':>22}"
+        f"\n{'':20}{'loss':>10}{'relative L2 error':>19}{'gradient evaluations':>22}"
         f"{'seconds':>9}{'to compile':>12}"
     )
     for curve in curves:
         recorder = curve.recorder
         print(
-            f"{curve.name:18}{curve.loss:10.2e}{recorder.errors[-1]:19.2e}"
+            f"{curve.name:20}{curve.loss:10.2e}{recorder.errors[-1]:19.2e}"
             f"{recorder.evaluations[-1]:22,}{recorder.seconds[-1]:9.1f}"
             f"{recorder.seconds_to_compile:12.1f}"
         )
@@ -291,22 +299,18 @@ def draw(curves: list[Curve], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    adam_first, lbfgs, adam = curves
-    figure = pyplot.figure(figsize=(9, 7.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
+    first, *contenders = curves
+    colors = [f"C{place}" for place in range(len(contenders))]
+    figure = pyplot.figure(figsize=(9, 8), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1))[:, 0]
 
-    for name, axis in zip(
-        ("seconds", "evaluations"), upper.subplots(1, 2, sharey=True), strict=True
-    ):
-        for curve, color in ((adam, ADAM), (lbfgs, LBFGS)):
-            recorder = curve.recorder
-            axis.plot(getattr(recorder, name), recorder.errors, color=color, label=curve.name)
-        switch = getattr(adam_first.recorder, name)[-1]
-        axis.axvline(switch, color="gray", linewidth=1, linestyle=":")
-        axis.set(yscale="log", xlim=(0, None), xlabel=LABELS[name])
-        axis.grid(alpha=0.3, which="both")
-        axis.set_ylabel("relative L2 error of u")
-        axis.label_outer()
+    axis = upper.subplots()
+    for curve, color in zip(contenders, colors, strict=True):
+        axis.plot(curve.recorder.seconds, curve.recorder.errors, color=color, label=curve.name)
+    axis.axvline(first.recorder.seconds[-1], color="gray", linewidth=1, linestyle=":")
+    axis.set(yscale="log", xlim=(0, None), xlabel="seconds, without compiling")
+    axis.set_ylabel("relative L2 error of u")
+    axis.grid(alpha=0.3, which="both")
     axis.legend()
 
     axes = lower.subplots(2, 3, sharex=True, sharey="row")
@@ -314,11 +318,11 @@ def draw(curves: list[Curve], path: Path) -> None:
         solution, wrong = axes[:, place]
         exact = exact_solution(POSITIONS_SHOWN, np.full_like(POSITIONS_SHOWN, t))
         solution.plot(POSITIONS_SHOWN, exact, color="black", linewidth=4, alpha=0.25, label="exact")
-        for curve, color, style in ((adam, ADAM, "-"), (lbfgs, LBFGS, "--")):
-            solution.plot(POSITIONS_SHOWN, curve.u[place], color=color, linestyle=style)
+        for curve, color in zip(contenders, colors, strict=True):
+            solution.plot(POSITIONS_SHOWN, curve.u[place], color=color, linestyle="--")
             wrong.plot(POSITIONS_SHOWN, np.abs(curve.u[place] - exact), color=color, linewidth=1)
         solution.set_title(f"t = {t}", fontsize="medium")
-        wrong.set(xlabel="x", yscale="log", ylim=(1e-6, 3))
+        wrong.set(xlabel="x", yscale="log", ylim=(1e-8, 3))
         solution.grid(alpha=0.3)
         wrong.grid(alpha=0.3)
     axes[0, 0].set_ylabel("u(x, t)")
@@ -342,8 +346,8 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--units", type=int, default=20, help="of each hidden layer")
     parser.add_argument("--layers", type=int, default=4, help="hidden ones")
     parser.add_argument("--points", type=int, default=4096, help="where the residual is taken")
-    parser.add_argument("--adam-steps", type=int, default=1000, help="before L-BFGS")
-    parser.add_argument("--lbfgs-iterations", type=int, default=2000, help="after Adam, at most")
+    parser.add_argument("--adam-steps", type=int, default=1000, help="before the race")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each contender after them")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="of Adam")
     parser.add_argument("--floatx", choices=("float64", "float32"), default="float64")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
@@ -352,12 +356,12 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("units", "layers", "points"):
         if getattr(args, name) < 1:
             stop(f"--{name} must be at least 1; received {getattr(args, name)}")
-    for name in ("adam_steps", "lbfgs_iterations"):
-        if getattr(args, name) < STEPS_PER_EPOCH:
+    if args.adam_steps < STEPS_PER_EPOCH:
+        stop(f"--adam-steps must be at least {STEPS_PER_EPOCH}; received {args.adam_steps}")
+    for name in ("learning_rate", "seconds"):
+        if not getattr(args, name) > 0:
             option, value = name.replace("_", "-"), getattr(args, name)
-            stop(f"--{option} must be at least {STEPS_PER_EPOCH}; received {value}")
-    if not args.learning_rate > 0:
-        stop(f"--learning-rate must be above 0; received {args.learning_rate}")
+            stop(f"--{option} must be above 0; received {value}")
     if args.seed < 0:
         stop(f"--seed must not be negative; received {args.seed}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -375,7 +379,6 @@ def main(argv: list[str] | None = None) -> None:
     keras.utils.set_random_seed(args.seed)
     model, error = BurgersNetwork(args.units, args.layers), Error()
     model.build((None, 2))
-    weights = model.get_weights()
     print(
         f"Burgers' equation: {args.layers} hidden layers of {args.units} units, "
         f"{model.count_params():,} weights in {args.floatx}, {args.points:,} points"
@@ -384,14 +387,23 @@ def main(argv: list[str] | None = None) -> None:
     points = tf.constant(spread_points(args.points), args.floatx)
 
     first = Recorder(error)
-    then, alone = Recorder(error, before=first), Recorder(error)
     with_adam(model, points, first, args.learning_rate, steps=args.adam_steps)
     curves = [result("Adam at first", model, points, first)]
-    with_lbfgs(model, points, then, args.lbfgs_iterations)
-    curves.append(result("Adam, then L-BFGS", model, points, then))
-    model.set_weights(weights)
-    with_adam(model, points, alone, args.learning_rate, seconds=then.seconds[-1])
-    curves.append(result("Adam alone", model, points, alone))
+    weights = model.get_weights()
+
+    recorder = Recorder(error, before=first)
+    seconds = first.seconds[-1] + args.seconds
+    with_adam(model, points, recorder, args.learning_rate, seconds=seconds)
+    curves.append(result("Adam", model, points, recorder))
+    for optimizer in (
+        gdopt.LBFGS(memory=50, iterations_per_step=STEPS_PER_EPOCH),
+        gdopt.BFGS(iterations_per_step=STEPS_PER_EPOCH),
+        gdopt.LevenbergMarquardt(iterations_per_step=STEPS_PER_EPOCH // 10),
+    ):
+        model.set_weights(weights)
+        recorder = Recorder(error, before=first)
+        with_closures(model, points, recorder, optimizer, seconds)
+        curves.append(result(type(optimizer).__name__, model, points, recorder))
 
     print_table(curves)
     picture = args.logdir / "physics_informed.png"

@@ -1,16 +1,18 @@
-"""Trains a small network to the last digits of its loss: Adam, conjugate gradient, Newton, L-BFGS.
+"""Trains a small network to the last digits of its loss, by seven optimizers.
 
     python examples/regression_to_precision.py
     python examples/regression_to_precision.py --units 32 --l2 0.01 --seed 1
 
 On 442 patients with diabetes (from scikit-learn), all of them in every step: the progression
-of the disease after a year, from ten measurements, by a network with one hidden layer. All
-start from the same weights; Adam is the best of several learning rates. It ends with a table
+of the disease after a year, from ten measurements, by a network with one hidden layer. Adam,
+conjugate gradient, Newton, L-BFGS, self-scaled BFGS and Levenberg-Marquardt start from the same
+weights; Adam is the best of several learning rates. It ends with a table
 and a picture of how far each loss is above the lowest that any of them found, by evaluations
 and by seconds.
 
 An evaluation is one of the loss and its gradient; a product of the Hessian with a vector,
-which Newton's method also needs, counts as one, too. Compiling is timed apart.
+which Newton's method also needs, counts as one, too. The Jacobian of Levenberg-Marquardt is
+not counted, only timed. Compiling is timed apart.
 
 Weights are in float64, and the L2 regularizer is so strong that almost every start leads to
 the same minimum: with a weaker one each optimizer finds one of its own (see `--l2 0.001`).
@@ -66,6 +68,8 @@ def contenders() -> list[Contender]:
         # One iteration a step, for the count of Hessian products is that of the last iteration.
         Contender("Newton(solver='cg')", lambda: gdopt.Newton(solver="cg", **precise), {}),
         Contender("LBFGS", lambda: gdopt.LBFGS(iterations_per_step=10, **precise), {}),
+        Contender("BFGS", lambda: gdopt.BFGS(iterations_per_step=10, **precise), {}),
+        Contender("LevenbergMarquardt", lambda: gdopt.LevenbergMarquardt(**precise), {}),
     ]
 
 

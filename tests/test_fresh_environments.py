@@ -29,7 +29,7 @@ SMALL = {
     "gadam_ray.py": "--population 2 --generations 1 --epochs 1",
     "gradient_descent.py": "--epochs 2",
     "population_study.py": "--data digits --seeds 1 --members 2 --generations 1 --epochs 1",
-    "physics_informed.py": "--points 256 --adam-steps 50 --lbfgs-iterations 50",
+    "physics_informed.py": "--points 256 --adam-steps 50 --seconds 2",
     "regression_to_precision.py": "--units 2 --evaluations 300",
 }
 

@@ -40,6 +40,7 @@ _STATUSES = (
 
 _LOSS_NOT_FINITE, _STALLED = range(2)
 
+_RELATIVE_GRADIENT_TOLERANCE = 1e-7
 _MOST_FAILURES = 2
 _MOST_STALLED = 20
 _LESS = 0.9  # a gradient that is less by this factor is not so by rounding
@@ -91,6 +92,8 @@ class Progress(NamedTuple):
     loss: Tensor
     """Where the last iteration ended."""
     gradient: Tensor
+    first_gradient: Tensor
+    """Where training began; the last field, for it outlives the others."""
 
 
 class Iteration(NamedTuple):
@@ -137,8 +140,11 @@ class ClosureOptimizer(SavedStateOptimizer):
             memory. Defaults to 1. Needs losses that are means over the samples, those that
             layers add and a `compute_loss` of the model's own included; cannot be combined
             with batch normalization or masks.
-        gradient_tolerance: Converged where no entry of the gradient is larger. Defaults to
-            1e-7.
+        gradient_tolerance: Converged where no entry of the gradient is larger, in units of
+            the loss by those of the weights. Defaults to 0 (never).
+        relative_gradient_tolerance: Converged where no entry of the gradient is larger than
+            this part of the largest one where training began. Defaults to 1e-7, and to 0 if
+            there is a `gradient_tolerance`.
         change_tolerance: Converged where an iteration changes the loss by less than this
             part of it. Defaults to 0: never.
         jit_compile: Whether a step is one XLA cluster. Defaults to `"auto"`: where all layers
@@ -170,7 +176,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         *,
         iterations_per_step: int = 1,
         closure_chunks: int = 1,
-        gradient_tolerance: float = 1e-7,
+        gradient_tolerance: float | None = None,
+        relative_gradient_tolerance: float | None = None,
         change_tolerance: float = 0.0,
         jit_compile: bool | str = "auto",
         name: str | None = None,
@@ -189,7 +196,10 @@ class ClosureOptimizer(SavedStateOptimizer):
             "iterations_per_step", iterations_per_step, minimum=1
         )
         self.closure_chunks = checked_count("closure_chunks", closure_chunks, minimum=1)
-        self.gradient_tolerance = checked_number("gradient_tolerance", gradient_tolerance)
+        self.gradient_tolerance = _checked_tolerance("gradient_tolerance", gradient_tolerance)
+        self.relative_gradient_tolerance = _checked_tolerance(
+            "relative_gradient_tolerance", relative_gradient_tolerance
+        )
         self.change_tolerance = checked_number("change_tolerance", change_tolerance)
         if jit_compile != "auto":
             checked_flag("jit_compile", jit_compile)
@@ -416,6 +426,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             "iterations_per_step",
             "closure_chunks",
             "gradient_tolerance",
+            "relative_gradient_tolerance",
             "change_tolerance",
             "jit_compile",
             *self.hyperparameters,
@@ -471,7 +482,9 @@ class ClosureOptimizer(SavedStateOptimizer):
         saved = tf.stack(run.progress)
         # Where no loss is finite, the next step tries again.
         gave_up = (run.progress.failures >= _MOST_FAILURES) & ~run.converged
-        self._progress.assign(tf.where(gave_up, tf.zeros_like(saved), saved))
+        zero = tf.zeros_like(run.point.loss)
+        anew = tf.stack([zero] * (len(Progress._fields) - 1) + [run.progress.first_gradient])
+        self._progress.assign(tf.where(gave_up, anew, saved))
         # The end of data of unknown length is no step.
         with tf.control_dependencies([run.point.loss]):
             self._iterations.assign_add(1)
@@ -489,7 +502,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             stalled = progress.stalled >= _MOST_STALLED
             change = tf.abs(after.loss - before.loss)
             largest = tf.maximum(tf.abs(after.loss), tf.abs(before.loss))
-            converged = self._is_flat(after, loss) | (
+            converged = self._is_flat(progress) | (
                 ~made.failed & (change < self.change_tolerance * largest)
             )
             # Steps to losses that are not finite may become shorter.
@@ -521,7 +534,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             step_length=tf.zeros_like(point.loss),
             status=tf.where(finite, status, self._place(_LOSS_NOT_FINITE)),
             progress=progress,
-            converged=self._is_flat(point, loss) | ended_by_rounding,
+            converged=self._is_flat(progress) | ended_by_rounding,
         )
         (run,) = tf.while_loop(
             lambda run: (
@@ -544,7 +557,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
         goes_on = same_loss & same_gradient & (saved.gradient > 0)
         zero = tf.zeros_like(largest)
-        fresh = Progress(zero, zero, point.loss, largest, point.loss, largest)
+        first = tf.where(saved.first_gradient > 0, saved.first_gradient, largest)
+        fresh = Progress(zero, zero, point.loss, largest, point.loss, largest, first)
         ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
         return select(goes_on, saved, fresh), goes_on & ended
 
@@ -552,8 +566,12 @@ class ClosureOptimizer(SavedStateOptimizer):
         """Of one of those that all classes have, behind the class's own."""
         return len(self.statuses) + status
 
-    def _is_flat(self, point: Point, loss: BatchLoss) -> Tensor:
-        return _largest_entry(point, loss) <= self.gradient_tolerance
+    def _is_flat(self, progress: Progress) -> Tensor:
+        absolute, relative = self.gradient_tolerance, self.relative_gradient_tolerance
+        if absolute is None and relative is None:
+            relative = _RELATIVE_GRADIENT_TOLERANCE
+        most = tf.maximum((relative or 0.0) * progress.first_gradient, absolute or 0.0)
+        return progress.gradient <= most
 
     # --- what is recorded ----------------------------------------------------
 
@@ -781,6 +799,10 @@ class _TrainStep:
         return self._model(), self._optimizer()
 
 
+def _checked_tolerance(name: str, value: float | None) -> float | None:
+    return None if value is None else checked_number(name, value)
+
+
 def _progress_after(before: Progress, after: Point, largest: Tensor, failed: Tensor) -> Progress:
     falls = after.loss < before.lowest_loss - rounding_of(before.lowest_loss)
     better = falls | (largest < _LESS * before.least_gradient)
@@ -791,6 +813,7 @@ def _progress_after(before: Progress, after: Point, largest: Tensor, failed: Ten
         least_gradient=tf.where(better, largest, before.least_gradient),
         loss=after.loss,
         gradient=largest,
+        first_gradient=before.first_gradient,
     )
 
 

@@ -54,8 +54,8 @@ class BFGS(LineSearchOptimizer):
             True.
         line_search: `"wolfe"`, `"armijo"` or `"exact"`. Defaults to `"wolfe"`.
         iterations_per_step: Iterations in a training step, at most. Defaults to 1.
-        **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance`, `jit_compile` and
-            `name`, see `ClosureOptimizer`.
+        **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
+            `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here; in `build`, if the

@@ -71,8 +71,8 @@ class LevenbergMarquardt(ClosureOptimizer):
         solver: `"exact"`, for at most 8,192 weights; `"cg"`; or `"auto"`, exact for at most 4,096
             weights, or 256 where it takes a product for each. Defaults to `"auto"`.
         iterations_per_step: Iterations in a training step, at most. Defaults to 1.
-        **kwargs: `closure_chunks`, `gradient_tolerance`, `change_tolerance`, `jit_compile` and
-            `name`, see `ClosureOptimizer`.
+        **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
+            `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here; in `attach`, if the

@@ -693,9 +693,10 @@ def _configs(cls):
     yield cls(*argument)
     if argument:
         return
-    yield cls(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5))
-    yield cls(lambda: 0.1)
     taken = {*inspect.signature(cls).parameters, *BASE_ARGUMENTS}
+    if "learning_rate" in taken:
+        yield cls(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5))
+        yield cls(lambda: 0.1)
     of_any_type = {
         "weight_decay": (0, 0.1), "clipnorm": (1, 1.5), "loss_scale_factor": (2, 2.0),
         "momentum": (np.float32(0.5), 0), "beta_1": (tf.constant(0.5), 0.5), "nesterov": (1, True),

@@ -361,6 +361,68 @@ def test_state_of_version_0_1_0_loads(cls):
             np.testing.assert_array_equal(again[name], array)
 
 
+# --- tolerances ---------------------------------------------------------------------------
+
+
+@every_closure
+@pytest.mark.parametrize("unit", [1e12, slow(1.0), 1e-9])
+def test_it_converges_whatever_the_unit_of_the_targets(cls, unit, rng):
+    """Not at once, and to the least squares."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    x = rng.normal(size=(30, 3))
+    y = unit * (x @ rng.normal(size=(3, 1)) + 0.1 * rng.normal(size=(30, 1)))
+    ones = np.concatenate([x, np.ones((30, 1))], axis=1)
+    expected, *_ = np.linalg.lstsq(ones, y, rcond=None)
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1, kernel_initializer="zeros")])
+    model.compile(cls(iterations_per_step=100, jit_compile=False), "mse")
+    model.optimizer.attach(model)
+    model.fit(x, y, batch_size=30, epochs=3, verbose=0)
+    assert model.optimizer.converged and model.optimizer.status == "accepted"
+    found = np.concatenate([w.ravel() for w in model.get_weights()])
+    np.testing.assert_allclose(found / unit, expected[:, 0] / unit, rtol=1e-6, atol=1e-6)
+    step_metrics = model.optimizer.step_metrics
+    assert step_metrics["evaluations"] == 1 and step_metrics["steps_made"] == 0  # at the third step
+
+
+@every_closure_alike
+@pytest.mark.parametrize(
+    ("arguments", "is_relative"),
+    [
+        ({}, True),
+        ({"relative_gradient_tolerance": 0.5}, True),
+        ({"gradient_tolerance": 1e3}, False),
+        ({"gradient_tolerance": 0.0}, None),
+        ({"gradient_tolerance": 0.0, "relative_gradient_tolerance": 0.5}, True),
+    ],
+)
+def test_what_is_converged(cls, arguments, is_relative):
+    """By a part of the first gradient, by a number, or not at all."""
+    optimizer = cls(jit_compile=False, **arguments)
+    model = _attached(_mlp(), optimizer, "mse")
+    _step(model)
+    first = optimizer._progress.numpy()[-1]
+    assert first > 0
+    if is_relative is False:
+        assert optimizer.converged
+        assert optimizer.step_metrics["steps_made"] == 0
+        return
+    for _ in range(60):
+        _step(model)
+        largest = optimizer._progress.numpy()[-2]
+        tolerance = arguments.get("relative_gradient_tolerance", 1e-7)
+        if is_relative and largest <= tolerance * first:
+            assert optimizer.converged and optimizer.status == "accepted"
+            break
+        if optimizer.converged:
+            assert optimizer.status != "accepted"
+            break
+    assert optimizer._progress.numpy()[-1] == first
+    again = cls.from_config(optimizer.get_config())
+    assert again.gradient_tolerance == arguments.get("gradient_tolerance")
+    assert again.relative_gradient_tolerance == arguments.get("relative_gradient_tolerance")
+
+
 @every_closure_alike
 def test_the_end_of_data_of_unknown_length_is_no_step(cls):
     model = _attached(_mlp(), cls(jit_compile=False), "mse")

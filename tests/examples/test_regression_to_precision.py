@@ -12,13 +12,19 @@ def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     pytest.importorskip("sklearn")
     # So strong a regularizer leaves one minimum; two units, little to compile.
     output = output_of(SCRIPT, "--units", 2, "--l2", 0.1, "--evaluations", 600)
-    lines = output[output.index("final loss") :].splitlines()[1:5]
+    lines = output[output.index("final loss") :].splitlines()[1:7]
     table = {
         name: [float(n.replace(",", "")) for n in rest] for name, *rest in map(str.split, lines)
     }
     adam, *others = table
     assert adam.startswith("Adam(")
-    assert others == ["ConjugateGradient", "Newton(solver='cg')", "LBFGS"]
+    assert others == [
+        "ConjugateGradient",
+        "Newton(solver='cg')",
+        "LBFGS",
+        "BFGS",
+        "LevenbergMarquardt",
+    ]
     for name in others:
         _, above, gradient_norm, evaluations, seconds, _ = table[name]
         assert above < 1e-14
