@@ -82,7 +82,7 @@ def choosing() -> bytes:
         ("start", "Does training go wrong\nin its first steps?"),
     ]
     answers = {
-        "batch": "LevenbergMarquardt up to a thousand weights,\nBFGS up to some thousands, LBFGS beyond",
+        "batch": "LevenbergMarquardt up to a thousand\nweights, BFGS to some thousands, then LBFGS",
         "rows": "Adagrad, or Adam(lazy=True)",
         "tuned": "Momentum or NAG",
         "start": "RAdam, or Adam with a warm-up schedule",
