@@ -116,6 +116,11 @@ class LevenbergMarquardt(ClosureOptimizer):
         iterations_per_step: int = 1,
         **kwargs: Any,
     ) -> None:
+        if "learning_rate" in kwargs:
+            raise ValueError(
+                "LevenbergMarquardt does not take `learning_rate`: a step is as long as `damping` "
+                f"makes it. Received: learning_rate={kwargs['learning_rate']!r}"
+            )
         super().__init__(1.0, iterations_per_step=iterations_per_step, **kwargs)
         self.solver = checked_choice("solver", solver, SOLVERS)
         self.damping = checked_number("damping", damping)

@@ -91,7 +91,7 @@ def _check_residuals(loss: BatchLoss, weights: Any) -> None:
     compiled = float(function.loss(arrays, loss.state, batch)[0])
     residuals = function.outputs(arrays, loss.state, batch)
     of_residuals = float(function.loss_of_outputs(arrays, loss.state, batch, residuals))
-    if not np.isclose(of_residuals, compiled, rtol=1e-4, atol=0.0):
+    if not np.isclose(of_residuals, compiled, rtol=1e-4, atol=0.0, equal_nan=True):
         raise ValueError(
             "The mean squares of the residuals must add up to the loss of the model "
             f"'{function.model.name}', regularizers included. Received: on made-up data, "

@@ -529,6 +529,11 @@ def test_damping_must_be_above_zero(damping):
         gdopt.LevenbergMarquardt(damping)
 
 
+def test_it_has_no_learning_rate():
+    with pytest.raises(ValueError, match="does not take `learning_rate`"):
+        gdopt.LevenbergMarquardt(learning_rate=0.1)
+
+
 def test_too_many_weights(rng):
     model = _attached(_network(units=2000), gdopt.LevenbergMarquardt(solver="exact"))
     with pytest.raises(

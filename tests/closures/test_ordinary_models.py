@@ -386,6 +386,17 @@ def test_it_converges_whatever_the_unit_of_the_targets(cls, unit, rng):
 
 
 @every_closure_alike
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_first_gradient_that_is_not_finite_is_no_measure(cls, bad):
+    optimizer = cls(jit_compile=False)
+    model = _attached(_mlp(), optimizer, "mse")
+    _step(model, y=np.full_like(X, bad))
+    assert not optimizer.converged
+    _step(model)
+    assert not optimizer.converged and optimizer.step_metrics["steps_made"] == 1
+
+
+@every_closure_alike
 @pytest.mark.parametrize(
     ("arguments", "is_relative"),
     [
