@@ -557,8 +557,9 @@ class ClosureOptimizer(SavedStateOptimizer):
         same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
         goes_on = same_loss & same_gradient & (saved.gradient > 0)
         zero = tf.zeros_like(largest)
-        is_known = (saved.first_gradient > 0) & tf.math.is_finite(saved.first_gradient)
-        first = tf.where(is_known, saved.first_gradient, largest)
+        is_finite = tf.math.is_finite(point.loss) & tf.math.is_finite(largest)
+        first = tf.where(is_finite, largest, zero)
+        first = tf.where(saved.first_gradient > 0, saved.first_gradient, first)
         fresh = Progress(zero, zero, point.loss, largest, point.loss, largest, first)
         ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
         return select(goes_on, saved, fresh), goes_on & ended

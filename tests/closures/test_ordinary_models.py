@@ -386,8 +386,9 @@ def test_it_converges_whatever_the_unit_of_the_targets(cls, unit, rng):
 
 
 @every_closure_alike
-@pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_a_first_gradient_that_is_not_finite_is_no_measure(cls, bad):
+@pytest.mark.parametrize("bad", [1e30, slow(np.nan)])
+def test_the_gradient_of_a_loss_that_is_not_finite_is_no_measure(cls, bad):
+    """Where the square of a target overflows, the gradient need not do so."""
     optimizer = cls(jit_compile=False)
     model = _attached(_mlp(), optimizer, "mse")
     _step(model, y=np.full_like(X, bad))
