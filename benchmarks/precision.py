@@ -4,7 +4,7 @@ python -m benchmarks.precision                   # everything, about 25 minutes
 python -m benchmarks.precision levenberg         # one part; `--help` lists them
 
 A network of 61 weights in float64, 2,000 points, five starts, one thread each. Compiling is not
-in the seconds. The rows of Burgers' equation are those of `examples/physics_informed.py`.
+in the seconds. `examples/physics_informed.py` does the same for Burgers' equation.
 """
 
 import os

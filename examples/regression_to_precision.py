@@ -1,4 +1,4 @@
-"""Trains a small network to the last digits of its loss, by seven optimizers.
+"""Trains a small network to the last digits of its loss, by six optimizers.
 
     python examples/regression_to_precision.py
     python examples/regression_to_precision.py --units 32 --l2 0.01 --seed 1

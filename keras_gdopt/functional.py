@@ -4,12 +4,14 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import keras
+from keras.src.backend.common import global_state
 
 # Of operations such as `keras.random.normal(shape)`; nothing public tells of it.
-from keras.src.random.seed_generator import global_seed_generator
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 Tensor = Any
 
@@ -220,6 +222,21 @@ class ResidualFunction(ModelFunction):
         """
         del weights, state, batch
         return sum(keras.ops.mean(part**2) for part in keras.tree.flatten(outputs))
+
+
+def in_another_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns in a thread of its own, where nothing is being traced.
+
+    Keras's seed generator, of which each thread has one, is that of this thread.
+    """
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+
+    def called() -> Any:
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+        return function()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(called).result()
 
 
 def _other_state(model: keras.Model) -> list[keras.Variable]:

@@ -93,7 +93,7 @@ class Progress(NamedTuple):
     """Where the last iteration ended."""
     gradient: Tensor
     first_gradient: Tensor
-    """Where training began; the last field, for it outlives the others."""
+    """Where the iterations began that the last step went on with."""
 
 
 class Iteration(NamedTuple):
@@ -143,8 +143,8 @@ class ClosureOptimizer(SavedStateOptimizer):
         gradient_tolerance: Converged where no entry of the gradient is larger, in units of
             the loss by those of the weights. Defaults to 0 (never).
         relative_gradient_tolerance: Converged where no entry of the gradient is larger than
-            this part of the largest one where training began. Defaults to 1e-7, and to 0 if
-            there is a `gradient_tolerance`.
+            this part of the largest one where training began on these data. Defaults to
+            1e-7, and to 0 where `gradient_tolerance` is given, be it as 0.
         change_tolerance: Converged where an iteration changes the loss by less than this
             part of it. Defaults to 0: never.
         jit_compile: Whether a step is one XLA cluster. Defaults to `"auto"`: where all layers
@@ -268,10 +268,10 @@ class ClosureOptimizer(SavedStateOptimizer):
 
         Raises:
             ValueError: If the model is not compiled with this optimizer or without a loss, has
-                a `train_step` of its own, no trainable weights, or some with a constraint,
-                computes in half precision, or is distributed; if the optimizer belongs to
-                other weights. What cannot be known of a model that is not built is checked
-                in its first step.
+                a `train_step` of its own, no trainable weights, or some with a constraint that
+                the optimizer does not take, computes in half precision, or is distributed; if
+                the optimizer belongs to other weights. What cannot be known of a model that is
+                not built is checked in its first step.
         """
         self._attach(model, ModelFunction)
 
@@ -482,9 +482,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         saved = tf.stack(run.progress)
         # Where no loss is finite, the next step tries again.
         gave_up = (run.progress.failures >= _MOST_FAILURES) & ~run.converged
-        zero = tf.zeros_like(run.point.loss)
-        anew = tf.stack([zero] * (len(Progress._fields) - 1) + [run.progress.first_gradient])
-        self._progress.assign(tf.where(gave_up, anew, saved))
+        self._progress.assign(tf.where(gave_up, tf.zeros_like(saved), saved))
         # The end of data of unknown length is no step.
         with tf.control_dependencies([run.point.loss]):
             self._iterations.assign_add(1)
@@ -557,10 +555,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
         goes_on = same_loss & same_gradient & (saved.gradient > 0)
         zero = tf.zeros_like(largest)
-        is_finite = tf.math.is_finite(point.loss) & tf.math.is_finite(largest)
-        first = tf.where(is_finite, largest, zero)
-        first = tf.where(saved.first_gradient > 0, saved.first_gradient, first)
-        fresh = Progress(zero, zero, point.loss, largest, point.loss, largest, first)
+        fresh = Progress(zero, zero, point.loss, largest, point.loss, largest, largest)
         ended = (saved.failures >= _MOST_FAILURES) | (saved.stalled >= _MOST_STALLED)
         return select(goes_on, saved, fresh), goes_on & ended
 
@@ -704,15 +699,13 @@ class ClosureOptimizer(SavedStateOptimizer):
                 )
             if variable.constraint is None or (self.takes_bounds and is_box(variable.constraint)):
                 continue
-            taken = (
-                "takes no constraints but `NonNeg` and `keras_gdopt.constraints.Bounds`"
-                if self.takes_bounds
-                else "does not take constraints"
-            )
+            taken, instead = "does not take constraints", "`LBFGS` for bounds and "
+            if self.takes_bounds:
+                taken, instead = "takes no constraints but `NonNeg` and `constraints.Bounds`", ""
             raise ValueError(
                 f"{name} {taken}: a step that a constraint changes is not the one that the line "
-                "search accepted. Remove the constraint, or use `LBFGS` for bounds and a "
-                "first-order optimizer for others. Received: the variable "
+                f"search accepted. Remove the constraint, or use {instead}a first-order optimizer"
+                f"{' for others' if instead else ''}. Received: the variable "
                 f"'{variable_path(variable)}' with the constraint {variable.constraint!r}"
             )
         if not self.built:
@@ -747,7 +740,7 @@ class _Run(NamedTuple):
 class _TrainStep:
     """A model's training step by a closure optimizer; belongs to the model.
 
-    Holds neither the model nor the optimizer, which holds the model's variables.
+    Does not hold the optimizer, which holds the model's variables, nor by itself the model.
     """
 
     def __init__(

@@ -3,13 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow as tf
 
 from keras_gdopt.closures.box import box_of
-from keras_gdopt.functional import Batch, ModelFunction
+from keras_gdopt.functional import Batch, ModelFunction, in_another_thread
 
 Tensor = Any
 
@@ -60,7 +59,7 @@ class BatchLoss:
         self._is_frozen = function.is_frozen
         self._sizes = [tf.TensorShape(shape).num_elements() for shape in self._shapes]
         self.dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
-        self.box = box_of(function.trainable_variables, self.dtype)
+        self.box = box_of(function.trainable_variables, self._is_frozen, self.dtype)
         # One trace each, wherever they are called from.
         self._value_and_gradient = tf.function(self._traced_value_and_gradient, autograph=False)
         self._product = tf.function(self._traced_product, autograph=False)
@@ -174,13 +173,12 @@ class BatchLoss:
 
         def traced() -> Any:
             specs = tf.nest.map_structure(
-                lambda array: tf.TensorSpec(array.shape, array.dtype), arguments
+                lambda array: None if array is None else tf.TensorSpec(array.shape, array.dtype),
+                arguments,
             )
             return tf.function(of_arguments, autograph=False).get_concrete_function(*specs)
 
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            concrete = thread.submit(traced).result()
-        return concrete(*arguments)
+        return in_another_thread(traced)(*arguments)
 
     # --- the parts -----------------------------------------------------------
 

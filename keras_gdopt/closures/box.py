@@ -44,13 +44,16 @@ def is_box(constraint: Any) -> bool:
     return isinstance(constraint, Bounds) or type(constraint) is keras.constraints.NonNeg
 
 
-def box_of(variables: Sequence[Any], dtype: Any) -> Box | None:
+def box_of(variables: Sequence[Any], is_frozen: Sequence[bool], dtype: Any) -> Box | None:
     """The bounds of some variables, which have no other constraints; `None` if there are none."""
-    if all(variable.constraint is None for variable in variables):
+    constraints = [
+        None if frozen else variable.constraint
+        for variable, frozen in zip(variables, is_frozen, strict=True)
+    ]
+    if all(constraint is None for constraint in constraints):
         return None
     limits: list[Sequence[np.ndarray]] = []
-    for variable in variables:
-        bounds = variable.constraint
+    for variable, bounds in zip(variables, constraints, strict=True):
         if bounds is None:
             bounds = Bounds(lower=-np.inf)
         elif not isinstance(bounds, Bounds):

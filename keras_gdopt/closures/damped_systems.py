@@ -26,7 +26,7 @@ class DampedSystem(Protocol):
 
     @property
     def largest(self) -> Tensor:
-        """The largest entry of the diagonal, or about that."""
+        """The largest entry of the diagonal, or an estimate of it."""
 
     def solve(self, damping: Tensor, right: Tensor) -> Solution:
         """The solution with the matrix plus `damping` times the identity.
@@ -57,7 +57,8 @@ class DenseSystem:
     """A matrix as it is.
 
     Where the damping is less than rounding, it is of rounding's size in units of each weight's
-    own curvature. Where the damped matrix is not positive definite, the solution is not finite.
+    own curvature. Where the damped matrix is not positive definite, or not finite, neither is the
+    solution finite.
 
     Args:
         matrix: The matrix.
@@ -78,7 +79,8 @@ class DenseSystem:
         scaled, scale = with_unit_diagonal(self._matrix, damping)
         ridge = tf.maximum(_rounding(self._matrix) - damping / scale**2, 0.0)
         scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
-        vector = self._solved(scaled, right / scale) / scale
+        scaled, is_finite = _finite(scaled)
+        vector = tf.where(is_finite, self._solved(scaled, right / scale) / scale, np.nan)
         return Solution(vector, tf.linalg.matvec(self._matrix, vector), tf.constant(0))
 
     def _solved(self, matrix: Tensor, right: Tensor) -> Tensor:
@@ -123,7 +125,9 @@ class SystemOfRows:
         least = _rounding(self._matrix) * tf.reduce_max(diagonal(self._matrix))
         ridge = tf.maximum(damping, least)
         damped = tf.linalg.set_diag(self._matrix, diagonal(self._matrix) + ridge)
+        damped, is_finite = _finite(damped)
         coefficients = tf.linalg.solve(damped, self._right[:, None])
+        coefficients = tf.where(is_finite, coefficients, np.nan)
         vector = tf.matmul(self._rows, coefficients, transpose_a=True)
         product = tf.matmul(
             self._rows, self._weighted(tf.matmul(self._rows, vector)), transpose_a=True
@@ -177,8 +181,9 @@ class SystemOfProducts:
             damped = of_search + damping * search
             square = tf.reduce_sum(residual**2 / scale)
             curvature = tf.reduce_sum(search * damped)
-            ended = ~(curvature > 0)  # by rounding, or where a product is not finite
-            part = tf.where(ended, tf.zeros_like(square), square / curvature)
+            ended = ~(curvature > 0)  # by rounding; at first, for there is no solution
+            nothing = tf.where(tf.equal(count, 0), tf.cast(np.nan, square.dtype), 0.0)
+            part = tf.where(ended, nothing, square / curvature)
             vector += part * search
             its_product += part * of_search
             residual -= part * damped
@@ -194,6 +199,13 @@ class SystemOfProducts:
             (tf.constant(0), length <= 0, zeros, zeros, right, right / scale),
         )
         return Solution(length * vector, length * its_product, count)
+
+
+def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix that can be decomposed, and whether it is the one that was given."""
+    is_finite = tf.reduce_all(tf.math.is_finite(matrix))
+    size = tf.shape(matrix)[0]
+    return tf.where(is_finite, matrix, tf.eye(size, dtype=matrix.dtype)), is_finite
 
 
 def _rounding(matrix: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ from keras_gdopt.functional import Batch, Data
 Tensor = Any
 Leaves = list[Tensor]
 
-_NEVER_IN_PARTS = 2048  # entries of a sample's part of the Jacobian
-_MOST_ENTRIES = 2**25  # of the Jacobian at a time, elsewhere
+_NEVER_IN_PARTS = 2048  # entries of the Jacobian for a sample
+_MOST_ENTRIES = 2**25  # of the Jacobian at a time, if a sample has more than that
 _PROBES = 8
+_MOST_OUTPUTS = 16  # of a sample, for the diagonal as it is
 
 
 class Ways(NamedTuple):
-    """How to get the matrix: which of the arrays of outputs in which way.
+    """How to get the matrix: by which way each of the arrays of outputs goes.
 
     For a loss that is not made of residuals all arrays go one way, as its second derivatives
     may couple them.
@@ -32,6 +33,8 @@ class Ways(NamedTuple):
     """Those of residuals that have few rows, which are taken one by one."""
     by_products: tuple[int, ...] = ()
     """Those for which the matrix is multiplied with each unit vector."""
+    activations: tuple[str | None, ...] = ()
+    """By what an array of outputs is made of logits that Keras's losses take in its place."""
 
 
 class JacobianBySamples(NamedTuple):
@@ -80,7 +83,7 @@ class GaussNewton:
             )
         except LookupError:  # of an operation that has no derivative
             return self._loss.apart(
-                lambda loss: functools.partial(GaussNewton(loss).product, only=only),
+                lambda loss: functools.partial(GaussNewton(loss, self._ways).product, only=only),
                 weights,
                 vector,
             )
@@ -89,7 +92,7 @@ class GaussNewton:
     def matrix(self, weights: Tensor) -> Tensor:
         """The matrix at `weights`."""
         size, dtype = self._loss.size, self._loss.dtype
-        by_samples, by_rows, by_products = self._ways
+        by_samples, by_rows, by_products, _ = self._ways
         matrix = tf.zeros((size, size), dtype)
         if by_samples:
             (part,) = self._loss.mean_over_chunks(
@@ -119,7 +122,10 @@ class GaussNewton:
         vectors of random signs (as in AdaHessian, Yao et al. 2021, Eq. 9).
         """
         size, dtype = self._loss.size, self._loss.dtype
-        if self._ways.by_rows or self._ways.by_products or self._loss.function.is_regularized:
+        by_samples, by_rows, by_products, _ = self._ways
+        leaves = self._leaves(self._loss.batch, weights)
+        many = sum(_entries(leaves[place]) for place in by_samples) > _MOST_OUTPUTS
+        if by_rows or by_products or many or self._loss.function.is_regularized:
             signs = np.random.default_rng(0).choice([-1.0, 1.0], (_PROBES, size))
             squares = tf.map_fn(
                 lambda probe: self.product(weights, probe) ** 2, tf.constant(signs, dtype)
@@ -127,7 +133,7 @@ class GaussNewton:
             return tf.sqrt(tf.reduce_mean(squares, axis=0))
 
         def of_part(batch: Batch) -> tuple[Tensor]:
-            rows, blocks, _ = self._by_samples(batch, weights, self._ways.by_samples)
+            rows, blocks, _ = self._by_samples(batch, weights, by_samples)
             return (tf.einsum("nkl,nkd,nld->d", blocks, rows, rows),)
 
         (diagonal,) = self._loss.mean_over_chunks(of_part, [(size,)], self._longest(weights))
@@ -144,6 +150,43 @@ class GaussNewton:
             return None
         leaves = self._leaves(self._loss.batch, weights)
         return tf.shape(leaves[0])[0] * sum(_entries(leaf) for leaf in leaves)
+
+    def product_by_jacobian(self, weights: Tensor, vector: Tensor) -> Tensor:
+        """As `product`, by the Jacobian by samples or by rows, for arrays that go that way."""
+        batch, (by_samples, by_rows, _, _) = self._loss.batch, self._ways
+        product = tf.zeros_like(vector)
+        if by_samples:
+            rows, blocks, _ = self._by_samples(batch, weights, by_samples)
+            curved = tf.einsum("nkl,nl->nk", blocks, tf.einsum("nkd,d->nk", rows, vector))
+            product += tf.einsum("nkd,nk->d", rows, curved)
+        if by_rows:
+            rows, shares = self._rows_and_shares(batch, weights, by_rows)
+            product += tf.linalg.matvec(
+                rows, shares * tf.linalg.matvec(rows, vector), transpose_a=True
+            )
+        if self._loss.function.is_regularized:
+            product += self._of_regularizers(batch, weights, self._leaves(batch, weights), vector)
+        return product
+
+    def activations(self, weights: Tensor) -> tuple[str | None, ...]:
+        """As `Ways` has them; not in a function that is traced."""
+        loss = self._loss
+        arrays = loss.trained(weights)
+        outputs = loss.function.outputs(arrays, loss.state, loss.batch)
+        leaves = keras.tree.flatten(outputs)
+        with tf.GradientTape() as tape:
+            logits = [tf.identity(tf.stop_gradient(leaf)) for leaf in map(_logits_of, leaves)]
+            tape.watch(logits)
+            stand_ins = [tf.identity(leaf) for leaf in leaves]
+            for stand_in, its_logits, leaf in zip(stand_ins, logits, leaves, strict=True):
+                if hasattr(leaf, "_keras_logits"):
+                    stand_in._keras_logits = its_logits
+            made_of_them = keras.tree.pack_sequence_as(outputs, stand_ins)
+            value = loss.function.loss_of_outputs(arrays, loss.state, loss.batch, made_of_them)
+        return tuple(
+            None if slope is None else _activation_of(leaf)
+            for slope, leaf in zip(tape.gradient(value, logits), leaves, strict=True)
+        )
 
     def curvature_near_targets(self, weights: Tensor, rng: np.random.Generator) -> np.ndarray:
         """The curvature of the loss in outputs that are made up between 0.1 and 0.9."""
@@ -222,21 +265,27 @@ class GaussNewton:
 
     def _by_rows(self, batch: Batch, weights: Tensor, places: Sequence[int]) -> Tensor:
         """Of arrays of residuals, whose second derivatives are diagonal."""
+        rows, shares = self._rows_and_shares(batch, weights, places)
+        return tf.matmul(rows, shares[:, None] * rows, transpose_a=True)
 
+    def _rows_and_shares(
+        self, batch: Batch, weights: Tensor, places: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         def rows_of(loss: BatchLoss) -> Callable[[Tensor], Tensor]:
-            return lambda weights: GaussNewton(loss).rows_one_by_one(weights, places)
+            system = GaussNewton(loss, self._ways)
+            return lambda weights: system.rows_one_by_one(weights, places)
 
         rows = self._loss.apart(rows_of, weights, batch=batch)
         leaves = self._leaves(batch, weights)
         curved = self._curvature(batch, weights, leaves, [tf.ones_like(leaf) for leaf in leaves])
-        shares = tf.concat([tf.reshape(curved[place], [-1]) for place in places], axis=0)
-        return tf.matmul(rows, shares[:, None] * rows, transpose_a=True)
+        return rows, tf.concat([tf.reshape(curved[place], [-1]) for place in places], axis=0)
 
     def _by_samples(
         self, batch: Batch, weights: Tensor, places: Sequence[int]
     ) -> JacobianBySamples:
         def rows_of(loss: BatchLoss) -> Callable[[Tensor], Tensor]:
-            return lambda weights: GaussNewton(loss).rows_by_samples(weights, places)
+            system = GaussNewton(loss, self._ways)
+            return lambda weights: system.rows_by_samples(weights, places)
 
         rows = self._loss.apart(rows_of, weights, batch=batch)
         leaves = self._leaves(batch, weights)
@@ -249,14 +298,13 @@ class GaussNewton:
                 vector[place] += tf.reshape(tf.gather(unit, part), shape)
             return _in_rows(self._curvature(batch, weights, leaves, vector), places)
 
-        units = tf.unstack(tf.eye(rows.shape[1], dtype=rows.dtype))
+        units = tf.eye(rows.shape[1], dtype=rows.dtype)
+        columns = tf.map_fn(column, units) if rows.shape[1] > 1 else column(units[0])[None]
         with tf.GradientTape() as tape:
             tape.watch(leaves)
             value = self._of_leaves(batch, weights, leaves)
         slopes = tape.gradient(value, leaves, unconnected_gradients="zero")
-        return JacobianBySamples(
-            rows, tf.stack([column(unit) for unit in units], axis=2), _in_rows(slopes, places)
-        )
+        return JacobianBySamples(rows, tf.transpose(columns, [1, 2, 0]), _in_rows(slopes, places))
 
     def _curvature(self, batch: Batch, weights: Tensor, leaves: Leaves, vector: Leaves) -> Leaves:
         """The second derivative of the loss by the outputs, times a vector."""
@@ -281,16 +329,42 @@ class GaussNewton:
         loss = self._loss
         outputs = loss.function.outputs(loss.trained(weights), loss.state, batch)
         self._structure = keras.tree.map_structure(lambda array: array.dtype, outputs)
-        return [tf.cast(array, loss.dtype) for array in keras.tree.flatten(outputs)]
+        arrays = keras.tree.flatten(outputs)
+        activations = self._ways.activations or [None] * len(arrays)
+        # Cut off: Keras's losses would look for the logits that an output was made of.
+        return [
+            tf.identity(tf.cast(array if activation is None else _logits_of(array), loss.dtype))
+            for array, activation in zip(arrays, activations, strict=True)
+        ]
 
     def _of_leaves(self, batch: Batch, weights: Tensor, leaves: Leaves) -> Tensor:
         """The loss as a function of the arrays that `_leaves` has made last."""
         loss = self._loss
         dtypes = keras.tree.flatten(self._structure)
         arrays = [tf.cast(leaf, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+        activations = self._ways.activations or [None] * len(arrays)
+        arrays = [
+            array if activation is None else _ACTIVATIONS[activation](array)
+            for array, activation in zip(arrays, activations, strict=True)
+        ]
         outputs = keras.tree.pack_sequence_as(self._structure, arrays)
         value = loss.function.loss_of_outputs(loss.trained(weights), loss.state, batch, outputs)
         return tf.cast(value, loss.dtype)
+
+
+_ACTIVATIONS = {"softmax": keras.activations.softmax, "sigmoid": keras.activations.sigmoid}
+
+
+def _logits_of(array: Any) -> Any:
+    """What Keras's activations note of their argument, for its cross entropies; or the array."""
+    return getattr(array, "_keras_logits", array)
+
+
+def _activation_of(array: Any) -> str | None:
+    for name, activation in _ACTIVATIONS.items():
+        if np.allclose(activation(_logits_of(array)), array):
+            return name
+    return None
 
 
 def _second_derivative(function: Callable[[Any], Tensor], at: Any, vector: Any) -> Any:

@@ -54,9 +54,10 @@ class LevenbergMarquardt(ClosureOptimizer):
 
     - `solver="exact"` builds G, by samples where the outputs of a sample depend on that sample
       alone and the layers can be vectorized (which is found out with made-up data), elsewhere by
-      a product for each weight; and solves by Cholesky decomposition. With fewer outputs than
-      weights it solves $(\nabla_z^2 L\, J_z J_z^\top + \lambda_t I)\, w = \nabla_z L$ instead
-      and steps by $-J_z^\top w$, which is the same.
+      a product for each weight; and solves by Cholesky decomposition. With more than 512 weights
+      and fewer outputs than weights, and nothing but these outputs in the loss, it solves
+      $(\nabla_z^2 L\, J_z J_z^\top + \lambda_t I)\, w = \nabla_z L$ instead and steps by
+      $-J_z^\top w$, which is the same.
     - `solver="cg"` never builds G: conjugate gradient, preconditioned by about the diagonal, solves
       until the residual is below a thousandth of the gradient, in at most 250 iterations.
 
@@ -144,9 +145,9 @@ class LevenbergMarquardt(ClosureOptimizer):
             model: Compiled with this optimizer.
             residuals: For a model with a `compute_loss` of its own: a function that is called as
                 that is, with `x`, `y`, `y_pred` and `sample_weight`, and returns an array, or a
-                structure of some, whose mean squares add up to the loss. The matrix is cheap to
-                have of an array whose entry i depends on sample i alone, and of one with few
-                entries, whatever the batch.
+                structure of some, whose mean squares add up to the loss. The matrix is cheap for
+                an array whose entry i depends on sample i alone, and for one with few entries,
+                whatever the batch.
 
         Raises:
             ValueError: As `ClosureOptimizer.attach`. In the first step, if the mean squares do

@@ -16,7 +16,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_flag,
     checked_learning_rate,
 )
-from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype
+from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype, constrained
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
 
 Slots = Mapping[str, Tensor]
@@ -550,6 +550,18 @@ class GradientOptimizer(SavedStateOptimizer):
                     "attribute that the rule reads. Received: a property"
                 )
         return other
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """With `use_ema`, puts the averages into the model, within the weights' constraints.
+
+        Args:
+            var_list: The model's trainable variables.
+        """
+        super().finalize_variable_values(var_list)
+        if self.use_ema:
+            for variable in var_list:
+                if variable.constraint is not None:
+                    variable.assign(constrained(variable, variable.value))
 
     def _finalized(self, weight: Any, slots: Slots) -> Update:
         """The weight that training ends with, and the slots that go with it."""

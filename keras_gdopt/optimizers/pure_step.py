@@ -215,11 +215,10 @@ class PureStep:
         for index, weight in enumerate(weights):
             own = {name: values[index] for name, values in slots.items()}
             final, own = self._optimizer._finalized(weight, own)
-            final = constrained(self._optimizer._trainable_variables[index], final)
             if self._optimizer.use_ema:
                 average = tf.cast(state["averages"][index], weight.dtype)
                 final = tf.where(batches > 0, average, final)
-            finals.append(final)
+            finals.append(constrained(self._optimizer._trainable_variables[index], final))
             for name, value in own.items():
                 slots[name][index] = value
         return finals, {**state, "slots": slots}

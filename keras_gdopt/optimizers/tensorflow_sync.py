@@ -99,7 +99,8 @@ class TensorFlowSync:
         if key not in self._clusters:
             variables = self._lookahead._trainable_variables
             constraints = (v.constraint for v in variables if v.constraint is not None)
-            can_be_one = all(map(constraint_compiles, constraints))
+            applies_none = function != self._lookahead._synchronize
+            can_be_one = applies_none or all(map(constraint_compiles, constraints))
             self._clusters[key] = compiled(function, variables) if can_be_one else function
         return self._clusters[key]
 

@@ -140,6 +140,20 @@ def test_weights_that_begin_out_of_bounds():
     assert model.optimizer.converged
 
 
+def test_frozen_weights_stay_where_they_are(rng):
+    optimizer = gdopt.LBFGS(jit_compile=False)
+    dense = keras.layers.Dense(1, kernel_constraint="non_neg")
+    model = keras.Sequential([keras.Input((2,)), dense, keras.layers.Dense(1)])
+    model.compile(optimizer, "mse")
+    optimizer.attach(model)
+    x, y = rng.normal(size=(8, 2)), rng.normal(size=(8, 1))
+    model.train_on_batch(x, y)
+    dense.trainable = False
+    dense.kernel.assign([[-1.0], [-1.0]])
+    model.train_on_batch(x, y)
+    np.testing.assert_array_equal(dense.kernel, -1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line_search", ["armijo", "exact"])
 def test_the_other_line_searches(line_search):

@@ -167,7 +167,7 @@ def test_conjugate_gradients_know_the_units_of_features(rng, float64):
     units = 10.0 ** np.linspace(-3, 3, 20)
     x = rng.normal(size=(400, 20)) * units
     y = x @ (1 / units[:, None])
-    optimizer = gdopt.LevenbergMarquardt(1e-12, "cg", **PLAIN)
+    optimizer = gdopt.LevenbergMarquardt(1e-12, "cg", gradient_tolerance=0.0, **PLAIN)
     model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(1)])
     _attached(model, optimizer).fit(x, y, batch_size=400, epochs=6, verbose=0)
     assert optimizer.step_metrics["inner_iterations"] <= 10
@@ -437,6 +437,154 @@ def test_a_jacobian_larger_than_memory_is_taken_in_parts(never, entries, rng, mo
     np.testing.assert_allclose(system.matrix(weights), whole, rtol=1e-12, atol=1e-14)
     assert max(samples) == max(1, entries // (2 * loss.size)) and sum(samples) == 11
     np.testing.assert_allclose(system.diagonal(weights), np.diag(whole), rtol=1e-12, atol=1e-14)
+
+
+# --- made-up data and threads ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit_compile", [False, slow(True)])
+@pytest.mark.parametrize(
+    ("activation", "outputs", "loss"),
+    [
+        ("softmax", 3, keras.losses.SparseCategoricalCrossentropy),
+        ("sigmoid", 1, keras.losses.BinaryCrossentropy),
+    ],
+)
+def test_probabilities_give_the_steps_of_their_logits(
+    activation, outputs, loss, jit_compile, rng, float64
+):
+    x, y = rng.normal(size=(20, INPUTS)), rng.integers(outputs + 1 if outputs == 1 else 3, size=20)
+    found = []
+    for last, is_of_logits in ((activation, False), (None, True)):
+        keras.utils.set_random_seed(0)
+        model = _network(outputs=outputs)
+        if last:
+            model.add(keras.layers.Activation(last))
+        optimizer = gdopt.LevenbergMarquardt(iterations_per_step=5, jit_compile=jit_compile)
+        _attached(model, optimizer, loss(from_logits=is_of_logits))
+        model.train_on_batch(x, y[:, None])
+        found.append((_weights(model), optimizer.step_metrics["damping"]))
+    np.testing.assert_allclose(*(weights for weights, _ in found), rtol=1e-8, atol=1e-8)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_squares_of_probabilities_are_least_squares(rng, float64):
+    x, y = rng.normal(size=(12, INPUTS)), np.eye(3)[rng.integers(3, size=12)]
+    model = _network(outputs=3)
+    model.add(keras.layers.Softmax())
+    model.compile("sgd", "mse")
+    loss = BatchLoss(ModelFunction(model), Batch(tf.constant(x), tf.constant(y)))
+    weights = loss.joined([v.value for v in model.trainable_variables])
+    ways = ways_to_the_matrix(loss)
+    assert ways.by_samples and not any(ways.activations)
+    matrix = GaussNewton(loss, ways).matrix(weights).numpy()
+    assert np.linalg.eigvalsh(matrix)[0] > -1e-12 < np.max(np.diag(matrix))
+
+
+def test_conjugate_gradients_never_build_the_matrix(rng, monkeypatch):
+    def built(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(GaussNewton, "matrix", built)
+    optimizer = gdopt.LevenbergMarquardt(solver="cg", **PLAIN)
+    model = _attached(_network(), optimizer)
+    model.train_on_batch(rng.normal(size=(9, 2)), rng.normal(size=(9, 2)))
+    assert optimizer.status == "accepted"
+
+
+class Sampled(keras.Model):
+    """At points of its own, drawn without a seed of the model's; or as many as there are data."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.network = _network(outputs=1)
+        self.kind = kind
+
+    def call(self, x):
+        return self.network(x)
+
+    def residuals(self, x, **_):
+        u = self.network(x) - 1.0
+        if self.kind == "random":
+            return u, self.network(keras.random.uniform((6, INPUTS)))
+        grid = tf.reshape(u, (5, 4))
+        return u, grid[1:] - grid[:-1]
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return sum(tf.reduce_mean(part**2) for part in self.residuals(x))
+
+
+@pytest.mark.parametrize("kind", ["random", "grid"])
+@pytest.mark.parametrize("jit_compile", [False, slow(True)])
+def test_residuals_that_draw_or_know_how_many_samples_there_are(kind, jit_compile, rng):
+    x = rng.normal(size=(20, INPUTS)).astype("float32")
+    optimizer = gdopt.LevenbergMarquardt(iterations_per_step=3, jit_compile=jit_compile)
+    model = Sampled(kind)
+    model.compile(optimizer)
+    optimizer.attach(model, residuals=model.residuals)
+    before = float(model.compute_loss(x))
+    losses = [float(model.train_on_batch(x)) for _ in range(4)]
+    assert np.isfinite(losses).all() and losses[-1] < 0.1 * before
+
+
+@pytest.mark.parametrize("sample_weight", [np.ones(9, "int64"), np.ones(9, bool)])
+def test_sample_weights_that_are_no_floats(sample_weight, rng):
+    optimizer = gdopt.LevenbergMarquardt(**PLAIN)
+    model = _attached(_network(), optimizer)
+    x, y = rng.normal(size=(9, 2)), rng.normal(size=(9, 2))
+    model.fit(x, y, sample_weight=sample_weight, batch_size=9, verbose=0)
+    assert optimizer.status == "accepted"
+
+
+class _MixedIds(keras.layers.Layer):
+    def call(self, x):
+        return x + keras.ops.mean(x, axis=0, keepdims=True)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_ids_tell_whether_samples_stand_apart(mixed, rng):
+    layers = [keras.layers.Embedding(5, 3), keras.layers.Flatten(), keras.layers.Dense(1)]
+    mixing = [_MixedIds()] if mixed else []
+    model = keras.Sequential([keras.Input((2,), dtype="int32"), *layers[:2], *mixing, layers[2]])
+    model.compile("sgd", "mse")
+    x, y = rng.integers(5, size=(9, 2)), rng.normal(size=(9, 1)).astype("float32")
+    loss = BatchLoss(ModelFunction(model), Batch(tf.constant(x), tf.constant(y)))
+    assert bool(ways_to_the_matrix(loss).by_samples) is not mixed
+
+
+def test_sequences_of_any_length(rng):
+    """Their length is not known while the step is traced."""
+    model = keras.Sequential([keras.Input((None, 1)), keras.layers.Dense(1)])
+    optimizer = gdopt.LevenbergMarquardt(iterations_per_step=5, **PLAIN)
+    _attached(model, optimizer)
+    x = tf.constant(rng.normal(size=(6, 3, 1)), "float32")
+    spec = tf.TensorSpec((None, None, 1), "float32")
+    data = tf.data.Dataset.from_generator(lambda: iter([(x, 2 * x)]), output_signature=(spec, spec))
+    for _ in range(3):
+        model.fit(data, verbose=0)
+    assert model.evaluate(data, verbose=0) < 1e-6
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg"])
+def test_a_loss_that_is_not_convex_raises_the_damping(solver, float64):
+    """And does not pass for one that has converged."""
+    optimizer = gdopt.LevenbergMarquardt(solver=solver, iterations_per_step=30, **PLAIN)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.set_weights([np.array([[2.0]])])
+    _attached(model, optimizer, lambda y, z: -keras.ops.exp(-((z - y) ** 2)))
+    model.fit(np.ones((3, 1)), np.zeros((3, 1)), batch_size=3, epochs=4, verbose=0)
+    np.testing.assert_allclose(model.get_weights()[0], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [False, slow(True)])
+def test_an_infinite_curvature_is_a_failed_step(jit_compile, float64):
+    optimizer = gdopt.LevenbergMarquardt(jit_compile=jit_compile)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.set_weights([np.array([[1.0]])])
+    _attached(model, optimizer, lambda y, z: keras.ops.abs(z - y) ** 1.5)
+    model.train_on_batch(np.array([[1.0], [1.0]]), np.array([[1.0], [0.0]]))
+    assert "no step" in optimizer.status
+    np.testing.assert_array_equal(model.get_weights()[0], 1.0)
 
 
 # --- where it ends -----------------------------------------------------------------------

@@ -398,6 +398,17 @@ def test_the_gradient_of_a_loss_that_is_not_finite_is_no_measure(cls, bad):
 
 
 @every_closure_alike
+def test_other_data_have_a_gradient_of_their_own_to_begin_with(cls):
+    optimizer = cls(jit_compile=False)
+    model = _attached(_mlp(), optimizer, "mse")
+    start = model.get_weights()
+    _step(model, y=1e8 * X)
+    model.set_weights(start)
+    _step(model, y=X)
+    assert not optimizer.converged and optimizer.step_metrics["steps_made"] == 1
+
+
+@every_closure_alike
 @pytest.mark.parametrize(
     ("arguments", "is_relative"),
     [
