@@ -144,7 +144,7 @@ def test_frozen_weights_stay_where_they_are(rng):
     optimizer = gdopt.LBFGS(jit_compile=False)
     dense = keras.layers.Dense(1, kernel_constraint="non_neg")
     model = keras.Sequential([keras.Input((2,)), dense, keras.layers.Dense(1)])
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", run_eagerly=True)
     optimizer.attach(model)
     x, y = rng.normal(size=(8, 2)), rng.normal(size=(8, 1))
     model.train_on_batch(x, y)
