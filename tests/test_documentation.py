@@ -26,7 +26,7 @@ PAGES = [
     ROOT / "benchmarks/README.md",
 ]
 # Of what takes long to start or to compile.
-SLOW = ("clusters.md", "closures.md", "gadam.md", "levenberg_marquardt.md")
+SLOW = ("clusters.md", "closures.md", "float64.md", "gadam.md", "levenberg_marquardt.md")
 
 
 def _each(pages):

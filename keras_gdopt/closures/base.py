@@ -40,7 +40,7 @@ _STATUSES = (
 
 _LOSS_NOT_FINITE, _STALLED = range(2)
 
-_RELATIVE_GRADIENT_TOLERANCE = 1e-7
+_RELATIVE_GRADIENT_TOLERANCE = 1e-9
 _MOST_FAILURES = 2
 _MOST_STALLED = 20
 _LESS = 0.9  # a gradient that is less by this factor is not so by rounding
@@ -144,7 +144,7 @@ class ClosureOptimizer(SavedStateOptimizer):
             the loss by those of the weights. Defaults to 0 (never).
         relative_gradient_tolerance: Converged where no entry of the gradient is larger than
             this part of the largest one where training began on these data. Defaults to
-            1e-7, and to 0 where `gradient_tolerance` is given, be it as 0.
+            1e-9, and to 0 where `gradient_tolerance` is given, be it as 0.
         change_tolerance: Converged where an iteration changes the loss by less than this
             part of it. Defaults to 0: never.
         jit_compile: Whether a step is one XLA cluster. Defaults to `"auto"`: where all layers

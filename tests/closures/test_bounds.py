@@ -107,7 +107,9 @@ def test_a_bounded_rosenbrock(start, lower, upper, jit_compile):
     assert metrics["evaluations"] <= 2 * found.nfev
 
 
-@pytest.mark.parametrize("constraint", [keras.constraints.NonNeg(), gdopt.constraints.Bounds(0)])
+@pytest.mark.parametrize(
+    "constraint", [keras.constraints.NonNeg(), slow(gdopt.constraints.Bounds(0))]
+)
 def test_non_negative_least_squares(constraint, rng):
     """A layer between x and y, beside a bias that is free; by SciPy's own method for it."""
     x = rng.normal(size=(60, 12))
@@ -140,6 +142,7 @@ def test_weights_that_begin_out_of_bounds():
     assert model.optimizer.converged
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_where_they_are(rng):
     optimizer = gdopt.LBFGS(jit_compile=False)
     dense = keras.layers.Dense(1, kernel_constraint="non_neg")

@@ -162,6 +162,7 @@ def test_conjugate_gradients_solve_to_a_thousandth_of_the_gradient(rng, float64)
         assert 1 <= optimizer.step_metrics["inner_iterations"] <= 2 * len(theta)
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_know_the_units_of_features(rng, float64):
     """From thousands to thousandths, in about as many iterations as there are weights."""
     units = 10.0 ** np.linspace(-3, 3, 20)
@@ -203,10 +204,10 @@ class OwnLoss(keras.Model):
 @pytest.mark.parametrize(
     ("points", "shared", "jit_compile", "ways"),
     [
-        (4, False, True, Ways(by_samples=(1,), by_rows=(0,))),
-        slow(4, False, False, Ways(by_samples=(1,), by_rows=(0,))),
+        slow(4, False, True, Ways(by_samples=(1,), by_rows=(0,))),
+        (4, False, False, Ways(by_samples=(1,), by_rows=(0,))),
         slow(40, False, False, Ways(by_samples=(1,), by_products=(0,))),
-        (4, True, False, Ways(by_rows=(0,), by_products=(1,))),
+        slow(4, True, False, Ways(by_rows=(0,), by_products=(1,))),
         slow(40, True, False, Ways(by_products=(0, 1))),
     ],
 )
@@ -246,7 +247,9 @@ def test_residuals_of_all_kinds(points, shared, jit_compile, ways, rng, float64)
     "of_model",
     [
         lambda model: lambda **parts: model.residuals(**parts)["samples"],
-        lambda model: lambda **parts: [2.0 * part for part in model.residuals(**parts).values()],
+        slow(
+            lambda model: lambda **parts: [2 * part for part in model.residuals(**parts).values()]
+        ),
     ],
     ids=["a part", "another scale"],
 )
@@ -402,6 +405,7 @@ def test_it_finds_out_whether_samples_stand_apart(layer, expected, rng):
         assert losses[-1] < before
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_the_batch(rng, float64):
     x, y = rng.normal(size=(11, 2)), rng.normal(size=(11, 2))
     found = []
@@ -416,7 +420,7 @@ def test_parts_of_a_batch_are_the_batch(rng, float64):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("never", "entries"), [(1, 60), slow(1, 1)])
+@pytest.mark.parametrize(("never", "entries"), [slow(1, 60), slow(1, 1)])
 def test_a_jacobian_larger_than_memory_is_taken_in_parts(never, entries, rng, monkeypatch, float64):
     x, y = tf.constant(rng.normal(size=(11, 2))), tf.constant(rng.normal(size=(11, 2)))
     model = _network()
@@ -447,7 +451,7 @@ def test_a_jacobian_larger_than_memory_is_taken_in_parts(never, entries, rng, mo
     ("activation", "outputs", "loss"),
     [
         ("softmax", 3, keras.losses.SparseCategoricalCrossentropy),
-        ("sigmoid", 1, keras.losses.BinaryCrossentropy),
+        slow("sigmoid", 1, keras.losses.BinaryCrossentropy),
     ],
 )
 def test_probabilities_give_the_steps_of_their_logits(
@@ -468,6 +472,7 @@ def test_probabilities_give_the_steps_of_their_logits(
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_squares_of_probabilities_are_least_squares(rng, float64):
     x, y = rng.normal(size=(12, INPUTS)), np.eye(3)[rng.integers(3, size=12)]
     model = _network(outputs=3)
@@ -514,7 +519,7 @@ class Sampled(keras.Model):
         return sum(tf.reduce_mean(part**2) for part in self.residuals(x))
 
 
-@pytest.mark.parametrize("kind", ["random", "grid"])
+@pytest.mark.parametrize("kind", ["random", slow("grid")])
 @pytest.mark.parametrize("jit_compile", [False, slow(True)])
 def test_residuals_that_draw_or_know_how_many_samples_there_are(kind, jit_compile, rng):
     x = rng.normal(size=(20, INPUTS)).astype("float32")
@@ -527,7 +532,7 @@ def test_residuals_that_draw_or_know_how_many_samples_there_are(kind, jit_compil
     assert np.isfinite(losses).all() and losses[-1] < 0.5 * before
 
 
-@pytest.mark.parametrize("sample_weight", [np.ones(9, "int64"), np.ones(9, bool)])
+@pytest.mark.parametrize("sample_weight", [np.ones(9, "int64"), slow(np.ones(9, bool))])
 def test_sample_weights_that_are_no_floats(sample_weight, rng):
     optimizer = gdopt.LevenbergMarquardt(**PLAIN)
     model = _attached(_network(), optimizer)
@@ -541,6 +546,7 @@ class _MixedIds(keras.layers.Layer):
         return x + keras.ops.mean(x, axis=0, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [True, False])
 def test_ids_tell_whether_samples_stand_apart(mixed, rng):
     layers = [keras.layers.Embedding(5, 3), keras.layers.Flatten(), keras.layers.Dense(1)]
@@ -552,6 +558,7 @@ def test_ids_tell_whether_samples_stand_apart(mixed, rng):
     assert bool(ways_to_the_matrix(loss).by_samples) is not mixed
 
 
+@pytest.mark.slow
 def test_sequences_of_any_length(rng):
     """Their length is not known while the step is traced."""
     model = keras.Sequential([keras.Input((None, 1)), keras.layers.Dense(1)])
@@ -565,7 +572,7 @@ def test_sequences_of_any_length(rng):
     assert model.evaluate(data, verbose=0) < 1e-6
 
 
-@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("solver", [slow("exact"), "cg"])
 def test_a_loss_that_is_not_convex_raises_the_damping(solver, float64):
     """And does not pass for one that has converged."""
     optimizer = gdopt.LevenbergMarquardt(solver=solver, iterations_per_step=30, **PLAIN)
@@ -576,7 +583,8 @@ def test_a_loss_that_is_not_convex_raises_the_damping(solver, float64):
     np.testing.assert_allclose(model.get_weights()[0], 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("jit_compile", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jit_compile", [False, True])
 def test_an_infinite_curvature_is_a_failed_step(jit_compile, float64):
     optimizer = gdopt.LevenbergMarquardt(jit_compile=jit_compile)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
