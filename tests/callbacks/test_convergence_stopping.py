@@ -244,6 +244,7 @@ def test_says_why_it_stopped(arguments, said, model, capsys):
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lbfgs_says_itself_that_it_has_converged(rng):
     """A least-squares problem: its exact solution, then no more epochs."""
     x = rng.normal(size=(20, 3)).astype("float32")

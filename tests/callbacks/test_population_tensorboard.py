@@ -532,6 +532,7 @@ def test_a_cluster_s_figures_and_events(tmp_path):
     assert "another" in text
 
 
+@pytest.mark.slow
 def test_hyperparameters_of_places_and_of_the_winner_s_line(tmp_path):
     """Also where a later `fit` finds another winner."""
     ranges = {"learning_rate": (1e-3, 1e-1), "beta_1": (0.0, 0.9)}

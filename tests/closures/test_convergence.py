@@ -272,6 +272,7 @@ def test_newton_descends_where_the_hessian_is_not_positive(jit_compile):
         assert optimizer.converged
 
 
+@pytest.mark.slow
 def test_newton_takes_the_pseudo_inverse_of_a_singular_hessian():
     """f = (x + y - 3)^2 + z^2: the nearest of the minima to the start."""
 

@@ -364,7 +364,7 @@ def test_state_of_version_0_1_0_loads(cls):
 # --- tolerances ---------------------------------------------------------------------------
 
 
-@every_closure
+@every_closure_alike
 @pytest.mark.parametrize("unit", [1e12, slow(1.0), slow(1e-9)])
 def test_it_converges_whatever_the_unit_of_the_targets(cls, unit, rng):
     """Not at once, and to the least squares."""

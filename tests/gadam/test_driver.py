@@ -546,10 +546,7 @@ KINDS_OF_DATA = {
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
-        *(
-            (kind, "stacked") if kind == "py_dataset" else slow(kind, "stacked")
-            for kind in KINDS_OF_DATA
-        ),
+        *(slow(kind, "stacked") for kind in KINDS_OF_DATA),
         *((kind, "mapped") if kind == "lists" else slow(kind, "mapped") for kind in KINDS_OF_DATA),
     ],
 )
