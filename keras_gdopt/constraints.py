@@ -15,8 +15,8 @@ class Bounds(keras.constraints.Constraint):
 
     $$w \leftarrow \min(\max(w, l), u)$$
 
-    Every first-order optimizer of this package and of Keras obeys it after each update, and so
-    do members of a `Gadam`. `LBFGS` takes the bounds into account as it searches.
+    Every first-order optimizer of this package obeys it after each update, and so do members
+    of a `Gadam`. `LBFGS` takes the bounds into account as it searches.
 
     Keras has `NonNeg`, which is `Bounds(lower=0)`, and norms, but no bounds.
 
