@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_gdopt.closures.box import box_of
+from keras_gdopt.closures.vectors import symmetric_matrix
 from keras_gdopt.functional import Batch, ModelFunction, in_another_thread
 
 Tensor = Any
@@ -135,14 +136,9 @@ class BatchLoss:
 
     def hessian(self, weights: Tensor) -> Tensor:
         """The Hessian at `weights`, one product for each of its columns."""
-        columns = tf.map_fn(
-            lambda place: self.hessian_product(
-                weights, tf.one_hot(place, self.size, dtype=self.dtype)
-            ),
-            tf.range(self.size),
-            fn_output_signature=tf.TensorSpec((self.size,), self.dtype),
+        return symmetric_matrix(
+            lambda vector: self.hessian_product(weights, vector), self.size, self.dtype
         )
-        return 0.5 * (columns + tf.transpose(columns))
 
     def apart(
         self,

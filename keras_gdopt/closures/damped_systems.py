@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.vectors import norm
+from keras_gdopt.closures.vectors import cosine, norm
 
 Tensor = Any
 
@@ -22,18 +22,17 @@ class Solution(NamedTuple):
 
 
 class DampedSystem(Protocol):
-    """A symmetric matrix that is at least semidefinite, however it is held."""
+    """A symmetric matrix that is at least semidefinite, however held, and a right-hand side."""
 
     @property
     def largest(self) -> Tensor:
         """The largest entry of the diagonal, or an estimate of it."""
 
-    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+    def solve(self, damping: Tensor) -> Solution:
         """The solution with the matrix plus `damping` times the identity.
 
         Args:
             damping: A scalar above 0.
-            right: A vector.
         """
 
 
@@ -62,11 +61,13 @@ class DenseSystem:
 
     Args:
         matrix: The matrix.
+        right: The right-hand side.
         is_compiled: Whether XLA compiles what this is used in.
     """
 
-    def __init__(self, matrix: Tensor, *, is_compiled: bool) -> None:
+    def __init__(self, matrix: Tensor, right: Tensor, *, is_compiled: bool) -> None:
         self._matrix = matrix
+        self._right = right
         self._is_compiled = is_compiled
 
     @property
@@ -74,13 +75,13 @@ class DenseSystem:
         """The largest entry of the diagonal."""
         return tf.reduce_max(diagonal(self._matrix))
 
-    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+    def solve(self, damping: Tensor) -> Solution:
         """See `DampedSystem`."""
         scaled, scale = with_unit_diagonal(self._matrix, damping)
         ridge = tf.maximum(_rounding(self._matrix) - damping / scale**2, 0.0)
         scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
         scaled, is_finite = _finite(scaled)
-        vector = tf.where(is_finite, self._solved(scaled, right / scale) / scale, np.nan)
+        vector = tf.where(is_finite, self._solved(scaled, self._right / scale) / scale, np.nan)
         return Solution(vector, tf.linalg.matvec(self._matrix, vector), tf.constant(0))
 
     def _solved(self, matrix: Tensor, right: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class DenseSystem:
 
 
 class SystemOfRows:
-    r"""A matrix JᵀHJ of which J has fewer rows than columns, for right-hand sides Jᵀu.
+    r"""A matrix JᵀHJ of which J has fewer rows than columns, and a right-hand side Jᵀu.
 
     $$(J^\top H J + \lambda I)^{-1} J^\top u = J^\top (H J J^\top + \lambda I)^{-1} u$$
 
@@ -114,14 +115,8 @@ class SystemOfRows:
         """The largest entry of the diagonal."""
         return tf.reduce_max(tf.reduce_sum(self._rows * self._weighted(self._rows), axis=0))
 
-    def solve(self, damping: Tensor, right: Tensor) -> Solution:
-        """See `DampedSystem`.
-
-        Args:
-            damping: A scalar above 0.
-            right: Jᵀu, which is known.
-        """
-        del right
+    def solve(self, damping: Tensor) -> Solution:
+        """See `DampedSystem`."""
         least = _rounding(self._matrix) * tf.reduce_max(diagonal(self._matrix))
         ridge = tf.maximum(damping, least)
         damped = tf.linalg.set_diag(self._matrix, diagonal(self._matrix) + ridge)
@@ -142,8 +137,11 @@ class SystemOfRows:
 class SystemOfProducts:
     """A matrix of which only products with vectors are known: by conjugate gradients.
 
+    Where rounding hides the curvature along the right-hand side, the solution is not finite.
+
     Args:
         product: The matrix times a vector.
+        right: The right-hand side.
         scale: About the diagonal of the matrix, which preconditions it.
         tolerance: Of the residual, as a part of the right-hand side.
         most: Iterations, at most.
@@ -152,12 +150,14 @@ class SystemOfProducts:
     def __init__(
         self,
         product: Callable[[Tensor], Tensor],
+        right: Tensor,
         scale: Tensor,
         *,
         tolerance: float,
         most: int,
     ) -> None:
         self._product = product
+        self._right = right
         self._scale = scale
         self._tolerance = tolerance
         self._most = most
@@ -167,38 +167,75 @@ class SystemOfProducts:
         """About the largest entry of the diagonal."""
         return tf.reduce_max(self._scale)
 
-    def solve(self, damping: Tensor, right: Tensor) -> Solution:
+    def solve(self, damping: Tensor) -> Solution:
         """See `DampedSystem`."""
-        length = norm(right)
-        right = tf.math.divide_no_nan(right, length)
-        scale = self._scale + damping
-
-        def body(
-            count: Tensor, ended: Tensor, vector: Tensor, its_product: Tensor, residual: Tensor,
-            search: Tensor,
-        ) -> tuple[Tensor, ...]:  # fmt: skip
-            of_search = self._product(search)
-            damped = of_search + damping * search
-            square = tf.reduce_sum(residual**2 / scale)
-            curvature = tf.reduce_sum(search * damped)
-            ended = ~(curvature > 0)  # by rounding; at first, for there is no solution
-            nothing = tf.where(tf.equal(count, 0), tf.cast(np.nan, square.dtype), 0.0)
-            part = tf.where(ended, nothing, square / curvature)
-            vector += part * search
-            its_product += part * of_search
-            residual -= part * damped
-            ended |= norm(residual) <= self._tolerance
-            new_square = tf.reduce_sum(residual**2 / scale)
-            search = residual / scale + new_square / square * search
-            return count + 1, ended, vector, its_product, residual, search
-
-        zeros = tf.zeros_like(right)
-        count, _, vector, its_product, *_ = tf.while_loop(
-            lambda count, ended, *_: ~ended & (count < self._most),
-            body,
-            (tf.constant(0), length <= 0, zeros, zeros, right, right / scale),
+        solution, is_curved = conjugate_gradient(
+            self._product,
+            self._right,
+            damping,
+            scale=self._scale + damping,
+            tolerance=self._tolerance,
+            most=self._most,
         )
-        return Solution(length * vector, length * its_product, count)
+        return solution._replace(vector=tf.where(is_curved, solution.vector, np.nan))
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,
+    damping: Tensor,
+    *,
+    scale: Tensor,
+    tolerance: Any,
+    most: int,
+) -> tuple[Solution, Tensor]:
+    """Solves until the residual is small or the curvature along a search is not positive.
+
+    Args:
+        product: The matrix times a vector.
+        right: The right-hand side.
+        damping: This times the identity is added to the matrix.
+        scale: A diagonal that preconditions: about that of the damped matrix, or 1.
+        tolerance: Of the residual, as a part of the right-hand side.
+        most: Iterations, at most.
+
+    Returns:
+        The solution, and whether the curvature along the first search, which is that of
+        steepest descent, is positive. Where it is not, the solution is this search.
+    """
+    # The solution is proportional to the right-hand side, so solve for one of length 1.
+    length = norm(right)
+    right = tf.math.divide_no_nan(right, length)
+    epsilon = np.finfo(right.dtype.as_numpy_dtype).eps
+    root = tf.sqrt(scale)
+
+    def body(
+        count: Tensor, ended: Tensor, is_curved: Tensor, vector: Tensor, its_product: Tensor,
+        residual: Tensor, search: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        of_search = product(search)
+        damped = of_search + damping * search
+        square, curvature = tf.reduce_sum(residual**2 / scale), tf.reduce_sum(search * damped)
+        # By the angle, which depends on no units. Also where a product is not finite.
+        is_flat = ~(cosine(search * root, damped / root) > epsilon)
+        at_first = tf.equal(count, 0)
+        part = tf.where(is_flat, tf.cast(at_first, square.dtype), square / curvature)
+        vector += part * search
+        its_product += part * of_search
+        residual -= part * damped
+        ended = is_flat | (norm(residual) <= tolerance)
+        new_square = tf.reduce_sum(residual**2 / scale)
+        search = residual / scale + new_square / square * search
+        is_curved &= ~(at_first & is_flat)
+        return count + 1, ended, is_curved, vector, its_product, residual, search
+
+    zeros = tf.zeros_like(right)
+    count, _, is_curved, vector, its_product, *_ = tf.while_loop(
+        lambda count, ended, *_: ~ended & (count < most),
+        body,
+        (tf.constant(0), length <= 0, tf.constant(True), zeros, zeros, right, right / scale),
+    )
+    return Solution(length * vector, length * its_product, count), is_curved
 
 
 def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:

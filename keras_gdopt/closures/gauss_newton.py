@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
+from keras_gdopt.closures.vectors import symmetric_matrix
 from keras_gdopt.functional import Batch, Data
 
 Tensor = Any
@@ -108,11 +109,13 @@ class GaussNewton:
             matrix += part
         if by_products:
             only = by_products if by_samples or by_rows else None
-            matrix += self._by_products(lambda v: self.product(weights, v, only))
+            matrix += symmetric_matrix(lambda v: self.product(weights, v, only), size, dtype)
         elif self._loss.function.is_regularized:
             batch = self._loss.batch
             leaves = self._leaves(batch, weights)
-            matrix += self._by_products(lambda v: self._of_regularizers(batch, weights, leaves, v))
+            matrix += symmetric_matrix(
+                lambda v: self._of_regularizers(batch, weights, leaves, v), size, dtype
+            )
         return matrix
 
     def diagonal(self, weights: Tensor) -> Tensor:
@@ -253,15 +256,6 @@ class GaussNewton:
         if self._loss.function.is_regularized:
             product += self._of_regularizers(batch, weights, leaves, vector)
         return product
-
-    def _by_products(self, product: Callable[[Tensor], Tensor]) -> Tensor:
-        size, dtype = self._loss.size, self._loss.dtype
-        columns = tf.map_fn(
-            lambda place: product(tf.one_hot(place, size, dtype=dtype)),
-            tf.range(size),
-            fn_output_signature=tf.TensorSpec((size,), dtype),
-        )
-        return 0.5 * (columns + tf.transpose(columns))
 
     def _by_rows(self, batch: Batch, weights: Tensor, places: Sequence[int]) -> Tensor:
         """Of arrays of residuals, whose second derivatives are diagonal."""

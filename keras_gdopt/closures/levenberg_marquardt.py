@@ -222,6 +222,7 @@ class LevenbergMarquardt(ClosureOptimizer):
         if self._takes_products(loss, ways):
             system: DampedSystem = SystemOfProducts(
                 lambda vector: matrix.product(point.weights, vector),
+                point.gradient,
                 matrix.diagonal(point.weights),
                 tolerance=_TOLERANCE,
                 most=min(2 * loss.size, _MOST_INNER),
@@ -230,7 +231,7 @@ class LevenbergMarquardt(ClosureOptimizer):
 
         def by_the_matrix() -> Iteration:
             dense = matrix.matrix(point.weights)
-            system = DenseSystem(dense, is_compiled=loss.is_compiled)
+            system = DenseSystem(dense, point.gradient, is_compiled=loss.is_compiled)
             return self._stepped(system, point, memory, loss)
 
         def by_the_rows() -> Iteration:
@@ -257,7 +258,7 @@ class LevenbergMarquardt(ClosureOptimizer):
         damping = tf.where(memory["damping"] > 0, memory["damping"], at_first)
 
         def tried(tries: _Tries) -> _Tries:
-            solution = system.solve(tries.damping, point.gradient)
+            solution = system.solve(tries.damping)
             step = loss.without_frozen(-solution.vector)
             curved = tf.reduce_sum(solution.vector * solution.product)
             promised = -tf.reduce_sum(step * point.gradient) - 0.5 * curved

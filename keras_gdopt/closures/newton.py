@@ -8,9 +8,13 @@ import tensorflow as tf
 
 from keras_gdopt.closures.base import Memory, Point, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.closures.damped_systems import diagonal, with_unit_diagonal
+from keras_gdopt.closures.damped_systems import (
+    conjugate_gradient,
+    diagonal,
+    with_unit_diagonal,
+)
 from keras_gdopt.closures.line_search_optimizer import LineSearchOptimizer, Proposal
-from keras_gdopt.closures.vectors import cosine, norm
+from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
 
 SOLVERS = ("auto", "exact", "cg")
@@ -138,11 +142,14 @@ class Newton(LineSearchOptimizer):
             product = tf.linalg.matvec(hessian, direction)
         else:
             tolerance = _forcing_term(point.gradient, memory)
-            direction, product, memory["inner_iterations"] = _by_conjugate_gradient(
+            # Where the curvature along it is negative at first, that is the negative gradient.
+            (direction, product, memory["inner_iterations"]), _ = conjugate_gradient(
                 lambda vector: loss.hessian_product(point.weights, vector),
-                point.gradient,
+                -point.gradient,
                 memory["damping"],
-                tolerance,
+                scale=tf.ones_like(point.gradient),
+                tolerance=tolerance,
+                most=min(2 * loss.size, _MOST_INNER),
             )
             memory["tolerance"] = tolerance
         length = norm(direction)
@@ -245,43 +252,3 @@ def _forcing_term(gradient: Tensor, memory: Memory) -> Tensor:
     safeguard = 0.9 * memory["tolerance"] ** _GOLDEN
     term = tf.where(safeguard > 0.1, tf.maximum(term, safeguard), term)
     return tf.where(before > 0, tf.minimum(term, 0.5), 0.5)
-
-
-def _by_conjugate_gradient(
-    product: Any, gradient: Tensor, damping: Tensor, tolerance: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction, the Hessian's product with it, and the iterations that it took."""
-    # The direction is proportional to the gradient, so solve for one of length 1.
-    length = norm(gradient)
-    gradient = tf.math.divide_no_nan(gradient, length)
-    epsilon = np.finfo(gradient.dtype.as_numpy_dtype).eps
-
-    def body(
-        count: Tensor, ended: Tensor, solution: Tensor, its_product: Tensor,
-        residual: Tensor, search: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        of_search = product(search)
-        damped = of_search + damping * search
-        square, curvature = tf.reduce_sum(residual**2), tf.reduce_sum(search * damped)
-        # By the angle, which depends on no units. Also where a product is not finite.
-        negative = ~(cosine(search, damped) > epsilon)
-        # Along a first direction of negative curvature: the negative gradient as it is.
-        at_first = tf.cast(tf.equal(count, 0), square.dtype)
-        length = tf.where(negative, at_first, square / curvature)
-        solution += length * search
-        its_product += length * of_search
-        residual -= length * damped
-        new_square = tf.reduce_sum(residual**2)
-        ended = negative | (tf.sqrt(new_square) <= tolerance)
-        return (
-            count + 1, ended, solution, its_product, residual,
-            residual + new_square / square * search,
-        )  # fmt: skip
-
-    zeros = tf.zeros_like(gradient)
-    count, _, solution, its_product, *_ = tf.while_loop(
-        lambda count, ended, *_: ~ended & (count < min(2 * gradient.shape[0], _MOST_INNER)),
-        body,
-        (tf.constant(0), tf.constant(False), zeros, zeros, -gradient, -gradient),
-    )
-    return length * solution, length * its_product, count

@@ -1,5 +1,6 @@
-"""Lengths and angles of vectors whose squares over- or underflow."""
+"""Lengths and angles of vectors whose squares over- or underflow, and matrices by products."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -21,3 +22,19 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
     return tf.reduce_sum(
         tf.math.divide_no_nan(one, norm(one)) * tf.math.divide_no_nan(other, norm(other))
     )
+
+
+def symmetric_matrix(product: Callable[[Tensor], Tensor], size: int, dtype: Any) -> Tensor:
+    """The matrix of which only products are known, from one for each of its columns.
+
+    Args:
+        product: The matrix times a vector.
+        size: Of the vector.
+        dtype: Of the vector.
+    """
+    columns = tf.map_fn(
+        lambda place: product(tf.one_hot(place, size, dtype=dtype)),
+        tf.range(size),
+        fn_output_signature=tf.TensorSpec((size,), dtype),
+    )
+    return 0.5 * (columns + tf.transpose(columns))

@@ -130,14 +130,18 @@ def test_systems_of_rows_and_of_products_are_the_dense_one(rng, float64):
     expected = np.linalg.solve(matrix.numpy() + 0.3 * np.eye(9), gradient)
     diagonal = np.diag(matrix)
     for system in (
-        DenseSystem(matrix, is_compiled=False),
-        DenseSystem(matrix, is_compiled=True),
+        DenseSystem(matrix, gradient, is_compiled=False),
+        DenseSystem(matrix, gradient, is_compiled=True),
         SystemOfRows(rows, blocks, right),
         SystemOfProducts(
-            lambda v: tf.linalg.matvec(matrix, v), tf.constant(diagonal), tolerance=1e-13, most=20
+            lambda v: tf.linalg.matvec(matrix, v),
+            gradient,
+            tf.constant(diagonal),
+            tolerance=1e-13,
+            most=20,
         ),
     ):
-        solution = system.solve(damping, gradient)
+        solution = system.solve(damping)
         np.testing.assert_allclose(solution.vector, expected, rtol=1e-9)
         np.testing.assert_allclose(solution.product, matrix.numpy() @ expected, rtol=1e-9)
         assert float(system.largest) == pytest.approx(np.max(diagonal))
