@@ -1,4 +1,4 @@
-"""To machine precision: least squares and self-scaled BFGS beside SciPy, on np.sinc(10 x).
+"""To machine precision: least squares and BFGS beside SciPy and torch, on np.sinc(10 x).
 
 python -m benchmarks.precision                   # everything, about 25 minutes
 python -m benchmarks.precision levenberg         # one part; `--help` lists them
@@ -185,6 +185,36 @@ def by_scipy(seed: int, method: str, most: int) -> Way:
     return Way(float(found.fun), time.perf_counter() - started, nothing, nothing, int(found.nit))
 
 
+def by_torch(seed: int, most: int) -> Way:
+    """`torch.optim.LBFGS` with its strong Wolfe line search."""
+    import torch
+
+    torch.set_num_threads(1)
+    theta = torch.from_numpy(start_of(seed)).requires_grad_()
+    x, y = torch.from_numpy(X), torch.from_numpy(Y[:, 0])
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=most, max_eval=10 * most, history_size=50, line_search_fn="strong_wolfe",
+        tolerance_grad=0.0, tolerance_change=0.0,
+    )  # fmt: skip
+    lowest, low = float("inf"), float("nan")
+
+    def closure() -> Any:
+        nonlocal lowest, low
+        optimizer.zero_grad()
+        kernel, bias, last, last_bias = torch.split(theta, [UNITS, UNITS, UNITS, 1])
+        loss = torch.mean((torch.tanh(x * kernel + bias) @ last + last_bias - y) ** 2)
+        loss.backward()
+        lowest = min(lowest, loss.item())
+        if low != low and lowest <= LOW:
+            low = time.perf_counter() - started
+        return loss
+
+    started = time.perf_counter()
+    optimizer.step(closure)
+    made = optimizer.state[theta]["n_iter"]
+    return Way(lowest, time.perf_counter() - started, low, float("nan"), made)
+
+
 # --- the parts ------------------------------------------------------------------------------
 
 
@@ -200,6 +230,7 @@ def levenberg() -> None:
             seed, gdopt.LBFGS(iterations_per_step=50, memory=50), 30_000, until_low=True
         ),
     )
+    rows_of("torch, LBFGS, 9,000 iterations", lambda seed: by_torch(seed, 9000))
     minpack = rows_of('SciPy, least_squares(method="lm")', lambda seed: by_minpack(seed, 2200))
     rows_of(
         "LevenbergMarquardt in float32",

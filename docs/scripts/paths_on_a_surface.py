@@ -4,7 +4,8 @@ The optimizers are the real ones; the surface is a valley that bends,
 
     f(x, y) = x² / 20 + (y - sin(x))²,
 
-steep across and flat along, with its lowest point at (0, 0).
+steep across and flat along, with its lowest point at (0, 0). It is a sum of two squares, for
+Levenberg-Marquardt.
 """
 
 import functools
@@ -80,24 +81,38 @@ PATHS: dict[str, Sequence[Path]] = {
     "newton": [Path("Newton()", lambda: gdopt.Newton(jit_compile=False), 15)],
     "bfgs": [Path("BFGS()", lambda: gdopt.BFGS(jit_compile=False), 15)],
     "lbfgs": [Path("LBFGS()", lambda: gdopt.LBFGS(jit_compile=False), 15)],
+    "levenberg_marquardt": [
+        Path("LevenbergMarquardt()", lambda: gdopt.LevenbergMarquardt(jit_compile=False), 15),
+        Path(
+            "LevenbergMarquardt(damping=10)",
+            lambda: gdopt.LevenbergMarquardt(damping=10, jit_compile=False),
+            15,
+        ),
+    ],
 }
+
+
+def residuals(x: Any, y: Any) -> tuple[Any, Any]:
+    """What is squared."""
+    return x / 20**0.5, y - keras.ops.sin(x)
 
 
 def surface(x: Any, y: Any) -> Any:
     """The function that is minimized."""
-    return x**2 / 20 + (y - keras.ops.sin(x)) ** 2
+    along, across = residuals(x, y)
+    return along**2 + across**2
 
 
 class Point(keras.Layer):
-    """A model of which the weights are a point, and the output is the surface there."""
+    """A model of which the weights are a point, and the outputs are the residuals there."""
 
     def build(self, input_shape: Any) -> None:
         """Starts where all paths start."""
         self.place = self.add_weight(shape=(2,), initializer=lambda *_, **__: tf.constant(START))
 
     def call(self, inputs: Any) -> Any:
-        """The height of the surface for each of the inputs, which have no part in it."""
-        return surface(self.place[0], self.place[1]) + 0 * inputs
+        """The residuals for each of the inputs, which have no part in them."""
+        return keras.ops.stack(residuals(self.place[0], self.place[1])) + 0 * inputs
 
 
 def walked(path: Path) -> np.ndarray:
@@ -105,7 +120,7 @@ def walked(path: Path) -> np.ndarray:
     model = keras.Sequential([keras.Input((1,)), Point()])
     optimizer = path.optimizer()
     closure = isinstance(optimizer, ClosureOptimizer)
-    model.compile(optimizer, loss=lambda _, height: height, run_eagerly=not closure)
+    model.compile(optimizer, loss=_sum_of_squares, run_eagerly=not closure)
     if closure:
         optimizer.attach(model)
     points, nothing = [np.array(START)], np.zeros((1, 1))
@@ -113,6 +128,11 @@ def walked(path: Path) -> np.ndarray:
         model.train_on_batch(nothing, nothing)
         points.append(model.get_weights()[0])
     return np.array(points)
+
+
+def _sum_of_squares(target: Any, left: Any) -> Any:
+    del target
+    return keras.ops.sum(left**2, axis=-1)
 
 
 @functools.cache
