@@ -216,8 +216,10 @@ def conjugate_gradient(
         of_search = product(search)
         damped = of_search + damping * search
         square, curvature = tf.reduce_sum(residual**2 / scale), tf.reduce_sum(search * damped)
-        # By the angle, which depends on no units. Also where a product is not finite.
-        is_flat = ~(cosine(search * root, damped / root) > epsilon)
+        # By the angle, which depends on no units. A NaN is asked for by name: TensorFlow's graph
+        # optimizer turns `~(angle > epsilon)` into `angle <= epsilon`.
+        angle = cosine(search * root, damped / root)
+        is_flat = (angle <= epsilon) | tf.math.is_nan(angle)
         at_first = tf.equal(count, 0)
         part = tf.where(is_flat, tf.cast(at_first, square.dtype), square / curvature)
         vector += part * search

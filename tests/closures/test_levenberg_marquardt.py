@@ -577,8 +577,17 @@ def test_sequences_of_any_length(rng):
     assert model.evaluate(data, verbose=0) < 1e-6
 
 
+@pytest.fixture
+def graph_optimizer():
+    """TensorFlow optimizes graphs, as it does for users; see conftest.py."""
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+    yield
+    tf.config.optimizer.set_experimental_options(before)
+
+
 @pytest.mark.parametrize("solver", [slow("exact"), "cg"])
-def test_a_loss_that_is_not_convex_raises_the_damping(solver, float64):
+def test_a_loss_that_is_not_convex_raises_the_damping(solver, float64, graph_optimizer):
     """And does not pass for one that has converged."""
     optimizer = gdopt.LevenbergMarquardt(solver=solver, iterations_per_step=30, **PLAIN)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])

@@ -368,7 +368,7 @@ def test_chunks_give_the_step_of_the_whole_batch():
 # --- TensorBoard ----------------------------------------------------------------------------
 
 OWN = {
-    "LevenbergMarquardt": {"damping", "gain_ratio"},
+    "LevenbergMarquardt": {"damping", "gain_ratio", "inner_iterations"},
     "ConjugateGradient": {"beta"},
     "Newton": {"damping", "inner_iterations"},
     "LBFGS": {"memory_pairs"},
