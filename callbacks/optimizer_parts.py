@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers.step_metrics import distinct_paths
+from keras_gdopt.optimizers.recording import distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import (
     chain,
     is_multi_optimizer,

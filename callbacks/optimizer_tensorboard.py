@@ -29,7 +29,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_choice,
     checked_count,
 )
-from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
+from keras_gdopt.optimizers.recording import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 # Of log10 of update norm to weight norm.

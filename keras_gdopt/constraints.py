@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -13,7 +13,7 @@ from keras.src.backend.common import global_state
 # Of operations such as `keras.random.normal(shape)`; nothing public tells of it.
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 Data = dict[str, Any]
 """The parts of a `Batch` that there are, by name: structures without `None`."""

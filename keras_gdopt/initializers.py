@@ -7,8 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count, checked_number
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 ACTIVATIONS = ("softmax", "sigmoid")
 

@@ -6,8 +6,7 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_number
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -16,17 +16,16 @@ from keras_gdopt.functional import Batch, Data, ModelFunction, check_is_trainabl
 from keras_gdopt.optimizers.argument_checks import (
     BASE_ARGUMENTS,
     check_tensorflow,
-    checked_choice,
     checked_count,
     checked_flag,
     checked_learning_rate,
     checked_number,
 )
 from keras_gdopt.optimizers.arithmetic import common_dtype
-from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
-from keras_gdopt.optimizers.step_metrics import TIERS, distinct_paths
-
-Tensor = Any
+from keras_gdopt.optimizers.compilation import xla_is_available
+from keras_gdopt.optimizers.recording import TIERS, Recorder, RecordingOptimizer
+from keras_gdopt.optimizers.saved_state import variable_path
+from keras_gdopt.tensor import Tensor
 
 Memory = dict[str, Tensor]
 """What an algorithm keeps from one iteration to the next, by name."""
@@ -57,17 +56,6 @@ _WHY_REFUSED = {
     "loss_scale_factor": "the loss is evaluated in the precision of the weights",
     "gradient_accumulation_steps": "use `closure_chunks` for batches larger than memory",
 }
-
-_METRICS = (
-    "learning_rate",
-    "grad_norm",
-    "update_norm",
-    "weight_norm",
-    "step_length",
-    "evaluations",
-    "steps_made",
-)
-_METRICS_OF_VARIABLES = ("grad_norm", "update_norm", "weight_norm")
 
 
 class Point(NamedTuple):
@@ -113,7 +101,7 @@ class Iteration(NamedTuple):
     """Whether it failed because no loss near by is lower by more than rounding."""
 
 
-class ClosureOptimizer(SavedStateOptimizer):
+class ClosureOptimizer(RecordingOptimizer):
     r"""An optimizer that evaluates the loss of the current batch as often as it needs.
 
     `attach(model)`, once after `model.compile`, gives it that loss: from then on a
@@ -206,9 +194,9 @@ class ClosureOptimizer(SavedStateOptimizer):
         self.jit_compile = jit_compile
         self._memory: dict[str, Any] = {}
         self._progress: Any = None
-        # What is recorded for callbacks is nothing that is saved, so without Keras's tracking.
-        object.__setattr__(self, "_report", None)
-        object.__setattr__(self, "_keeps_gradient", False)
+        # Without Keras's tracking: neither holds state that is saved.
+        object.__setattr__(self, "_recorder", Recorder(records_all=True, dtype=tf.float64))
+        object.__setattr__(self, "_outcome", None)
 
     # --- the algorithm -------------------------------------------------------
 
@@ -301,37 +289,19 @@ class ClosureOptimizer(SavedStateOptimizer):
         20 iterations. `status` tells which. Steps that start there, on the same batch,
         evaluate the loss once.
         """
-        return self._report is not None and bool(self._report["converged"].numpy())
+        return self._outcome is not None and bool(self._outcome.converged.numpy())
 
     @property
     def status(self) -> str:
         """How the last iteration ended: `"accepted"`, or why not."""
-        if self._report is None or int(self._report["iterations"].numpy()) == 0:
+        if self._outcome is None or int(self._outcome.status.numpy()) < 0:
             return _NOT_STARTED
-        return (*self.statuses, *_STATUSES)[int(self._report["status"].numpy())]
+        return (*self.statuses, *_STATUSES)[int(self._outcome.status.numpy())]
 
-    def record_step_metrics(
-        self, every: int = 1, *, tier: str = "scalars", listener: Any = None
-    ) -> bool:
-        """Asks for `recorded_gradients`; all other metrics are of every step anyway.
-
-        Args:
-            every: 0 ends the recording.
-            tier: `"histograms"` for `recorded_gradients`.
-            listener: As for the first-order optimizers; of no influence here.
-
-        Returns:
-            Whether the step must be traced again to record.
-        """
-        del listener
-        checked_count("every", every, minimum=0)
-        checked_choice("tier", tier, TIERS)
-        asks = every > 0 and tier == "histograms" and not self._keeps_gradient
-        if asks:
-            object.__setattr__(self, "_keeps_gradient", True)
-            if self._report is not None:
-                self._make_room_for_gradient()
-        return asks
+    @property
+    def recorder(self) -> Recorder:
+        """Keeps what the last step was like; every step is recorded."""
+        return self._recorder
 
     @property
     def step_metrics(self) -> dict[str, float]:
@@ -348,39 +318,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         - `steps_made`: iterations of the algorithm,
         - what the algorithm has of its own.
         """
-        if self._report is None or int(self._report["iterations"].numpy()) == 0:
-            return {}
-        values = self._report["model"].numpy().tolist()
-        metrics = dict(zip((*_METRICS, *self.own_metrics), values, strict=True))
-        return {"iterations": int(self._report["iterations"].numpy()), **metrics}
-
-    @property
-    def variable_metrics(self) -> dict[str, dict[str, float]]:
-        """`grad_norm`, `update_norm` and `weight_norm` of each variable, by its path."""
-        if self._report is None or int(self._report["iterations"].numpy()) == 0:
-            return {}
-        rows = self._report["variables"].numpy().tolist()
-        return {
-            path: dict(zip(_METRICS_OF_VARIABLES, row, strict=True))
-            for path, row in zip(distinct_paths(self._trainable_variables), rows, strict=True)
-        }
-
-    @property
-    def recorded_gradients(self) -> dict[str, np.ndarray]:
-        """The gradients where the last step ended, if asked for, by the variable's path."""
-        if self._report is None or "gradient" not in self._report:
-            return {}
-        if not self._report["has_gradient"].numpy():  # asked for, and no step made since
-            return {}
-        flat = self._report["gradient"].numpy()
-        variables = self._trainable_variables
-        ends = np.cumsum([int(np.prod(v.shape)) for v in variables])[:-1]
-        return {
-            path: part.reshape(variable.shape)
-            for path, part, variable in zip(
-                distinct_paths(variables), np.split(flat, ends), variables, strict=True
-            )
-        }
+        return super().step_metrics
 
     # --- what Keras calls ----------------------------------------------------
 
@@ -411,7 +349,10 @@ class ClosureOptimizer(SavedStateOptimizer):
         self._progress = self.add_variable(
             (len(Progress._fields),), initializer="zeros", dtype=dtype, name="progress"
         )
-        self._make_report()
+        self._recorder.variables = self._trainable_variables
+        with tf.init_scope():
+            outcome = _Outcome(*(tf.Variable(v, trainable=False) for v in (-1, False)))
+        object.__setattr__(self, "_outcome", outcome)
         self._restore_loaded_state()
 
     def get_config(self) -> dict[str, Any]:
@@ -486,7 +427,7 @@ class ClosureOptimizer(SavedStateOptimizer):
         # The end of data of unknown length is no step.
         with tf.control_dependencies([run.point.loss]):
             self._iterations.assign_add(1)
-        self._report_on(run, start, learning_rate, loss)
+        self._record(run, start, learning_rate, loss)
         return run.point.loss
 
     def _iterated(self, point: Point, learning_rate: Tensor, loss: BatchLoss) -> "_Run":
@@ -572,57 +513,32 @@ class ClosureOptimizer(SavedStateOptimizer):
 
     # --- what is recorded ----------------------------------------------------
 
-    def _make_report(self) -> None:
-        variables = self._trainable_variables
-        count = len(_METRICS) + len(self.own_metrics)
-        rows = (len(variables), len(_METRICS_OF_VARIABLES))
-        dtype = common_dtype(variables)
-        with tf.init_scope():
-            values = {
-                "iterations": tf.constant(0, tf.int64),
-                "status": tf.constant(0),
-                "converged": tf.constant(False),
-                "model": tf.zeros((count,), dtype),
-                "variables": tf.zeros(rows, dtype),
-            }
-            report = {name: tf.Variable(v, trainable=False) for name, v in values.items()}
-        object.__setattr__(self, "_report", report)
-        if self._keeps_gradient:
-            self._make_room_for_gradient()
-
-    def _make_room_for_gradient(self) -> None:
-        variables = self._trainable_variables
-        with tf.init_scope():
-            zeros = tf.zeros((_size(variables),), common_dtype(variables))
-            self._report["gradient"] = tf.Variable(zeros, trainable=False)
-            self._report["has_gradient"] = tf.Variable(False, trainable=False)
-
-    def _report_on(
-        self, run: "_Run", start: Tensor, learning_rate: Tensor, loss: BatchLoss
-    ) -> None:
-        report, point = self._report, run.point
+    def _record(self, run: "_Run", start: Tensor, learning_rate: Tensor, loss: BatchLoss) -> None:
+        point = run.point
         free = loss.free_gradient(point.weights, point.gradient)
-        vectors = (free, point.weights - start, point.weights)
-        numbers = [
-            learning_rate,
-            *(norm(vector) for vector in vectors),
-            run.step_length,
-            run.evaluations,
-            run.iterations,
-            *(run.memory[name] for name in self.own_metrics),
-        ]
-        report["model"].assign(tf.stack([tf.cast(n, point.loss.dtype) for n in numbers]))
-        of_variables = [
-            [tf.cast(norm(part), point.loss.dtype) for part in loss.parted(vector)]
-            for vector in vectors
-        ]
-        report["variables"].assign(tf.transpose(tf.stack(of_variables)))
-        report["status"].assign(run.status)
-        report["converged"].assign(run.converged)
-        report["iterations"].assign(tf.cast(self._iterations, tf.int64))
-        if self._keeps_gradient:
-            report["gradient"].assign(point.gradient)
-            report["has_gradient"].assign(True)
+        vectors = {
+            "grad_norm": free,
+            "update_norm": point.weights - start,
+            "weight_norm": point.weights,
+        }
+        numbers = {
+            "learning_rate": learning_rate,
+            **{name: norm(vector) for name, vector in vectors.items()},
+            "step_length": run.step_length,
+            "evaluations": run.evaluations,
+            "steps_made": run.iterations,
+            **{name: run.memory[name] for name in self.own_metrics},
+        }
+        of_variables = {
+            name: [norm(part) for part in loss.parted(vector)] for name, vector in vectors.items()
+        }
+        gradients = None
+        if self._recorder.tier >= TIERS.index("histograms"):
+            gradients = dict(enumerate(loss.parted(point.gradient)))
+        record = self._recorder.pack(numbers, of_variables, gradients)
+        self._recorder.store(record, tf.convert_to_tensor(self._iterations))
+        self._outcome.status.assign(run.status)
+        self._outcome.converged.assign(run.converged)
 
     # --- checks --------------------------------------------------------------
 
@@ -737,6 +653,14 @@ class _Run(NamedTuple):
     converged: Tensor
 
 
+class _Outcome(NamedTuple):
+    """Variables that tell how the last step ended."""
+
+    status: tf.Variable
+    """The place among all statuses; -1 before the first step."""
+    converged: tf.Variable
+
+
 class _TrainStep:
     """A model's training step by a closure optimizer; belongs to the model.
 
@@ -772,7 +696,7 @@ class _TrainStep:
         batch = {"x": x, "y": y, "sample_weight": sample_weight}
         loss = self._minimize(
             {name: part for name, part in batch.items() if part is not None},
-            keeps_gradient=optimizer._keeps_gradient,
+            tier=optimizer.recorder.tier,
             trained=tuple(id(variable) for variable in model.trainable_variables),
         )
         arguments = {"training": True} if model._call_has_training_arg else {}
@@ -783,10 +707,11 @@ class _TrainStep:
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data, *, keeps_gradient: bool, trained: tuple[int, ...]) -> Tensor:
-        del keeps_gradient, trained  # another trace for each, as they are read elsewhere
+    def _traced(self, data: Data, *, tier: int, trained: tuple[int, ...]) -> Tensor:
+        del tier, trained  # another trace for each, as they are read elsewhere
         model, optimizer = self._both()
-        function = self._loss(model, optimizer._trainable_variables)
+        optimizer.recorder.note_trace()
+        function = self._loss(model, optimizer.recorder.variables)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
 
     def _both(self) -> tuple[Any, Any]:
@@ -821,9 +746,6 @@ def _is_compiled(model: keras.Model, asked: bool | str) -> bool:
     """Whether XLA compiles the step: if asked for, and by default where the layers allow it."""
     if model.jit_compile or asked != "auto":
         return bool(model.jit_compile or asked)
-    # With another backend this room is imported too, but none of TensorFlow's steps.
-    from keras_gdopt.optimizers.tensorflow_step import xla_is_available
-
     return xla_is_available() and all(layer.supports_jit for layer in model._flatten_layers())
 
 

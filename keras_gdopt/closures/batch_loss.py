@@ -10,8 +10,7 @@ import tensorflow as tf
 from keras_gdopt.closures.box import box_of
 from keras_gdopt.closures.vectors import symmetric_matrix
 from keras_gdopt.functional import Batch, ModelFunction, in_another_thread
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 class BatchLoss:

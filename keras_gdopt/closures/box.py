@@ -8,8 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.constraints import Bounds
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 class Box:

@@ -7,8 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.vectors import cosine, norm
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 class Solution(NamedTuple):

@@ -11,8 +11,8 @@ import tensorflow as tf
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.vectors import symmetric_matrix
 from keras_gdopt.functional import Batch, Data
+from keras_gdopt.tensor import Tensor
 
-Tensor = Any
 Leaves = list[Tensor]
 
 _NEVER_IN_PARTS = 2048  # entries of the Jacobian for a sample

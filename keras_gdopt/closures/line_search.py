@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 ACCEPTED, DECREASED, NO_DECREASE, NOT_FINITE = range(4)
 STATUSES = (

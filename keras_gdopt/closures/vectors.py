@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 def norm(vector: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import tensorflow as tf
 
 from keras_gdopt.gadam import genetics, keys
 from keras_gdopt.gadam.keys import Phase
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 CROSSOVERS = ("entries", "mean", "fitter")
 SELECTIONS = ("all", "truncation")

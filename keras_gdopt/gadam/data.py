@@ -29,9 +29,7 @@ from keras_gdopt.gadam.samples import (
     take_rows,
     tells_its_shapes,
 )
-
-Tensor = Any
-
+from keras_gdopt.tensor import Tensor
 
 # Steps that are handed to the device at a time, at most.
 _PORTION = 16

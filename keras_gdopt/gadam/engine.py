@@ -12,8 +12,7 @@ from keras_gdopt.functional import Batch, Data, ModelFunction
 from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.population import Members, forget_sequences
 from keras_gdopt.optimizers.pure_step import pure_step
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 ENGINES = ("auto", "stacked", "mapped")
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 _LINKS = ("softmax", "sigmoid")
 

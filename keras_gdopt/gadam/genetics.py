@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 _ALL = 2.0**32  # as many numbers as 32 bits can be
 

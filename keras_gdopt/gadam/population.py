@@ -12,8 +12,7 @@ import tensorflow as tf
 
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.keys import Phase
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 
 class Members(NamedTuple):

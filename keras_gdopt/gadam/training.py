@@ -19,8 +19,7 @@ from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.samples import sample_count
-
-Tensor = Any
+from keras_gdopt.tensor import Tensor
 
 _OF_TENSORFLOW = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)
 _LONGEST = 300  # characters of another's message

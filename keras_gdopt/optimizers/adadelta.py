@@ -6,8 +6,10 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, is_known
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+from keras_gdopt.optimizers.arithmetic import is_known
+from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -7,8 +7,9 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_number
-from keras_gdopt.optimizers.arithmetic import Tensor
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_gdopt.optimizers.adaptive_moments import AdaptiveMoments
 from keras_gdopt.optimizers.argument_checks import checked_flag
-from keras_gdopt.optimizers.arithmetic import Tensor
-from keras_gdopt.optimizers.base import Slots, Update
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

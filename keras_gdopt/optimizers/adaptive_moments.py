@@ -7,13 +7,14 @@ from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_epsilons, checked_fraction
 from keras_gdopt.optimizers.arithmetic import (
-    Tensor,
     in_dtype,
     is_known,
     moving_average,
     one_minus_power,
 )
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots
+from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.rule import Slots
+from keras_gdopt.tensor import Tensor
 
 
 class AdaptiveMoments(GradientOptimizer):

@@ -1,17 +1,15 @@
 """Arithmetic that update rules share, and the dtype it is done in."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_gdopt.tensor import Tensor
+
 _SMALLEST_PART, _MOST_PARTS = 2**15, 8
-
-Tensor = Any
-"""A tensor of the Keras backend in use."""
-
 
 Number = Any
 """A hyper-parameter: a Python number, or for a member of a population a scalar tensor."""
@@ -86,6 +84,6 @@ def computation_dtype(variable_dtype: Any) -> str:
     return "float32" if dtype == "bfloat16" else dtype
 
 
-def constrained(variable: Any, value: Tensor) -> Tensor:
-    """A value for a variable, as the variable's constraint leaves it."""
-    return value if variable.constraint is None else variable.constraint(value)
+def constrain(constraint: Callable[[Tensor], Tensor] | None, value: Tensor) -> Tensor:
+    """A value as a constraint leaves it, if there is one."""
+    return value if constraint is None else constraint(value)

@@ -5,28 +5,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
-import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import (
     check_is_floating,
-    check_tensorflow,
     checked_base_arguments,
-    checked_count,
     checked_flag,
     checked_learning_rate,
 )
-from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype, constrained
-from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_path
-
-Slots = Mapping[str, Tensor]
-"""One variable's slots by name."""
-
-Update = tuple[Tensor, dict[str, Tensor]]
-"""The change of a variable, and its new slots by name."""
+from keras_gdopt.optimizers.arithmetic import computation_dtype, constrain
+from keras_gdopt.optimizers.compilation import after
+from keras_gdopt.optimizers.recording import Recorder, RecordingOptimizer
+from keras_gdopt.optimizers.rule import Slots, StepSettings, StepVariables, Update
+from keras_gdopt.optimizers.saved_state import variable_path
+from keras_gdopt.tensor import Tensor
 
 
-class GradientOptimizer(SavedStateOptimizer):
+class GradientOptimizer(RecordingOptimizer):
     r"""Turns a pure update rule into a Keras optimizer.
 
     A subclass states its slots, its hyper-parameters and one pure function,
@@ -161,7 +157,9 @@ class GradientOptimizer(SavedStateOptimizer):
         self.lazy = lazy
         self._slots: dict[str, list[Any]] = {}
         self._excluded_from_weight_decay: dict[str, list[Any]] = {}
-        # Without Keras's tracking: it holds no state that is saved.
+        # Without Keras's tracking: neither holds state that is saved.
+        uses_tensorflow = keras.backend.backend() == "tensorflow"
+        object.__setattr__(self, "_recorder", Recorder() if uses_tensorflow else None)
         object.__setattr__(self, "_tensorflow_step", self._new_tensorflow_step())
 
     # --- the rule ------------------------------------------------------------
@@ -269,6 +267,8 @@ class GradientOptimizer(SavedStateOptimizer):
             name: self.add_optimizer_variables(variables, name, functools.partial(_filled, initial))
             for name, initial in self._slot_initial_values().items()
         }
+        if self._recorder is not None:
+            self._recorder.variables = self._trainable_variables
         self._restore_loaded_state()
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
@@ -283,11 +283,11 @@ class GradientOptimizer(SavedStateOptimizer):
             ValueError: If the variable is of a complex or integer dtype.
         """
         check_is_floating(type(self).__name__, variable_path(variable), variable.dtype)
-        if self._tensorflow_step is not None:
-            self._tensorflow_step.update_variable(gradient, variable, learning_rate)
-            return
         index = self._get_variable_index(variable)
-        change, slots = self._ruled(
+        if self._tensorflow_step is not None:
+            self._tensorflow_step.update_variable(index, gradient, variable, learning_rate)
+            return
+        change, slots = self.apply_rule(
             gradient,
             {name: ops.convert_to_tensor(slot[index]) for name, slot in self._slots.items()},
             learning_rate,
@@ -340,7 +340,22 @@ class GradientOptimizer(SavedStateOptimizer):
         if self._tensorflow_step is None:
             super().apply(grads, variables)
         else:
-            self._tensorflow_step.apply(grads, variables)
+            self._apply_with_tensorflow(grads, variables)
+
+    @tf.autograph.experimental.do_not_convert
+    def _apply_with_tensorflow(
+        self, grads: Sequence[Tensor | None], variables: Sequence[Any]
+    ) -> None:
+        with keras.name_scope(self.name, caller=self), after(grads):
+            grads, variables = self._filter_empty_gradients(grads, variables)
+            grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
+            # By index and in its order: neither the order of the arguments nor raw
+            # variables in place of Keras's make another compiled step.
+            indices = map(self._get_variable_index, variables)
+            gradients = dict(sorted(zip(indices, grads, strict=True), key=lambda pair: pair[0]))
+            if gradients:
+                self._tensorflow_step.apply(gradients, self._all_reduce_sum_gradients)
+            self._iterations.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, for `from_config`."""
@@ -406,39 +421,10 @@ class GradientOptimizer(SavedStateOptimizer):
 
     # --- step metrics --------------------------------------------------------
 
-    def record_step_metrics(
-        self, every: int = 1, *, tier: str = "scalars", listener: Any = None
-    ) -> bool:
-        """Asks for the metrics of every n-th training step; needs TensorFlow.
-
-        A step that was traced before anybody asked does not record; one traced
-        since then does, and `every` may change at any time without a new trace.
-        What was recorded before is forgotten.
-        Training steps are counted as calls of `apply`; under gradient accumulation
-        the first update at or after each n-th call is recorded.
-
-        Args:
-            every: Record every n-th step; 0 stops the recording. Defaults to 1.
-            tier: What to keep: `"scalars"` for `step_metrics`, `"layers"` for
-                `variable_metrics` too, `"histograms"` for `recorded_gradients` too, which
-                takes the memory of the gradients once more. Defaults to `"scalars"`.
-            listener: Who asks, for listeners that know nothing of each other: each has
-                an `every` of its own, and the steps of all are recorded. Any object
-                that can be hashed and weakly referred to. Defaults to `None`: one for
-                all that give none.
-
-        Returns:
-            Whether the step that was traced last cannot record, so that it must be
-            traced again: `model.make_train_function(force=True)`.
-
-        Raises:
-            ValueError: If `every` is no integer or negative, `tier` is unknown, or there
-                are eight listeners already.
-            RuntimeError: With another backend than TensorFlow.
-        """
-        every = checked_count("every", every, minimum=0)
-        check_tensorflow("`record_step_metrics`")
-        return self._tensorflow_step.metrics.record_every(every, tier, listener)
+    @property
+    def recorder(self) -> Recorder | None:
+        """What decides which steps are recorded and keeps the last record; TensorFlow only."""
+        return self._recorder
 
     @property
     def step_metrics(self) -> dict[str, float]:
@@ -458,27 +444,43 @@ class GradientOptimizer(SavedStateOptimizer):
           `effective_learning_rate` over a fixed sample of at most 4,096 entries, where
           it differs between them.
         """
-        if self._tensorflow_step is None:
-            return {}
-        return self._tensorflow_step.metrics.latest()
+        return super().step_metrics
+
+    # --- what a step asks for ------------------------------------------------
 
     @property
-    def variable_metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of each variable in the last recorded step, by its path.
-
-        `grad_norm`, `update_norm`, `weight_norm` and the norm of each slot, such as
-        `velocity_norm`; those of a gradient are 0 where there was none. Empty before
-        there is a step that was recorded with the tier `"layers"`.
-        """
-        return {} if self._tensorflow_step is None else self._tensorflow_step.metrics.of_variables()
+    def step_settings(self) -> StepSettings:
+        """What the optimizer does around its rule, from its arguments."""
+        return StepSettings(
+            learning_rate=self._learning_rate,
+            clipnorm=self.clipnorm,
+            clipvalue=self.clipvalue,
+            global_clipnorm=self.global_clipnorm,
+            weight_decay=self.weight_decay,
+            ema_momentum=self.ema_momentum if self.use_ema else None,
+            ema_overwrite_frequency=self.ema_overwrite_frequency if self.use_ema else None,
+            loss_scale_factor=self.loss_scale_factor,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
 
     @property
-    def recorded_gradients(self) -> dict[str, np.ndarray]:
-        """The gradients of the last recorded step, before clipping, by the variable's path.
+    def step_variables(self) -> StepVariables:
+        """The variables that a step reads and writes; of a built optimizer."""
+        return StepVariables(
+            trainable=self._trainable_variables,
+            slots=self._slots,
+            averages=self._model_variables_moving_average if self.use_ema else (),
+            accumulators=self._accumulated_gradients if self.gradient_accumulation_steps else (),
+            iterations=self._iterations,
+        )
 
-        Empty before there is a step that was recorded with the tier `"histograms"`.
+    def uses_weight_decay(self, variable: Any) -> bool:
+        """Whether weight decay, if there is any, applies to a variable.
+
+        Args:
+            variable: One that the optimizer was built with.
         """
-        return {} if self._tensorflow_step is None else self._tensorflow_step.metrics.gradients()
+        return self._use_weight_decay(variable)
 
     # --- the parts -----------------------------------------------------------
 
@@ -487,7 +489,7 @@ class GradientOptimizer(SavedStateOptimizer):
             return None
         from keras_gdopt.optimizers.tensorflow_step import TensorFlowStep
 
-        return TensorFlowStep(self)
+        return TensorFlowStep(self, self._recorder)
 
     @property
     def slot_variables(self) -> Mapping[str, Sequence[Any]]:
@@ -504,7 +506,7 @@ class GradientOptimizer(SavedStateOptimizer):
         by_row = self.lazy or self.zero_gradient_changes_nothing
         return shape[:1] + (1,) * (len(shape) - 1) if by_row else ()
 
-    def _ruled(
+    def apply_rule(
         self,
         gradient: Tensor,
         slots: Slots,
@@ -514,9 +516,18 @@ class GradientOptimizer(SavedStateOptimizer):
         *,
         variable_dtype: Any,
     ) -> Update:
-        """The rule's change and new slots, in the dtype that the rule computes in.
+        """Calls `update_rule` in the dtype that it computes in, and checks what it returns.
 
-        With `hyperparameters` in place of the optimizer's own, by name.
+        Args:
+            gradient: Of one variable, or of some of its rows.
+            slots: As for `update_rule`.
+            learning_rate: A scalar.
+            step: The 1-based count of updates.
+            hyperparameters: Scalars in place of the optimizer's own numbers, by name.
+            variable_dtype: The dtype of the variable.
+
+        Returns:
+            The change and the new slots by name.
         """
         dtype = computation_dtype(variable_dtype)
         step_dtype = "float64" if keras.backend.backend() == "tensorflow" else "float32"
@@ -561,10 +572,18 @@ class GradientOptimizer(SavedStateOptimizer):
         if self.use_ema:
             for variable in var_list:
                 if variable.constraint is not None:
-                    variable.assign(constrained(variable, variable.value))
+                    variable.assign(constrain(variable.constraint, variable.value))
 
-    def _finalized(self, weight: Any, slots: Slots) -> Update:
-        """The weight that training ends with, and the slots that go with it."""
+    def finalize_weight(self, weight: Any, slots: Slots) -> Update:
+        """The weight that training ends with, and the slots that go with it; a pure function.
+
+        Args:
+            weight: A weight during training.
+            slots: Its slots by name.
+
+        Returns:
+            Both as they are, by default.
+        """
         return weight, dict(slots)
 
     def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
@@ -618,10 +637,9 @@ class GradientOptimizer(SavedStateOptimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # A compiled step has the arguments built in. (The learning rate is an input.)
-        if not name.startswith("_") and name != "learning_rate":
-            step = getattr(self, "_tensorflow_step", None)
-            if step is not None:
-                step.forget_clusters()
+        is_built_in = not name.startswith("_") and name != "learning_rate"
+        if is_built_in and getattr(self, "_tensorflow_step", None) is not None:
+            object.__setattr__(self, "_tensorflow_step", self._new_tensorflow_step())
 
 
 def _filled(value: float, shape: Sequence[int], dtype: Any = None) -> Tensor:

@@ -4,8 +4,9 @@ from typing import Any
 
 import keras
 
-from keras_gdopt.optimizers.arithmetic import Tensor
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -7,8 +7,14 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
-from keras_gdopt.optimizers.arithmetic import Tensor, constrained
+from keras_gdopt.optimizers.recording import Recorder
+from keras_gdopt.optimizers.slow_weights import (
+    final_weight,
+    start_slow_weight,
+    synchronize_weight,
+)
 from keras_gdopt.optimizers.wrapping_optimizer import WrappingOptimizer
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
@@ -124,19 +130,26 @@ class Lookahead(WrappingOptimizer):
         self._synchronize(ops.logical_and(updates > 0, in_step))
 
     def _start(self, where: Any = True) -> None:
-        """Sets the slow weights to the weights."""
+        """Sets the slow weights to the weights.
+
+        Args:
+            where: Whether to do so.
+        """
         for weight, slow in self._pairs():
-            value = ops.convert_to_tensor(slow)
-            self.assign(slow, ops.where(where, ops.cast(weight, slow.dtype), value))
+            self.assign(slow, start_slow_weight(weight, ops.convert_to_tensor(slow), where))
 
     def _synchronize(self, where: Any = True) -> None:
-        """Moves the slow weights towards the weights, and the weights there."""
+        """Moves the slow weights towards the weights, and sets the weights to them.
+
+        Args:
+            where: Whether to do so.
+        """
         for weight, slow in self._pairs():
-            fast, value = ops.cast(weight, slow.dtype), ops.convert_to_tensor(slow)
-            moved = constrained(weight, value + self.slow_step_size * (fast - value))
-            value = ops.where(where, moved, value)
-            self.assign(slow, value)
-            self.assign(weight, ops.cast(ops.where(where, value, fast), weight.dtype))
+            new_weight, new_slow = synchronize_weight(
+                weight, ops.convert_to_tensor(slow), self.slow_step_size, weight.constraint, where
+            )
+            self.assign(slow, new_slow)
+            self.assign(weight, new_weight)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Ends the inner optimizer's training, then puts the slow weights into the model.
@@ -147,16 +160,15 @@ class Lookahead(WrappingOptimizer):
         self.inner_optimizer.finalize_variable_values(var_list)
         if int(ops.convert_to_numpy(self._fast_updates)):
             for weight, slow in self._pairs():
-                # Until they move they are what training began with, which may break a constraint.
-                weight.assign(constrained(weight, ops.cast(slow, weight.dtype)))
+                weight.assign(final_weight(weight, slow, weight.constraint, where=True))
         self._fast_updates.assign(0)
 
     # --- the parts -----------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "slow_step_size" and hasattr(self, "_tensorflow_sync"):
-            # It is built into what was compiled.
+        # What was compiled has the arguments built in.
+        if name in self.hyperparameters and hasattr(self, "_tensorflow_sync"):
             object.__setattr__(self, "_tensorflow_sync", self._new_tensorflow_sync())
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
@@ -165,8 +177,15 @@ class Lookahead(WrappingOptimizer):
         is_float = keras.backend.is_float_dtype
         return (pair for pair in pairs if pair[1] is not None and is_float(pair[1].dtype))
 
-    def _own_metrics(self) -> dict[str, float]:
-        return self._tensorflow_sync.recorded() if self._tensorflow_sync is not None else {}
+    @property
+    def own_recorder(self) -> Recorder | None:
+        """Records `slow_fast_distance` and `syncs`."""
+        return self._tensorflow_sync and self._tensorflow_sync.recorder
+
+    @property
+    def cycle_variables(self) -> dict[str, Any]:
+        """The slow weights, and the count of updates since they began."""
+        return {"slow": list(self._slots["slow"]), "fast_updates": self._fast_updates}
 
     def _scalar_variables(self) -> Mapping[str, Any]:
         return {"fast_updates": self._fast_updates}
@@ -174,6 +193,17 @@ class Lookahead(WrappingOptimizer):
     def _new_tensorflow_sync(self) -> Any:
         if keras.backend.backend() != "tensorflow":
             return None
-        from keras_gdopt.optimizers.tensorflow_sync import TensorFlowSync
+        from keras_gdopt.optimizers.tensorflow_sync import SlowWeights, TensorFlowSync
 
-        return TensorFlowSync(self)
+        return TensorFlowSync(
+            SlowWeights(
+                sync_period=self.sync_period,
+                fast_updates=self._fast_updates,
+                iterations=lambda: self.iterations,
+                pairs=self._pairs,
+                start=self._start,
+                synchronize=self._synchronize,
+                assign=self.assign,
+                inner_recorder=lambda: self.recorder,
+            )
+        )

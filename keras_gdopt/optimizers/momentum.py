@@ -6,8 +6,10 @@ from typing import Any
 import keras
 
 from keras_gdopt.optimizers.argument_checks import checked_flag, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, global_norm
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+from keras_gdopt.optimizers.arithmetic import global_norm
+from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -6,8 +6,9 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.adaptive_moments import AdaptiveMoments
-from keras_gdopt.optimizers.arithmetic import Tensor, in_dtype
-from keras_gdopt.optimizers.base import Slots, Update
+from keras_gdopt.optimizers.arithmetic import in_dtype
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

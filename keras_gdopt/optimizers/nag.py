@@ -7,8 +7,10 @@ import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_flag, checked_fraction
-from keras_gdopt.optimizers.arithmetic import Tensor, constrained, global_norm, is_known
-from keras_gdopt.optimizers.base import GradientOptimizer, Slots, Update
+from keras_gdopt.optimizers.arithmetic import constrain, global_norm, is_known
+from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
@@ -134,15 +136,16 @@ class NAG(GradientOptimizer):
         """
         for variable in var_list:
             index = self._trainable_variables_indices.get(self._var_key(variable))
-            if index is None or self._slots["velocity"][index] is None:
+            if index is None or self.slot_variables["velocity"][index] is None:
                 continue  # not trained by this optimizer
-            slots = {name: slot[index] for name, slot in self._slots.items()}
-            weight, final_slots = self._finalized(variable, slots)
-            variable.assign(constrained(variable, weight))
+            slots = {name: slot[index] for name, slot in self.slot_variables.items()}
+            weight, final_slots = self.finalize_weight(variable, slots)
+            variable.assign(constrain(variable.constraint, weight))
             slots["look_ahead"].assign(final_slots["look_ahead"])
         super().finalize_variable_values(var_list)
 
-    def _finalized(self, weight: Any, slots: Mapping[str, Any]) -> Update:
+    def finalize_weight(self, weight: Any, slots: Slots) -> Update:
+        """The weight itself, see `GradientOptimizer.finalize_weight`."""
         way = slots["look_ahead"] * slots["velocity"]
         way = ops.cast(-way if self.classical else way, weight.dtype)
         rest = {"look_ahead": ops.zeros_like(ops.convert_to_tensor(slots["look_ahead"]))}

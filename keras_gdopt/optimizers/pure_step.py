@@ -6,11 +6,18 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import Tensor, computation_dtype, constrained
+from keras_gdopt.optimizers.arithmetic import computation_dtype, constrain
 from keras_gdopt.optimizers.base import GradientOptimizer
+from keras_gdopt.optimizers.dense_step import accumulate, take_step, trained_variables, unscale
 from keras_gdopt.optimizers.lookahead import Lookahead
 from keras_gdopt.optimizers.nag import NAG
+from keras_gdopt.optimizers.slow_weights import (
+    final_weight,
+    start_slow_weight,
+    synchronize_weight,
+)
 from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
+from keras_gdopt.tensor import Tensor
 
 State = Any
 """What an optimizer keeps, as a structure of tensors."""
@@ -30,6 +37,9 @@ class PureStep:
 
     Raises:
         ValueError: If the optimizer does what only variables can.
+
+    Attributes:
+        trainable: The optimizer's variables.
     """
 
     def __init__(self, optimizer: GradientOptimizer) -> None:
@@ -40,30 +50,31 @@ class PureStep:
                 f"Received: lazy=True with {type(optimizer).__name__}"
             )
         _check_step_is_inherited(optimizer, GradientOptimizer, NAG)
-        for variable in optimizer._trainable_variables:
-            if optimizer._overwrite_variable_with_gradient(variable):
+        variables = optimizer.step_variables.trainable
+        for variable, known in zip(variables, trained_variables(optimizer), strict=True):
+            if known.is_overwritten:
                 raise ValueError(
                     "The step of a population updates weights by their gradients; one in float8 "
                     "is overwritten. Use `mixed_bfloat16` or float32. Received: the variable "
                     f"'{variable.path}'"
                 )
+        self.trainable = variables
         self._optimizer = optimizer
-        self._step = optimizer._tensorflow_step
         self._batches_per_update = optimizer.gradient_accumulation_steps or 1
 
     # --- the state -----------------------------------------------------------
 
     def variables(self) -> State:
         """The optimizer's variables, in the structure of the state."""
-        averages = getattr(self._optimizer, "_model_variables_moving_average", [])
-        state = {"slots": dict(self._optimizer._slots), "averages": list(averages)}
+        variables = self._optimizer.step_variables
+        state = {"slots": dict(variables.slots), "averages": list(variables.averages)}
         if self._batches_per_update > 1:
-            state["sums"] = list(self._optimizer._accumulated_gradients)
+            state["sums"] = list(variables.accumulators)
         return state
 
     def initial_state(self) -> State:
         """The state of an optimizer that never stepped."""
-        initial = self._optimizer._slot_initial_values()
+        initial = {**self._optimizer.slots, **self._optimizer.scalar_slots}
         variables = self.variables()
         slots = {
             name: [tf.fill(slot.shape, tf.cast(initial[name], slot.dtype)) for slot in slots]
@@ -75,25 +86,25 @@ class PureStep:
     def load(self, state: State, batches: Tensor) -> None:
         """Gives the optimizer a state, and how many batches it has seen."""
         _assign(self.variables(), state)
-        self._optimizer._iterations.assign(batches)
+        self._optimizer.step_variables.iterations.assign(batches)
 
     def learning_rates(self) -> list[float | None]:
         """The learning rate; `None` where there is a schedule."""
-        if self._has_schedule:
+        if self._optimizer.step_settings.schedule is not None:
             return [None]
         return [float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))]
 
     def set_learning_rates(self, rates: Sequence[float | None]) -> None:
         """Gives the optimizer what `learning_rates` returned."""
         (rate,) = rates
-        if rate is not None and isinstance(self._optimizer._learning_rate, keras.Variable):
+        if rate is not None and self._optimizer.step_settings.has_fixed_learning_rate:
             self._optimizer.learning_rate = rate
 
     @property
     def evolvable(self) -> dict[str, str]:
         """The hyper-parameters that a step takes, see `GradientOptimizer.evolvable`."""
-        is_number = isinstance(self._optimizer._learning_rate, keras.Variable)
-        rate = {"learning_rate": "positive"} if is_number else {}
+        is_fixed = self._optimizer.step_settings.has_fixed_learning_rate
+        rate = {"learning_rate": "positive"} if is_fixed else {}
         classes = type(self._optimizer).__mro__
         rule, declaration = (
             next(place for place, cls in enumerate(classes) if name in vars(cls))
@@ -112,11 +123,6 @@ class PureStep:
         """Gives the optimizer numbers in place of its own."""
         for name, value in values.items():
             setattr(self._optimizer, name, value)
-
-    @property
-    def _has_schedule(self) -> bool:
-        rate = self._optimizer._learning_rate
-        return isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
 
     # --- a step --------------------------------------------------------------
 
@@ -151,59 +157,49 @@ class PureStep:
         Returns:
             The new weights, in their dtypes, and the new state.
         """
-        optimizer, updates = self._optimizer, batches // self._batches_per_update + 1
+        optimizer, count = self._optimizer, self._batches_per_update
         (learning_rate,), own = learning_rates, dict(hyperparameters or {})
-        if self._has_schedule:
-            learning_rate = optimizer._learning_rate(batches)
+        settings = optimizer.step_settings
+        if settings.schedule is not None:
+            learning_rate = settings.schedule(batches)
         learning_rate = own.pop("learning_rate", learning_rate)
-        moved = {index: g for index, g in enumerate(grads) if g is not None}
-        dense = [tf.cast(g, computation_dtype(weights[i].dtype)) for i, g in moved.items()]
-        if optimizer.loss_scale_factor:
-            dense = [gradient * (1.0 / optimizer.loss_scale_factor) for gradient in dense]
-        new = dict(state)
-        due = self.makes_update(batches)
+        gradients = {
+            index: unscale(tf.cast(gradient, computation_dtype(weights[index].dtype)), settings)
+            for index, gradient in enumerate(grads)
+            if gradient is not None
+        }
+        new, due = dict(state), None
         if "sums" in state:
-            sums = list(state["sums"])
-            for place, (index, gradient) in enumerate(zip(moved, dense, strict=True)):
-                total = tf.cast(sums[index], gradient.dtype) + gradient
-                dense[place] = total / self._batches_per_update
+            due, sums = self.makes_update(batches), list(state["sums"])
+            for index, gradient in gradients.items():
+                total, gradients[index] = accumulate(sums[index], gradient, count)
                 sums[index] = tf.cast(total, sums[index].dtype)
             new["sums"] = [tf.where(due, tf.zeros_like(total), total) for total in sums]
         slots = {
             index: {name: values[index] for name, values in state["slots"].items()}
             for index in range(len(weights))
         }
-        _, values, new_slots = self._step.updated(
-            dense,
-            {index: weights[index] for index in moved},
-            {index: slots[index] for index in moved},
+        done = take_step(
+            trained_variables(optimizer),
+            gradients,
+            dict(enumerate(weights)),
+            slots,
+            dict(enumerate(state["averages"])),
             learning_rate,
-            updates,
+            batches // count + 1,
+            settings,
+            constrained=gradients,
             hyperparameters=own,
+            due=due,
         )
-        if "sums" in state:
-            for index, value in values.items():
-                values[index] = tf.where(due, value, tf.cast(weights[index], value.dtype))
-                new_slots[index] = {
-                    name: tf.where(due, slot, tf.cast(slots[index][name], slot.dtype))
-                    for name, slot in new_slots[index].items()
-                }
-        if optimizer.use_ema:
-            pairs = {
-                index: (average, values.get(index, weights[index]))
-                for index, average in enumerate(state["averages"])
-            }
-            averages, overwriting = self._step.averaged(pairs, updates)
-            new["averages"] = [averages[index] for index in pairs]
-            values.update(overwriting)
-        for index in moved:
-            values[index] = constrained(optimizer._trainable_variables[index], values[index])
-        slots.update(new_slots)
+        if done.averages:
+            new["averages"] = list(done.averages.values())
+        slots.update(done.slots)
         new["slots"] = {
             name: [slots[index][name] for index in range(len(weights))] for name in state["slots"]
         }
         return [
-            tf.cast(values[index], weight.dtype) if index in values else weight
+            tf.cast(done.weights.get(index, weight), weight.dtype)
             for index, weight in enumerate(weights)
         ], new
 
@@ -212,13 +208,14 @@ class PureStep:
     ) -> tuple[list[Tensor], State]:
         """What `finalize_variable_values` does at the end of training."""
         finals, slots = [], {name: list(values) for name, values in state["slots"].items()}
-        for index, weight in enumerate(weights):
+        variables = self._optimizer.step_variables.trainable
+        for index, (variable, weight) in enumerate(zip(variables, weights, strict=True)):
             own = {name: values[index] for name, values in slots.items()}
-            final, own = self._optimizer._finalized(weight, own)
-            if self._optimizer.use_ema:
+            final, own = self._optimizer.finalize_weight(weight, own)
+            if state["averages"]:
                 average = tf.cast(state["averages"][index], weight.dtype)
                 final = tf.where(batches > 0, average, final)
-            finals.append(constrained(self._optimizer._trainable_variables[index], final))
+            finals.append(constrain(variable.constraint, final))
             for name, value in own.items():
                 slots[name][index] = value
         return finals, {**state, "slots": slots}
@@ -231,23 +228,20 @@ class PureLookahead:
         _check_step_is_inherited(optimizer, Lookahead)
         self._optimizer = optimizer
         self._inner = pure_step(optimizer.inner_optimizer)
+        self.trainable: Sequence[Any] = self._inner.trainable
 
     def variables(self) -> State:
         """The optimizer's variables, in the structure of the state."""
         return {
             "inner": self._inner.variables(),
-            "slow": list(self._optimizer._slots["slow"]),
-            "fast_updates": self._optimizer._fast_updates,
+            **self._optimizer.cycle_variables,
         }
 
     def initial_state(self) -> State:
         """The state of an optimizer that never stepped."""
-        count = self._optimizer._fast_updates
-        return {
-            "inner": self._inner.initial_state(),
-            "slow": [tf.zeros(slot.shape, slot.dtype) for slot in self._optimizer._slots["slow"]],
-            "fast_updates": tf.zeros(count.shape, count.dtype),
-        }
+        own = {name: value for name, value in self.variables().items() if name != "inner"}
+        zeros = tf.nest.map_structure(lambda v: tf.zeros(v.shape, v.dtype), own)
+        return {"inner": self._inner.initial_state(), **zeros}
 
     def load(self, state: State, batches: Tensor) -> None:
         """Gives the optimizer a state, and how many batches it has seen."""
@@ -296,7 +290,7 @@ class PureLookahead:
         """A step of the inner optimizer, and where it is due one of the slow weights."""
         count, alpha = state["fast_updates"], self._optimizer.slow_step_size
         slow = [
-            tf.where(count == 0, tf.cast(weight, value.dtype), value)
+            start_slow_weight(weight, value, count == 0)
             for weight, value in zip(weights, state["slow"], strict=True)
         ]
         weights, inner = self._inner(
@@ -305,16 +299,11 @@ class PureLookahead:
         updates = self.makes_update(batches)
         count += tf.cast(updates, count.dtype)
         due = updates & (count % self._optimizer.sync_period == 0)
-        variables = self._optimizer._trainable_variables
-        moved = [
-            constrained(variable, value + alpha * (tf.cast(weight, value.dtype) - value))
-            for variable, weight, value in zip(variables, weights, slow, strict=True)
+        pairs = [
+            synchronize_weight(weight, value, alpha, variable.constraint, due)
+            for variable, weight, value in zip(self.trainable, weights, slow, strict=True)
         ]
-        slow = [tf.where(due, new, old) for new, old in zip(moved, slow, strict=True)]
-        weights = [
-            tf.where(due, tf.cast(value, weight.dtype), weight)
-            for weight, value in zip(weights, slow, strict=True)
-        ]
+        weights, slow = map(list, zip(*pairs, strict=True))
         return weights, {"inner": inner, "slow": slow, "fast_updates": count}
 
     def finalized(
@@ -322,14 +311,10 @@ class PureLookahead:
     ) -> tuple[list[Tensor], State]:
         """What `finalize_variable_values` does at the end of training."""
         weights, inner = self._inner.finalized(weights, state["inner"], batches)
+        has_slow = state["fast_updates"] > 0
         weights = [
-            constrained(
-                variable,
-                tf.where(state["fast_updates"] > 0, tf.cast(value, weight.dtype), weight),
-            )
-            for variable, weight, value in zip(
-                self._optimizer._trainable_variables, weights, state["slow"], strict=True
-            )
+            final_weight(weight, value, variable.constraint, has_slow)
+            for variable, weight, value in zip(self.trainable, weights, state["slow"], strict=True)
         ]
         return weights, {**state, "inner": inner, "fast_updates": state["fast_updates"] * 0}
 
@@ -349,10 +334,11 @@ class PureMultiOptimizer:
                 "Expected an optimizer of its own for each key of a `MultiOptimizer`. Received: "
                 "one for several keys; let one regular expression match their variables"
             )
-        place = {id(v): index for index, v in enumerate(optimizer._trainable_variables)}
+        self.trainable: Sequence[Any] = optimizer._trainable_variables
+        place = {id(variable): index for index, variable in enumerate(self.trainable)}
         used = [each for each in optimizer.optimizers if each.built]
         self._steps = [pure_step(each) for each in used]
-        self._places = [[place[id(v)] for v in each._trainable_variables] for each in used]
+        self._places = [[place[id(v)] for v in step.trainable] for step in self._steps]
 
     def variables(self) -> State:
         """The optimizers' variables, in the structure of the state."""

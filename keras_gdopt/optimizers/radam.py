@@ -10,12 +10,12 @@ from keras_gdopt.optimizers.adaptive_moments import AdaptiveMoments
 from keras_gdopt.optimizers.argument_checks import checked_number
 from keras_gdopt.optimizers.arithmetic import (
     Number,
-    Tensor,
     in_dtype,
     is_known,
     one_minus_power,
 )
-from keras_gdopt.optimizers.base import Slots, Update
+from keras_gdopt.optimizers.rule import Slots, Update
+from keras_gdopt.tensor import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")

@@ -1,37 +1,56 @@
 """Lookahead's two moments with TensorFlow: start of the slow weights, and synchronization."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorflow as tf
 
 from keras_gdopt.optimizers.arithmetic import global_norm
-from keras_gdopt.optimizers.step_metrics import StepMetrics
-from keras_gdopt.optimizers.tensorflow_step import (
-    after,
-    compiled,
-    constraint_compiles,
-    is_distributed,
-    on_every_device,
-)
-from keras_gdopt.optimizers.wrapping_optimizer import chain
+from keras_gdopt.optimizers.compilation import after, compiled, constraint_compiles
+from keras_gdopt.optimizers.recording import Recorder
+from keras_gdopt.optimizers.replicas import is_distributed, on_every_device
+from keras_gdopt.tensor import Tensor
 
-if TYPE_CHECKING:
-    from keras_gdopt.optimizers.lookahead import Lookahead
+
+@dataclasses.dataclass(frozen=True)
+class SlowWeights:
+    """What a `Lookahead` does with its slow weights."""
+
+    sync_period: int
+    fast_updates: Any
+    """The count of updates since the slow weights began, a variable."""
+    iterations: Callable[[], Any]
+    """The count of updates."""
+    pairs: Callable[[], Iterable[tuple[Any, Any]]]
+    """Weights and slow weights, variables."""
+    start: Callable[[], None]
+    """Sets the slow weights to the weights."""
+    synchronize: Callable[[], None]
+    """Moves the slow weights towards the weights, and sets the weights to them."""
+    assign: Callable[[Any, Tensor], None]
+    """Sets a variable."""
+    inner_recorder: Callable[[], Recorder | None]
+    """Records the steps of the inner optimizer."""
 
 
 class TensorFlowSync:
     """Runs what `Lookahead` does around the inner optimizer's step.
 
-    Each of both is one cluster, and a step in which neither is due costs two
-    conditions. Holds no state that is saved.
+    Each of the two is compiled, and a step in which neither is due costs two conditions.
+
+    Args:
+        slow_weights: The optimizer's.
+
+    Attributes:
+        recorder: Of the distance between weights and slow weights, and of synchronizations.
     """
 
-    def __init__(self, lookahead: "Lookahead") -> None:
-        self._lookahead = lookahead
-        self._clusters: dict[tuple[Callable[[], None], str], Callable[..., Any]] = {}
-        self._recorded: tf.Variable | None = None
+    def __init__(self, slow_weights: SlowWeights) -> None:
+        self.recorder = Recorder()
+        self._slow_weights = slow_weights
+        self._compiled: dict[tuple[Callable[..., None], str], Callable[..., Any]] = {}
 
     @contextlib.contextmanager
     def around_step(self, grads: Iterable[Any]) -> Iterator[None]:
@@ -41,14 +60,14 @@ class TensorFlowSync:
             grads: Those of the step.
         """
         with after(grads):
-            self._wherever_the_weights_are(self._start)
-            updates_before = self._lookahead.iterations + 0  # a value, which stays as it is
+            self._on_each_device(self._start)
+            updates_before = self._slow_weights.iterations() + 0  # a value, which stays as it is
             yield
-            updates = self._lookahead.iterations - updates_before
-            self._wherever_the_weights_are(self._count, updates)
+            updates = self._slow_weights.iterations() - updates_before
+            self._on_each_device(self._count, updates)
 
-    def _wherever_the_weights_are(self, function: Callable[..., None], *args: Any) -> None:
-        variables = [v for v in self._lookahead._trainable_variables if is_distributed(v)]
+    def _on_each_device(self, function: Callable[..., None], *args: Any) -> None:
+        variables = [weight for weight, _ in self._slow_weights.pairs() if is_distributed(weight)]
         if variables:
             on_every_device(variables[0], function, *args)
         else:
@@ -56,56 +75,44 @@ class TensorFlowSync:
 
     def _start(self, *, device: str = "", first: bool = True) -> None:
         del first
-        is_new = tf.equal(tf.convert_to_tensor(self._lookahead._fast_updates), 0)
-        tf.cond(is_new, self._cluster(self._lookahead._start, device), lambda: None)
+        is_new = tf.equal(tf.convert_to_tensor(self._slow_weights.fast_updates), 0)
+        tf.cond(is_new, self._function(self._slow_weights.start, device), lambda: None)
 
-    def _count(self, updates: tf.Tensor, *, device: str = "", first: bool = True) -> None:
-        lookahead = self._lookahead
-        count = tf.convert_to_tensor(lookahead._fast_updates) + updates
-        lookahead.assign(lookahead._fast_updates, count)
+    def _count(self, updates: Tensor, *, device: str = "", first: bool = True) -> None:
+        slow_weights = self._slow_weights
+        count = tf.convert_to_tensor(slow_weights.fast_updates) + updates
+        slow_weights.assign(slow_weights.fast_updates, count)
         if first:
             self._record(updates, count)
-        is_due = tf.logical_and(updates > 0, tf.equal(count % lookahead.sync_period, 0))
-        tf.cond(is_due, self._cluster(lookahead._synchronize, device), lambda: None)
+        is_due = tf.logical_and(updates > 0, tf.equal(count % slow_weights.sync_period, 0))
+        tf.cond(is_due, self._function(slow_weights.synchronize, device), lambda: None)
 
-    def _record(self, updates: tf.Tensor, count: tf.Tensor) -> None:
-        """Measures, where the inner optimizer has just recorded a step."""
-        lookahead = self._lookahead
-        metrics = _step_metrics(lookahead)
-        if metrics is None or not metrics.asked_for:
+    def _record(self, updates: Tensor, count: Tensor) -> None:
+        """Records, if the inner optimizer has just recorded a step."""
+        slow_weights, inner = self._slow_weights, self._slow_weights.inner_recorder()
+        if inner is None or not inner.asked_for:
             return
-        with tf.init_scope():
-            if self._recorded is None:
-                self._recorded = tf.Variable(tf.zeros((2,)), trainable=False)
-        recorded = self._recorded
+        iterations = slow_weights.iterations()
 
-        def measure() -> None:
-            differences = [tf.cast(w, slow.dtype) - slow for w, slow in lookahead._pairs()]
-            values = [global_norm(differences), count // lookahead.sync_period]
-            recorded.assign(tf.stack([tf.cast(value, recorded.dtype) for value in values]))
+        def record() -> None:
+            differences = [
+                tf.cast(weight, slow.dtype) - slow for weight, slow in slow_weights.pairs()
+            ]
+            numbers = {
+                "slow_fast_distance": global_norm(differences),
+                "syncs": count // slow_weights.sync_period,
+            }
+            self.recorder.store(self.recorder.pack(numbers), iterations)
 
-        now = tf.logical_and(updates > 0, metrics.recorded_now())
-        tf.cond(now, measure, lambda: None)
+        tf.cond(tf.logical_and(updates > 0, inner.recorded(iterations)), record, lambda: None)
 
-    def recorded(self) -> dict[str, float]:
-        """What was measured in the last recorded step, or nothing."""
-        if self._recorded is None:
-            return {}
-        names = ("slow_fast_distance", "syncs")
-        return dict(zip(names, self._recorded.numpy().tolist(), strict=True))
-
-    def _cluster(self, function: Callable[[], None], device: str) -> Callable[..., Any]:
-        key = (function, device)
-        if key not in self._clusters:
-            variables = self._lookahead._trainable_variables
-            constraints = (v.constraint for v in variables if v.constraint is not None)
-            applies_none = function != self._lookahead._synchronize
-            can_be_one = applies_none or all(map(constraint_compiles, constraints))
-            self._clusters[key] = compiled(function, variables) if can_be_one else function
-        return self._clusters[key]
-
-
-def _step_metrics(optimizer: Any) -> StepMetrics | None:
-    """Those of the innermost optimizer, if it is one of ours."""
-    step = getattr(chain(optimizer)[-1], "_tensorflow_step", None)
-    return None if step is None else step.metrics
+    def _function(self, function: Callable[..., None], device: str) -> Callable[..., Any]:
+        """A method of the optimizer, compiled if the constraints it applies allow that."""
+        if (function, device) not in self._compiled:
+            weights = [weight for weight, _ in self._slow_weights.pairs()]
+            constraints = [w.constraint for w in weights if w.constraint is not None]
+            applies_none = function != self._slow_weights.synchronize
+            compiles = applies_none or all(map(constraint_compiles, constraints))
+            made = compiled(function, weights) if compiles else function
+            self._compiled[function, device] = made
+        return self._compiled[function, device]

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
-import numpy as np
 
-from keras_gdopt.optimizers.arithmetic import Tensor
+from keras_gdopt.optimizers.recording import Recorder, RecordingOptimizer
 from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
+from keras_gdopt.tensor import Tensor
 
 # Since Keras 3.15.
 _MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
-class WrappingOptimizer(SavedStateOptimizer):
+class WrappingOptimizer(RecordingOptimizer):
     """An optimizer with another one inside, whose rate, count and variables are its own.
 
     The inner optimizer is where Keras's callbacks look for it, in `inner_optimizer`, and
@@ -137,42 +137,23 @@ class WrappingOptimizer(SavedStateOptimizer):
 
     # --- step metrics --------------------------------------------------------
 
-    def record_step_metrics(
-        self, every: int = 1, *, tier: str = "scalars", listener: Any = None
-    ) -> bool:
-        """Asks the inner optimizer, see `GradientOptimizer.record_step_metrics`.
-
-        Raises:
-            ValueError: If it is one that records no steps, as Keras's own are.
-        """
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder of the optimizer inside, if there is one."""
         inner = recording_optimizer(self.inner_optimizer)
-        if inner is None:
-            raise ValueError(
-                "Step metrics need an optimizer of keras_gdopt, which records them. Received: "
-                f"{type(self).__name__} around {type(self.inner_optimizer).__name__} of "
-                f"{type(self.inner_optimizer).__module__}"
-            )
-        return inner.record_step_metrics(every, tier=tier, listener=listener)
+        return None if inner is None else inner.recorder
+
+    @property
+    def own_recorder(self) -> Recorder | None:
+        """What records numbers of the wrapper's own in the same steps, if it has any."""
+        return None
 
     @property
     def step_metrics(self) -> dict[str, float]:
-        """The inner optimizer's and the wrapper's own, see `GradientOptimizer.step_metrics`."""
-        metrics = getattr(recording_optimizer(self.inner_optimizer), "step_metrics", {})
-        return {**metrics, **self._own_metrics()} if metrics else {}
-
-    def _own_metrics(self) -> dict[str, float]:
-        """What the wrapper recorded itself, in the last recorded step."""
-        return {}
-
-    @property
-    def variable_metrics(self) -> dict[str, dict[str, float]]:
-        """The inner optimizer's, see `GradientOptimizer.variable_metrics`."""
-        return getattr(recording_optimizer(self.inner_optimizer), "variable_metrics", {})
-
-    @property
-    def recorded_gradients(self) -> dict[str, np.ndarray]:
-        """The inner optimizer's, see `GradientOptimizer.recorded_gradients`."""
-        return getattr(recording_optimizer(self.inner_optimizer), "recorded_gradients", {})
+        """The inner optimizer's metrics, with the wrapper's own; empty before there are some."""
+        metrics = super().step_metrics
+        own = self.own_recorder
+        return {**metrics, **own.metrics()} if metrics and own is not None else metrics
 
     # --- config and state ----------------------------------------------------
 
@@ -257,16 +238,15 @@ def is_multi_optimizer(optimizer: Any) -> bool:
     return isinstance(optimizer, _MULTI_OPTIMIZER)
 
 
-def recording_optimizer(optimizer: Any) -> Any:
+def recording_optimizer(optimizer: Any) -> RecordingOptimizer | None:
     """The outermost optimizer in a chain of wrappers that records its steps, or `None`.
 
-    A wrapper of ours records if the optimizer inside it does.
+    A wrapper of this package records if the optimizer inside it does.
     """
-    inner = getattr(optimizer, "inner_optimizer", None)
-    inside = None if inner is None else recording_optimizer(inner)
-    if hasattr(optimizer, "record_step_metrics") and (inner is None or inside is not None):
-        return optimizer
-    return inside
+    for each in chain(optimizer):
+        if isinstance(each, RecordingOptimizer) and each.recorder is not None:
+            return each
+    return None
 
 
 def _resolved(optimizer: Any) -> Any:

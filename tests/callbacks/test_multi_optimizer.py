@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.callbacks.optimizer_parts import named_optimizers
-from keras_gdopt.optimizers.step_metrics import TIERS
+from keras_gdopt.optimizers.recording import TIERS
 from tests.callbacks.test_optimizer_tensorboard import (
     _buckets,
     _data,

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 import keras_gdopt as gdopt
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
 from keras_gdopt.optimizers.argument_checks import BASE_ARGUMENTS
-from keras_gdopt.optimizers.step_metrics import TIERS
+from keras_gdopt.optimizers.recording import TIERS
 from tests.optimizer_cases import (
     CASES,
     RULES,
@@ -115,7 +115,7 @@ def test_a_second_fit_goes_on_and_traces_nothing_again(rng, tmp_path):
     model = _model(gdopt.Adam())
 
     def traces():
-        clusters = model.optimizer._tensorflow_step._clusters.values()
+        clusters = model.optimizer._tensorflow_step.compiled_steps.values()
         return [cluster.experimental_get_tracing_count() for cluster in clusters]
 
     before = at_first = None

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
+from keras_gdopt.optimizers.compilation import SMALLEST_COMPILED
 from tests.optimizer_cases import (
     A_FEW,
     CASES,
@@ -25,7 +25,7 @@ from tests.parameters import slow
 _COUNT = """
 import json, os, sys
 import keras, numpy as np
-from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
+from keras_gdopt.optimizers.compilation import SMALLEST_COMPILED
 from tests.optimizer_cases import CASES
 
 def compilations():
@@ -35,7 +35,7 @@ def compilations():
 def counts(optimizer, jit_compile):
     # Large enough for a cluster.
     dense = keras.layers.Dense
-    model = keras.Sequential([keras.Input((4,)), dense(SMALLEST_CLUSTER // 4), dense(1)])
+    model = keras.Sequential([keras.Input((4,)), dense(SMALLEST_COMPILED // 4), dense(1)])
     model.compile(optimizer, "mse", jit_compile=jit_compile)
     traces, train_step = [], model.train_step
     model.train_step = lambda data: (traces.append(1), train_step(data))[1]
@@ -181,7 +181,7 @@ def test_update_step_compiles_by_itself(case):
 def test_one_cluster_holds_all_dense_variables(case):
     """Clipping, decay, averages and constraints, too: no other op touches a variable."""
     optimizer = case(weight_decay=0.1, global_clipnorm=1.0, use_ema=True)
-    shapes = [(2, SMALLEST_CLUSTER // 2), (3, 1), (3, 2)]
+    shapes = [(2, SMALLEST_COMPILED // 2), (3, 1), (3, 2)]
     variables = [keras.Variable(np.ones(shape)) for shape in shapes]
     variables[0].constraint = keras.constraints.MaxNorm(1.0)
     optimizer.build(variables)
@@ -202,7 +202,7 @@ def test_one_cluster_holds_all_dense_variables(case):
 
 def test_a_small_model_runs_as_plain_operations():
     """The launch of a cluster would cost more than the update."""
-    optimizer, variable = gdopt.Adam(), keras.Variable(np.ones(SMALLEST_CLUSTER - 1))
+    optimizer, variable = gdopt.Adam(), keras.Variable(np.ones(SMALLEST_COMPILED - 1))
     optimizer.build([variable])
     step = tf.function(lambda: optimizer.apply([tf.ones(variable.shape)]))
     functions = step.get_concrete_function().graph._functions
@@ -215,6 +215,6 @@ def test_memory_of_clusters_does_not_grow():
     variable = keras.Variable([1.0])
     for _ in range(5):
         optimizer.apply([tf.constant([1.0])], [variable])
-    assert len(optimizer._tensorflow_step._clusters) == 1
-    (cluster,) = optimizer._tensorflow_step._clusters.values()
+    assert len(optimizer._tensorflow_step.compiled_steps) == 1
+    (cluster,) = optimizer._tensorflow_step.compiled_steps.values()
     assert cluster.experimental_get_tracing_count() == 1

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from keras_gdopt.optimizers.tensorflow_step import SMALLEST_CLUSTER
+from keras_gdopt.optimizers.compilation import SMALLEST_COMPILED
 from tests.optimizer_cases import A_FEW, RULES, VARIANTS, every_optimizer, every_rule
 
 SHAPES = [(), (3,), (2, 3), (2, 3, 2), (2, 2, 3, 2)]
@@ -74,7 +74,7 @@ def test_update_step_by_itself_equals_apply(case, rng, float64):
     np.testing.assert_allclose(variable.numpy(), by_apply[-1][0], rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("size", [10_000, SMALLEST_CLUSTER], ids=["plain", "cluster"])
+@pytest.mark.parametrize("size", [10_000, SMALLEST_COMPILED], ids=["plain", "cluster"])
 @every_rule
 def test_a_float32_step_is_right_to_five_units_in_the_last_place(case, size, rng):
     """Of its largest term, from any state: the rule starts from the same float32 state.

@@ -350,10 +350,10 @@ def test_lazy_rows_of_a_raw_variable_decay(case, float64):
 def test_a_changed_learning_rate_compiles_nothing_again():
     optimizer, variable = gdopt.Adam(), keras.Variable([1.0])
     optimizer.apply([tf.constant([1.0])], [variable])
-    (cluster,) = optimizer._tensorflow_step._clusters.values()
+    (cluster,) = optimizer._tensorflow_step.compiled_steps.values()
     optimizer.learning_rate = 0.5
     optimizer.apply([tf.constant([1.0])], [variable])
-    assert list(optimizer._tensorflow_step._clusters.values()) == [cluster]
+    assert list(optimizer._tensorflow_step.compiled_steps.values()) == [cluster]
     assert cluster.experimental_get_tracing_count() == 1
 
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from keras_gdopt.optimizers.tensorflow_step import _sum_of_squares
+from keras_gdopt.optimizers.dense_step import _sum_of_squares
 from tests.optimizer_cases import (
     A_FEW,
     RULES,

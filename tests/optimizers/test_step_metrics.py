@@ -136,7 +136,7 @@ def test_nothing_is_computed_unless_asked_for(variables, rng):
     for _ in range(3):
         _step(optimizer, variables, _gradients(rng, variables))
     assert optimizer.step_metrics == {}
-    assert [plan.record for plan in optimizer._tensorflow_step._clusters] == [-1]
+    assert [plan.record for plan in optimizer._tensorflow_step.compiled_steps] == [-1]
 
 
 def test_says_whether_the_traced_step_must_be_traced_again(variables, rng):

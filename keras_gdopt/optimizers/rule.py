@@ -1,0 +1,141 @@
+"""What an update rule is, and what a step asks of the optimizer that has one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import keras
+
+from keras_gdopt.tensor import Tensor
+
+Slots = Mapping[str, Tensor]
+"""One variable's slots by name."""
+
+Update = tuple[Tensor, dict[str, Tensor]]
+"""The change of a variable, and its new slots by name."""
+
+
+class StepSettings(NamedTuple):
+    """What an optimizer does around its rule; `None` for what it does not do.
+
+    The names and meanings are those of Keras's arguments.
+    """
+
+    learning_rate: Any
+    """A variable that holds a number, a schedule, or a callable without arguments."""
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    weight_decay: Any
+    """A number, or for a member of a population a scalar tensor."""
+    ema_momentum: float | None
+    """`None` without `use_ema`."""
+    ema_overwrite_frequency: int | None
+    loss_scale_factor: float | None
+    gradient_accumulation_steps: int | None
+
+    @property
+    def schedule(self) -> keras.optimizers.schedules.LearningRateSchedule | None:
+        """The schedule of the learning rate, if it has one."""
+        is_schedule = isinstance(
+            self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
+        )
+        return self.learning_rate if is_schedule else None
+
+    @property
+    def has_fixed_learning_rate(self) -> bool:
+        """Whether the learning rate is a number, which can be set."""
+        return isinstance(self.learning_rate, keras.Variable)
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped."""
+        return bool(self.clipnorm or self.clipvalue or self.global_clipnorm)
+
+
+class StepVariables(NamedTuple):
+    """The variables that a step reads and writes, in the order the optimizer was built with."""
+
+    trainable: Sequence[Any]
+    slots: Mapping[str, Sequence[Any]]
+    """By slot name; `None` for a variable that is overwritten with its gradient (float8)."""
+    averages: Sequence[Any]
+    """Moving averages of the weights; empty without `use_ema`."""
+    accumulators: Sequence[Any]
+    """Sums of gradients; empty without accumulation."""
+    iterations: Any
+    """The count of calls of `apply`."""
+
+
+class RuleOptimizer(Protocol):
+    """What a step asks of a `GradientOptimizer`."""
+
+    name: str
+    lazy: bool
+    zero_gradient_changes_nothing: bool
+
+    @property
+    def slots(self) -> Mapping[str, float]:
+        """Slot names and the value that each entry starts from."""
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the next step."""
+
+    @property
+    def iterations(self) -> Any:
+        """The count of updates."""
+
+    @property
+    def step_settings(self) -> StepSettings:
+        """What it does around its rule."""
+
+    @property
+    def step_variables(self) -> StepVariables:
+        """Its variables, once it is built."""
+
+    def assign(self, variable: Any, value: Tensor) -> None:
+        """Sets a variable, or the rows of `tf.IndexedSlices`."""
+
+    def assign_add(self, variable: Any, value: Tensor) -> None:
+        """Adds to a variable, or to the rows of `tf.IndexedSlices`."""
+
+    def assign_sub(self, variable: Any, value: Tensor) -> None:
+        """Subtracts from a variable."""
+
+    def uses_weight_decay(self, variable: Any) -> bool:
+        """Whether weight decay, if there is any, applies to a variable."""
+
+    def apply_rule(
+        self,
+        gradient: Tensor,
+        slots: Slots,
+        learning_rate: Any,
+        step: Any,
+        hyperparameters: Mapping[str, Tensor] | None = None,
+        *,
+        variable_dtype: Any,
+    ) -> Update:
+        """The rule's change and new slots, in the dtype that the rule computes in."""
+
+    def rule_metrics(
+        self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
+    ) -> dict[str, Tensor]:
+        """Scalars of the algorithm's own to record."""
+
+    def effective_learning_rate(
+        self, slots: Slots, learning_rate: Tensor, step: Tensor
+    ) -> Tensor | None:
+        """What each entry's gradient is multiplied by; `None` if all have the learning rate."""
+
+
+class TrainedVariable(NamedTuple):
+    """What a step must know of a variable besides its value."""
+
+    dtype: str
+    apply_rule: Callable[..., Update]
+    """As `RuleOptimizer.apply_rule`, for the variable's dtype."""
+    decays: bool
+    """Whether weight decay applies to it."""
+    constraint: Callable[[Tensor], Tensor] | None
+    is_overwritten: bool
+    """Whether Keras writes its gradient over it, as over the scales of float8 layers."""
