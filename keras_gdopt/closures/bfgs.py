@@ -6,15 +6,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.base import Memory, Point, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search_optimizer import (
     LineSearchOptimizer,
     Proposal,
     first_step_downhill,
 )
+from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_flag
+from keras_gdopt.tensor import Tensor
 
 _MOST_WEIGHTS = 8192
 

@@ -5,15 +5,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_gdopt.closures.base import Memory, Point, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search_optimizer import (
     LineSearchOptimizer,
     Proposal,
     first_step_downhill,
 )
+from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice
+from keras_gdopt.tensor import Tensor
 
 BETAS = ("polak_ribiere", "fletcher_reeves")
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.base import ClosureOptimizer, Iteration, Memory, Point, Tensor
+from keras_gdopt.closures.base import ClosureOptimizer
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.damped_systems import (
     DampedSystem,
@@ -18,9 +18,11 @@ from keras_gdopt.closures.damped_systems import (
 )
 from keras_gdopt.closures.gauss_newton import GaussNewton, Ways
 from keras_gdopt.closures.line_search import rounding_of, select
+from keras_gdopt.closures.minimize import Iteration, Memory, Point
 from keras_gdopt.closures.ways_to_the_matrix import ways_to_the_matrix
 from keras_gdopt.functional import ModelFunction, ResidualFunction
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
+from keras_gdopt.tensor import Tensor
 
 SOLVERS = ("auto", "exact", "cg")
 

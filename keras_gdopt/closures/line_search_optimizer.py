@@ -6,10 +6,12 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow as tf
 
 from keras_gdopt.closures import line_search as searches
-from keras_gdopt.closures.base import ClosureOptimizer, Iteration, Memory, Point, Tensor
+from keras_gdopt.closures.base import ClosureOptimizer
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search import Found, Trial, select
+from keras_gdopt.closures.minimize import Iteration, Memory, Point
 from keras_gdopt.optimizers.argument_checks import checked_choice
+from keras_gdopt.tensor import Tensor
 
 LINE_SEARCHES = ("wolfe", "armijo", "exact")
 

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gdopt.closures.base import Memory, Point, Tensor
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.damped_systems import (
     conjugate_gradient,
@@ -14,8 +13,10 @@ from keras_gdopt.closures.damped_systems import (
     with_unit_diagonal,
 )
 from keras_gdopt.closures.line_search_optimizer import LineSearchOptimizer, Proposal
+from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
+from keras_gdopt.tensor import Tensor
 
 SOLVERS = ("auto", "exact", "cg")
 

@@ -9,7 +9,7 @@ import scipy.optimize
 import tensorflow as tf
 
 import keras_gdopt as gdopt
-from keras_gdopt.closures.base import Point
+from keras_gdopt.closures.minimize import Point
 from tests.closures.problems import PROBLEMS, gradient, hessian_times, model_of, point_of, step
 from tests.parameters import slow
 from tests.reference import bfgs

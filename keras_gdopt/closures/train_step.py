@@ -1,0 +1,216 @@
+"""The training step of a model that a closure optimizer trains, and what it cannot train."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_gdopt.closures.box import is_box
+from keras_gdopt.functional import Data, ModelFunction, check_is_trainable_by_its_loss
+from keras_gdopt.optimizers.compilation import xla_is_available
+from keras_gdopt.optimizers.saved_state import variable_path
+from keras_gdopt.tensor import Tensor
+
+
+class TrainStep:
+    """A model's training step by a closure optimizer; belongs to the model.
+
+    Keeps neither the optimizer, which keeps the model's variables, nor the model alive.
+
+    Args:
+        model: Compiled with the optimizer.
+        optimizer: A `ClosureOptimizer`.
+        loss: Makes the model's loss a function, from the model and its weights.
+    """
+
+    def __init__(
+        self, model: keras.Model, optimizer: Any, loss: Callable[..., ModelFunction]
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._optimizer = weakref.ref(optimizer)
+        self._loss = loss
+        self._is_compiled = _is_compiled(model, optimizer.jit_compile)
+        self._minimize = tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
+
+    @property
+    def is_in_effect(self) -> bool:
+        """Whether the model has not been compiled anew, with another optimizer."""
+        model, optimizer = self._both()
+        return model.optimizer is optimizer
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        """Makes one training step; returns the model's metrics.
+
+        Args:
+            data: A batch, as Keras's data adapters make it.
+        """
+        model, optimizer = self._both()
+        if not self.is_in_effect:
+            return type(model).train_step(model, data)
+        compiled_loss = getattr(model, "_compile_loss", None)
+        if not model.built or not (compiled_loss is None or compiled_loss.built):
+            model._symbolic_build(data_batch=data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        check_variables(optimizer, model.trainable_variables)
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        batch = {"x": x, "y": y, "sample_weight": sample_weight}
+        loss = self._minimize(
+            {name: part for name, part in batch.items() if part is not None},
+            tier=optimizer.recorder.tier,
+            trained=tuple(id(variable) for variable in model.trainable_variables),
+        )
+        arguments = {"training": True} if model._call_has_training_arg else {}
+        y_pred = model(x, **arguments)  # moves the model's state
+        # Moves what a loss tracks of itself, such as the loss of each output.
+        model._compute_loss(x, y, y_pred, sample_weight, training=True)
+        count = tf.shape(next(part for part in keras.tree.flatten(x) if part is not None))[0]
+        model._loss_tracker.update_state(loss, sample_weight=count)
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _traced(self, data: Data, *, tier: int, trained: tuple[int, ...]) -> Tensor:
+        del tier, trained  # another trace for each, as they are read elsewhere
+        model, optimizer = self._both()
+        optimizer.recorder.note_trace()
+        function = self._loss(model, optimizer.recorder.variables)
+        return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
+
+    def _both(self) -> tuple[Any, Any]:
+        """The model, which is alive as it makes a step, and the optimizer, if it still is."""
+        return self._model(), self._optimizer()
+
+
+# --- checks ---------------------------------------------------------------------------
+
+
+def check_model(optimizer: Any, model: Any) -> None:
+    """Raises a `ValueError` for a model that no optimizer of this kind can train.
+
+    Args:
+        optimizer: A `ClosureOptimizer`.
+        model: The model, which may not be built.
+    """
+    name = type(optimizer).__name__
+    check_is_trainable_by_its_loss(model)
+    compiled_with = model.optimizer
+    if isinstance(compiled_with, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            f"{name} does not train in mixed float16: a line search compares "
+            "losses that differ in digits which float16 does not have. Use float32. "
+            "Received: a model whose optimizer is in a LossScaleOptimizer"
+        )
+    if compiled_with is not optimizer:
+        raise ValueError(
+            f"The model '{model.name}' must be compiled with this optimizer. Call "
+            "`model.compile(optimizer=optimizer, ...)` and then "
+            f"`optimizer.attach(model)`. Received: a model compiled with {compiled_with!r}"
+        )
+    half = [
+        layer.name
+        for layer in model._flatten_layers()
+        if keras.backend.standardize_dtype(layer.compute_dtype) in ("float16", "bfloat16")
+    ]
+    if half:
+        raise ValueError(
+            f"{name} needs layers that compute in float32 or float64: a line "
+            "search compares losses that differ in digits which half precision does not "
+            f"have. Received: half precision in the layers {half[:5]}"
+        )
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            f"{name} trains on one device: its line search needs the loss of "
+            "the whole batch at each trial. Make the model outside of the strategy's scope; "
+            "for batches larger than a device's memory use `closure_chunks`. Received: a "
+            f"model of {type(model.distribute_strategy).__name__} with {replicas} replicas"
+        )
+    if optimizer.closure_chunks > 1:
+        _check_chunks_add_up(model)
+    if model.built:
+        check_variables(optimizer, model.trainable_variables)
+
+
+def check_variables(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Raises a `ValueError` for variables that an optimizer cannot train, or was not built for.
+
+    Args:
+        optimizer: A `ClosureOptimizer`.
+        variables: The trainable variables of a model.
+    """
+    name = type(optimizer).__name__
+    if not variables:
+        raise ValueError(
+            f"{name} needs trainable weights. Set `trainable = True` for a layer that has "
+            "weights. Received: a model without trainable weights"
+        )
+    for variable in variables:
+        if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
+            raise ValueError(
+                f"{name} needs weights in float32 or float64, for a line search compares "
+                "losses that differ in their last digits. Received: the variable "
+                f"'{variable_path(variable)}' of dtype {variable.dtype}"
+            )
+        if variable.constraint is None or (optimizer.takes_bounds and is_box(variable.constraint)):
+            continue
+        taken, instead = "does not take constraints", "`LBFGS` for bounds and "
+        if optimizer.takes_bounds:
+            taken, instead = "takes no constraints but `NonNeg` and `constraints.Bounds`", ""
+        raise ValueError(
+            f"{name} {taken}: a step that a constraint changes is not the one that the line "
+            f"search accepted. Remove the constraint, or use {instead}a first-order optimizer"
+            f"{' for others' if instead else ''}. Received: the variable "
+            f"'{variable_path(variable)}' with the constraint {variable.constraint!r}"
+        )
+    if not optimizer.built:
+        return
+    known = {id(variable) for variable in optimizer.recorder.variables}
+    for variable in variables:
+        if id(variable) not in known:
+            paths = [variable_path(v) for v in optimizer.recorder.variables]
+            raise ValueError(
+                f"{name} remembers the weights it was built for, and cannot train others. "
+                "For another model, or after unfreezing layers, compile with a new "
+                f"optimizer. Received: the variable '{variable_path(variable)}'; built for "
+                f"{len(paths)} variable(s): {paths[:3]}{'...' if len(paths) > 3 else ''}"
+            )
+
+
+def _is_compiled(model: keras.Model, asked: bool | str) -> bool:
+    """Whether XLA compiles the step: if asked for, and by default where the layers allow it."""
+    if model.jit_compile or asked != "auto":
+        return bool(model.jit_compile or asked)
+    return xla_is_available() and all(layer.supports_jit for layer in model._flatten_layers())
+
+
+def _check_chunks_add_up(model: keras.Model) -> None:
+    """Raises where a batch's loss is not the mean of its parts' losses."""
+    names = [
+        layer.name
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    if names:
+        raise ValueError(
+            "`closure_chunks` cannot be combined with batch normalization, which would "
+            f"normalize each part by itself. Received: the layers {names}"
+        )
+    masking = [
+        layer.name
+        for layer in model._flatten_layers()
+        if getattr(layer, "mask_zero", False) or isinstance(layer, keras.layers.Masking)
+    ]
+    if masking:
+        raise ValueError(
+            "`closure_chunks` cannot be combined with masks: a loss is the mean over what is not "
+            "masked, of which each part of a batch has another number. Received: the layers "
+            f"{masking}"
+        )
+    for loss in keras.tree.flatten(model.loss):
+        reduction = getattr(loss, "reduction", "sum_over_batch_size")
+        if reduction != "sum_over_batch_size":
+            raise ValueError(
+                "`closure_chunks` needs losses that are means over the samples. Received: the "
+                f"loss {loss!r} with reduction={reduction!r}"
+            )
