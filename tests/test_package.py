@@ -3,6 +3,7 @@
 import ast
 import configparser
 import doctest
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -77,6 +78,60 @@ def test_imports_run_downwards(name):
         for room in floors:
             if imported.startswith(room) and room != own:
                 assert floors[room] < floor, f"{name} imports {imported}"
+
+
+def _path_of(name):
+    return Path(importlib.import_module(name).__file__)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports in functions and for type checkers count."""
+    names = set(_modules())
+    imports = {name: set() for name in names}
+    for name in names:
+        for node in ast.walk(ast.parse(_path_of(name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & names
+                imports[name] |= inner or ({node.module} & names)
+    del imports["keras_gdopt"]  # the package itself is above all files
+    for imported in imports.values():
+        imported.discard("keras_gdopt")
+    graphlib.TopologicalSorter(imports).prepare()  # raises a CycleError that names the circle
+
+
+# What Keras itself keeps private, and we cannot do without.
+PRIVATE_IN_KERAS = {
+    "_call_has_training_arg",
+    "_compile_config",
+    "_compute_loss",
+    "_flatten_layers",
+    "_iterations",
+    "_loss_tracker",
+    "_optimizer_map",
+    "_output_shape",
+    "_symbolic_build",
+    "_trainable_variables",
+}
+_OF_NAMED_TUPLES = {"_asdict", "_fields", "_replace"}
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_no_file_reads_what_another_one_keeps_private(name):
+    tree = ast.parse(_path_of(name).read_text())
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+            continue
+        is_special = node.attr.endswith("__")
+        if is_special or node.attr in own | PRIVATE_IN_KERAS | _OF_NAMED_TUPLES:
+            continue
+        # A class may use what its base class has for its subclasses.
+        assert ast.unparse(node.value) in ("self", "cls", "super()"), ast.unparse(node)
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
