@@ -84,9 +84,9 @@ class ClosureOptimizer(RecordingOptimizer):
             1e-9, and to 0 where `gradient_tolerance` is given, be it as 0.
         change_tolerance: Converged where an iteration changes the loss by less than this
             part of it. Defaults to 0: never.
-        jit_compile: Whether a step is one XLA cluster. Defaults to `"auto"`: where all layers
-            support it. (A model that is itself compiled with `jit_compile=True` compiles the
-            step in any case.)
+        jit_compile: Whether XLA compiles a step. Defaults to `"auto"`: if all layers support it
+            and the algorithm gains by it. (A model that is itself compiled with
+            `jit_compile=True` compiles the step in any case.)
         name: Defaults to the class's name in snake case.
 
     Raises:
@@ -175,6 +175,15 @@ class ClosureOptimizer(RecordingOptimizer):
             loss: Of the batch.
         """
         raise NotImplementedError
+
+    def is_worth_compiling(self, size: int) -> bool:
+        """Whether a step is faster if XLA compiles it.
+
+        Args:
+            size: The number of weights.
+        """
+        del size
+        return True
 
     def check_size(self, size: int) -> None:
         """Raises a `ValueError` if the algorithm is not for as many weights; before it has any.

@@ -55,19 +55,17 @@ class DenseSystem:
     """A matrix as it is.
 
     Where the damping is less than rounding, it is of rounding's size in units of each weight's
-    own curvature. Where the damped matrix is not positive definite, or not finite, neither is the
-    solution finite.
+    own curvature. Where the damped matrix is not finite, or negative along the solution, the
+    solution is not finite.
 
     Args:
         matrix: The matrix.
         right: The right-hand side.
-        is_compiled: Whether XLA compiles what this is used in.
     """
 
-    def __init__(self, matrix: Tensor, right: Tensor, *, is_compiled: bool) -> None:
+    def __init__(self, matrix: Tensor, right: Tensor) -> None:
         self._matrix = matrix
         self._right = right
-        self._is_compiled = is_compiled
 
     @property
     def largest(self) -> Tensor:
@@ -80,15 +78,13 @@ class DenseSystem:
         ridge = tf.maximum(_rounding(self._matrix) - damping / scale**2, 0.0)
         scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
         scaled, is_finite = _finite(scaled)
-        vector = tf.where(is_finite, self._solved(scaled, self._right / scale) / scale, np.nan)
+        right = self._right / scale
+        # Not by Cholesky: XLA's takes four times as long on a CPU, and TensorFlow's raises where
+        # it fails.
+        solution = tf.linalg.solve(scaled, right[:, None])[:, 0]
+        is_positive = is_finite & (tf.reduce_sum(right * solution) > 0)
+        vector = tf.where(is_positive, solution / scale, np.nan)
         return Solution(vector, tf.linalg.matvec(self._matrix, vector), tf.constant(0))
-
-    def _solved(self, matrix: Tensor, right: Tensor) -> Tensor:
-        if self._is_compiled:  # there a decomposition that fails returns NaN, elsewhere it raises
-            return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right[:, None])[:, 0]
-        values, vectors = tf.linalg.eigh(matrix)
-        parts = tf.linalg.matvec(vectors, right, transpose_a=True) / values
-        return tf.linalg.matvec(vectors, tf.where(values > 0, parts, np.nan))
 
 
 class SystemOfRows:

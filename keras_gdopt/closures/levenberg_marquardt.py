@@ -29,6 +29,7 @@ SOLVERS = ("auto", "exact", "cg")
 _MOST_EXACT = 8192
 _MOST_BY_DEFAULT = 4096
 _MOST_BY_PRODUCTS = 256
+_MOST_COMPILED = 128
 _FEW_WEIGHTS = 512  # a matrix of so many costs less than to compile another way
 _TOLERANCE = 1e-3
 _MOST_INNER = 250
@@ -160,6 +161,12 @@ class LevenbergMarquardt(ClosureOptimizer):
             loss = functools.partial(ResidualFunction, residuals=residuals)
         self._attach(model, loss)
 
+    def is_worth_compiling(self, size: int) -> bool:
+        """Few weights, or conjugate gradients: on a CPU, XLA decomposes large matrices slowly."""
+        is_dense = self.solver == "exact" or (self.solver == "auto" and size <= _MOST_BY_DEFAULT)
+        on_gpu = bool(tf.config.list_physical_devices("GPU"))
+        return on_gpu or not is_dense or size <= _MOST_COMPILED
+
     def check_size(self, size: int) -> None:
         """Raises if there are too many weights for `solver="exact"`."""
         if self.solver == "exact" and size > _MOST_EXACT:
@@ -232,8 +239,7 @@ class LevenbergMarquardt(ClosureOptimizer):
             return self._stepped(system, point, memory, loss)
 
         def by_the_matrix() -> Iteration:
-            dense = matrix.matrix(point.weights)
-            system = DenseSystem(dense, point.gradient, is_compiled=loss.is_compiled)
+            system = DenseSystem(matrix.matrix(point.weights), point.gradient)
             return self._stepped(system, point, memory, loss)
 
         def by_the_rows() -> Iteration:

@@ -1,5 +1,7 @@
 """The training step of a model that a closure optimizer trains, and what it cannot train."""
 
+import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,8 +33,20 @@ class TrainStep:
         self._model = weakref.ref(model)
         self._optimizer = weakref.ref(optimizer)
         self._loss = loss
-        self._is_compiled = _is_compiled(model, optimizer.jit_compile)
-        self._minimize = tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
+
+    @functools.cached_property
+    def _is_compiled(self) -> bool:
+        """Whether XLA compiles the step; known once the optimizer is built."""
+        model, optimizer = self._both()
+        if model.jit_compile or optimizer.jit_compile != "auto":
+            return bool(model.jit_compile or optimizer.jit_compile)
+        size = sum(math.prod(variable.shape) for variable in optimizer.recorder.variables)
+        layers_allow_it = all(layer.supports_jit for layer in model._flatten_layers())
+        return xla_is_available() and layers_allow_it and optimizer.is_worth_compiling(size)
+
+    @functools.cached_property
+    def _minimize(self) -> Callable[..., Tensor]:
+        return tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
 
     @property
     def is_in_effect(self) -> bool:
@@ -175,13 +189,6 @@ def check_variables(optimizer: Any, variables: Sequence[Any]) -> None:
                 f"optimizer. Received: the variable '{variable_path(variable)}'; built for "
                 f"{len(paths)} variable(s): {paths[:3]}{'...' if len(paths) > 3 else ''}"
             )
-
-
-def _is_compiled(model: keras.Model, asked: bool | str) -> bool:
-    """Whether XLA compiles the step: if asked for, and by default where the layers allow it."""
-    if model.jit_compile or asked != "auto":
-        return bool(model.jit_compile or asked)
-    return xla_is_available() and all(layer.supports_jit for layer in model._flatten_layers())
 
 
 def _check_chunks_add_up(model: keras.Model) -> None:

@@ -130,8 +130,7 @@ def test_systems_of_rows_and_of_products_are_the_dense_one(rng, float64):
     expected = np.linalg.solve(matrix.numpy() + 0.3 * np.eye(9), gradient)
     diagonal = np.diag(matrix)
     for system in (
-        DenseSystem(matrix, gradient, is_compiled=False),
-        DenseSystem(matrix, gradient, is_compiled=True),
+        DenseSystem(matrix, gradient),
         SystemOfRows(rows, blocks, right),
         SystemOfProducts(
             lambda v: tf.linalg.matvec(matrix, v),
