@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -44,12 +45,13 @@ def generations(members: int, *, watched: bool) -> Contender:
         x, y = rng.random((SAMPLES, 64), "float32"), rng.integers(0, 10, SAMPLES)
         gadam = gdopt.Gadam(digits_mlp(), members, mutation="normal", seed=0)
         gadam._start_population()
-        members_at_first = gadam._population.members
+        started: Any = gadam._population
+        members_at_first = started.members
         directory, number = Path(tempfile.mkdtemp()), itertools.count()
 
         def step() -> object:
             # A run from the start each time, with nothing to compile.
-            gadam._population.members = members_at_first
+            started.members = members_at_first
             gadam._generation, gadam.lineage = 0, Lineage()
             gadam._identities = [gadam.lineage.born(0) for _ in range(members)]
             callbacks = []

@@ -210,7 +210,8 @@ def training(
         samples = DataArguments(x, y, batch_size=BATCH, members=members).made()
         gadam._start_population()
         (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, range(members))
-        runner, population = gadam._population._training.engine, gadam._population.members
+        started: Any = gadam._population
+        runner, population = started._training.engine, started.members
         if hasattr(runner, "with_sequences"):  # later than version 0.1.0
             population = runner.with_sequences(population)
         own = [gadam._hyperparameters] if hasattr(gadam, "_hyperparameters") else []

@@ -17,6 +17,7 @@ os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class Way(NamedTuple):
     loss: float
     seconds: float
     seconds_to_low: float
+    """Infinite if it never got there; NaN if nobody looked."""
     iterations_to_low: float
     iterations: int
 
@@ -81,7 +83,7 @@ def by_keras(
     model.train_on_batch(x, y)  # compiles
     for variable, value in zip(variables, at_start, strict=True):
         variable.assign(value)
-    iterations, lowest, low = 0, float("inf"), (float("nan"), float("nan"))
+    iterations, lowest, low = 0, math.inf, (math.inf, math.inf)
     started = time.perf_counter()
     while iterations < most and not (until_low and lowest <= LOW):
         model.reset_metrics()
@@ -89,7 +91,7 @@ def by_keras(
         made = int(optimizer.step_metrics["steps_made"])
         iterations += made
         lowest = min(lowest, loss)
-        if loss <= LOW and low[0] != low[0]:
+        if loss <= LOW and low[0] == math.inf:
             low = (time.perf_counter() - started, iterations)
         if optimizer.converged or not made:
             break
@@ -151,7 +153,7 @@ def by_minpack(seed: int, most: int) -> Way:
     """`scipy.optimize.least_squares(method="lm")`; an iteration is one of its Jacobians."""
     from scipy.optimize import least_squares
 
-    made, low = [0], [float("nan"), float("nan")]
+    made, low = [0], [math.inf, math.inf]
     started = time.perf_counter()
 
     def counted_jacobian(theta: np.ndarray) -> np.ndarray:
@@ -160,7 +162,7 @@ def by_minpack(seed: int, most: int) -> Way:
 
     def noted_residuals(theta: np.ndarray) -> np.ndarray:
         left = residuals(theta)
-        if low[0] != low[0] and np.mean(left**2) <= LOW:
+        if low[0] == math.inf and np.mean(left**2) <= LOW:
             low[:] = [time.perf_counter() - started, made[0]]
         return left
 
@@ -181,8 +183,8 @@ def by_scipy(seed: int, method: str, most: int) -> Way:
         options |= {"ftol": 0.0, "maxfun": 10 * most}
     started = time.perf_counter()
     found = minimize(loss_and_gradient, start_of(seed), jac=True, method=method, options=options)
-    nothing = float("nan")
-    return Way(float(found.fun), time.perf_counter() - started, nothing, nothing, int(found.nit))
+    spent = time.perf_counter() - started
+    return Way(float(found.fun), spent, math.nan, math.nan, int(found.nit))  # not looked at
 
 
 def by_torch(seed: int, most: int) -> Way:
@@ -196,7 +198,7 @@ def by_torch(seed: int, most: int) -> Way:
         [theta], max_iter=most, max_eval=10 * most, history_size=50, line_search_fn="strong_wolfe",
         tolerance_grad=0.0, tolerance_change=0.0,
     )  # fmt: skip
-    lowest, low = float("inf"), float("nan")
+    lowest = low = math.inf
 
     def closure() -> Any:
         nonlocal lowest, low
@@ -205,14 +207,14 @@ def by_torch(seed: int, most: int) -> Way:
         loss = torch.mean((torch.tanh(x * kernel + bias) @ last + last_bias - y) ** 2)
         loss.backward()
         lowest = min(lowest, loss.item())
-        if low != low and lowest <= LOW:
+        if low == math.inf and lowest <= LOW:
             low = time.perf_counter() - started
         return loss
 
     started = time.perf_counter()
     optimizer.step(closure)
     made = optimizer.state[theta]["n_iter"]
-    return Way(lowest, time.perf_counter() - started, low, float("nan"), made)
+    return Way(lowest, time.perf_counter() - started, low, math.nan, made)
 
 
 # --- the parts ------------------------------------------------------------------------------
@@ -285,12 +287,14 @@ def rows_of(name: str, way: Callable[[int], Way]) -> list[Way]:
     """Goes from each start, and prints a line."""
     ways = [way(seed) for seed in SEEDS]
     losses = sorted(w.loss for w in ways)
-    print(
-        f"{name:40} loss {losses[0]:.1e} to {losses[-1]:.1e}, median {_median(ways, 'loss'):.1e}; "
-        f"{_median(ways, 'seconds'):.1f} s; to {LOW:g} in {_median(ways, 'seconds_to_low'):.2f} s, "
-        f"{_median(ways, 'iterations_to_low'):.0f} iterations",
-        flush=True,
-    )
+    line = f"{name:40} loss {losses[0]:.1e} to {losses[-1]:.1e}, median {_median(ways, 'loss'):.1e}"
+    line += f"; {_median(ways, 'seconds'):.1f} s"
+    if not math.isnan(ways[0].seconds_to_low):
+        reached = sum(way.seconds_to_low < math.inf for way in ways)
+        line += f"; {LOW:g} reached by {reached}, in {_median(ways, 'seconds_to_low'):.2f} s"
+    if not math.isnan(ways[0].iterations_to_low):
+        line += f" and {_median(ways, 'iterations_to_low'):.0f} iterations"
+    print(line, flush=True)
     return ways
 
 

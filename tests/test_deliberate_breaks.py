@@ -216,7 +216,7 @@ BREAKS = [
     Break(
         "every_worker_trains_with_the_first_places",
         "keras_gdopt/gadam/cluster/worker.py",
-        "            self._filled_up(shard.places),\n            shard.generation,",
+        "            self._fill_up(shard.places),\n            shard.generation,",
         "            range(self._training.count),\n            shard.generation,",
         ("tests/gadam/test_cluster.py",),
     ),

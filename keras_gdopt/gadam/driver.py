@@ -15,6 +15,7 @@ from keras_gdopt.gadam.breeding import CROSSOVERS, SELECTIONS, Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
+from keras_gdopt.gadam.contracts import Population
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.engine import ENGINES, chosen_engine
 from keras_gdopt.gadam.ensemble import averaged
@@ -277,7 +278,7 @@ class Gadam:
             "inherit_optimizer_state": self.inherit_optimizer_state,
         }
         self._breeding = Breeding(**self._breeding_settings, seed=self.seed)
-        self._population: Any = None  # with the first `fit`
+        self._population: Population[Any, Any] | None = None  # with the first `fit`
         self._made_with = [model._compile_config, *model.trainable_variables]
         self._identities: list[int] = []
         self._fitness = np.array([])
@@ -491,13 +492,13 @@ class Gadam:
         self._check_metric_of_fitness(data)
         verbose = 1 if verbose == "auto" else int(verbose)
         is_new = self._population is None
-        self._start_population()
-        self._population.use(data, arguments, checkpoint_dir)
+        everyone = self._start_population()
+        everyone.use(data, arguments, checkpoint_dir)
 
         checkpoint = record = None
         if checkpoint_dir is not None:
             checkpoint = PopulationCheckpoint(checkpoint_dir, self._run_identity())
-            record = self._population.restore(checkpoint)
+            record = everyone.restore(checkpoint)
             if record is not None:
                 self._resume(record)
         done = self._generation
@@ -540,17 +541,17 @@ class Gadam:
                     callback_list,
                     self._first_waits_for() if is_new and generation == done else None,
                 )
-                logs, details, ends = self._one_generation(generation, data, progress)
+                logs, details, ends = self._one_generation(generation, everyone, data, progress)
                 if validation_data is not None and (generation + 1) % validation_freq == 0:
                     logs.update(self._validated(validation_data, batch_size, callback_list))
-                details.update(self._population.report())
+                details.update(everyone.report())
                 for listener in listeners:
                     listener.on_generation_end(generation, {**logs, **details})
                 progress.end(logs)
                 callback_list.on_epoch_end(generation, logs)
                 stops = ends or self.model.stop_training or generation + 1 == last
                 if checkpoint is not None and (stops or (generation + 1) % checkpoint_freq == 0):
-                    self._population.save(checkpoint, self._record(history))
+                    everyone.save(checkpoint, self._record(history))
                 if stops:
                     break
         except BaseException:
@@ -565,6 +566,7 @@ class Gadam:
     def _one_generation(
         self,
         generation: int,
+        everyone: Population[Any, Any],
         data: GenerationData,
         progress: Progress,
     ) -> tuple[dict[str, Any], dict[str, Any], bool]:
@@ -573,10 +575,9 @@ class Gadam:
         Returns:
             Logs, what only a `PopulationCallback` sees, and whether to stop.
         """
-        everyone = self._population
         own = self._hyperparameters
-        parent_losses = everyone.train_parents(generation, progress, own)
-        fitness = everyone.parents_fitness(generation)
+        parents, parent_losses = everyone.train_parents(generation, progress, own)
+        fitness = everyone.parents_fitness(parents)
         self._check_any_finite(fitness, generation, "parents")
         plan = self._breeding.plan(fitness, generation)
         inherited = self._evolution.perturbed(
@@ -584,15 +585,15 @@ class Gadam:
             generation,
             range(self.population_size),
         )
-        child_losses, mutated = everyone.train_children(plan, progress, inherited)
-        parent_fitness, child_fitness = everyone.survival_fitness(generation)
+        both, child_losses, mutated = everyone.train_children(parents, plan, progress, inherited)
+        parent_fitness, child_fitness = everyone.survival_fitness(both)
         places = genetics.surviving(parent_fitness, child_fitness).numpy()
-        both = np.concatenate([parent_fitness, child_fitness])
-        self._check_any_finite(both, generation, "parents and children")
+        survival = np.concatenate([parent_fitness, child_fitness])
+        self._check_any_finite(survival, generation, "parents and children")
 
-        everyone.select(places)
-        self._fitness = both[places].astype("float64")
-        self._note_lineage(plan, mutated, fitness, both, places, inherited, data.steps)
+        everyone.select(both, places)
+        self._fitness = survival[places].astype("float64")
+        self._note_lineage(plan, mutated, fitness, survival, places, inherited, data.steps)
         self._hyperparameters = {
             name: np.concatenate([values, inherited[name]])[places] for name, values in own.items()
         }
@@ -608,7 +609,7 @@ class Gadam:
             "fitness": self._judge.sign * float(self._fitness[best]),
             "fitness_mean": self._judge.sign * float(np.mean(finite)),
             "fitness_worst": self._judge.sign * float(np.max(finite)),
-            "members_not_finite": int(np.sum(~np.isfinite(both))),
+            "members_not_finite": int(np.sum(~np.isfinite(survival))),
             "diversity": everyone.diversity(),
             "children_survived": survived,
             **{name: float(values[best]) for name, values in self._hyperparameters.items()},
@@ -639,7 +640,7 @@ class Gadam:
             work = "Tracing the step of all members, and compiling it"
         return f"{work}, in each worker." if self._cluster else f"{work}."
 
-    def _start_population(self) -> None:
+    def _start_population(self) -> Population[Any, Any]:
         """Makes the first population and what trains it, once."""
         made_with = [self.model._compile_config, *self.model.trainable_variables]
         if [id(part) for part in made_with] != [id(part) for part in self._made_with]:
@@ -649,7 +650,7 @@ class Gadam:
                 "model's weights."
             )
         if self._population is not None:
-            return
+            return self._population
         size = self.population_size
         if self._cluster is None:
             starts = [
@@ -683,6 +684,7 @@ class Gadam:
         self._hyperparameters = self._evolution.drawn(range(size))
         of_all = [self._evolution.of_one(self._hyperparameters, place) for place in range(size)]
         self._identities = [self.lineage.born(0, hyperparameters=own) for own in of_all]
+        return self._population
 
     def _ranks(self) -> np.ndarray:
         finite = np.where(np.isfinite(self._fitness), self._fitness, np.inf)
@@ -692,6 +694,7 @@ class Gadam:
         return int(self._ranks()[0])
 
     def _load(self, place: int, model: keras.Model) -> None:
+        assert self._population is not None
         self._population.load(place, model)
         own = self._evolution.of_one(self._hyperparameters, place)
         if own:

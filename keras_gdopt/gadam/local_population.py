@@ -1,7 +1,7 @@
 """A population in the memory of this machine."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -18,8 +18,23 @@ from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.training import Training
 
 
+class LocalParents(NamedTuple):
+    """A generation whose parents are trained."""
+
+    number: int
+    parents: Members
+
+
+class LocalGeneration(NamedTuple):
+    """A generation whose parents and children are trained."""
+
+    number: int
+    parents: Members
+    children: Members
+
+
 class LocalPopulation:
-    """All members, and the phases of a generation in their order.
+    """A `Population` whose members are arrays of this process.
 
     Args:
         training: Of as many members as the population has.
@@ -43,40 +58,39 @@ class LocalPopulation:
         self.members = Members(
             weights, state, training.engine.fresh_optimizer_state(size), tf.zeros((size,), tf.int64)
         )
-        self._everyone = range(size)
         self._diversity = tf.function(population.diversity)
 
     def use(
         self, data: GenerationData, arguments: DataArguments, directory: str | None = None
     ) -> None:
         """Trains and judges with this data from now on."""
-        del arguments, directory  # they are for other machines
-        self._training.data = data
+        del arguments, directory  # they are for other processes
+        self._data = data
 
     def train_parents(
         self, generation: int, progress: Progress, hyperparameters: Values
-    ) -> np.ndarray:
-        """Trains the members; returns their losses."""
-        self._parents, losses = self._training.trained(
-            self.members,
-            self._everyone,
-            generation,
-            Phase.TRAIN_PARENTS,
-            hyperparameters,
-            stride=lambda: progress.stride,
-            heard=progress.add,
+    ) -> tuple[LocalParents, np.ndarray]:
+        """See `Population.train_parents`."""
+        parents, losses = self._train(
+            self.members, generation, Phase.TRAIN_PARENTS, progress, hyperparameters
         )
-        return losses
+        return LocalParents(generation, parents), losses
 
-    def parents_fitness(self, generation: int) -> np.ndarray:
-        """The trained parents' losses of the batch that decides who begets."""
-        return self._training.fitness(self._parents, generation, Phase.FITNESS)
+    def parents_fitness(self, generation: LocalParents) -> np.ndarray:
+        """See `Population.parents_fitness`."""
+        return self._training.fitness(
+            generation.parents, generation.number, Phase.FITNESS, self._data
+        )
 
     def train_children(
-        self, plan: Plan, progress: Progress, hyperparameters: Values
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Breeds and trains; returns the children's losses and mutated entries."""
-        parents = self._parents
+        self,
+        generation: LocalParents,
+        plan: Plan,
+        progress: Progress,
+        hyperparameters: Values,
+    ) -> tuple[LocalGeneration, np.ndarray, np.ndarray]:
+        """See `Population.train_children`."""
+        parents = generation.parents
         inheritance: list[Any] = [parents.state]
         if self._training.inherits_optimizer_state:
             inheritance.append((parents.optimizer, parents.batches))
@@ -86,28 +100,41 @@ class LocalPopulation:
         children, mutated = self._training.children(
             plan, parents.weights, parents.weights, state, *inherited
         )
-        self._children, losses = self._training.trained(
-            children,
-            self._everyone,
-            plan.generation,
-            Phase.TRAIN_CHILDREN,
+        children, losses = self._train(
+            children, generation.number, Phase.TRAIN_CHILDREN, progress, hyperparameters
+        )
+        return LocalGeneration(*generation, children), losses, mutated
+
+    def survival_fitness(self, generation: LocalGeneration) -> tuple[np.ndarray, np.ndarray]:
+        """See `Population.survival_fitness`."""
+        parents, children = (
+            self._training.fitness(members, generation.number, Phase.SURVIVAL, self._data)
+            for members in (generation.parents, generation.children)
+        )
+        return parents, children
+
+    def select(self, generation: LocalGeneration, places: np.ndarray) -> None:
+        """See `Population.select`."""
+        self.members = population.selected(places, generation.parents, generation.children)
+
+    def _train(
+        self,
+        members: Members,
+        generation: int,
+        phase: Phase,
+        progress: Progress,
+        hyperparameters: Values,
+    ) -> tuple[Members, np.ndarray]:
+        return self._training.trained(
+            members,
+            range(self._training.count),
+            generation,
+            phase,
             hyperparameters,
+            self._data,
             stride=lambda: progress.stride,
             heard=progress.add,
         )
-        return losses, mutated
-
-    def survival_fitness(self, generation: int) -> tuple[np.ndarray, np.ndarray]:
-        """Parents' and children's losses of the batch that decides who survives."""
-        return (
-            self._training.fitness(self._parents, generation, Phase.SURVIVAL),
-            self._training.fitness(self._children, generation, Phase.SURVIVAL),
-        )
-
-    def select(self, places: np.ndarray) -> None:
-        """Keeps the survivors, see `genetics.surviving`."""
-        self.members = population.selected(places, self._parents, self._children)
-        del self._parents, self._children
 
     def diversity(self) -> float:
         """The mean distance of two members' weights."""

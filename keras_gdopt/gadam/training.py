@@ -51,8 +51,6 @@ class Training:
         seed: Of the run.
     """
 
-    data: GenerationData
-
     def __init__(
         self,
         model: keras.Model,
@@ -80,6 +78,7 @@ class Training:
         generation: int,
         phase: Phase,
         hyperparameters: Values,
+        data: GenerationData,
         *,
         stride: Callable[[], int] | None = None,
         heard: Callable[[int, np.ndarray], None] = lambda steps, losses: None,
@@ -92,6 +91,7 @@ class Training:
             generation: Its number.
             phase: Whether they are trained as parents or as children.
             hyperparameters: Theirs, where they have some of their own.
+            data: To train on.
             stride: Tells how many steps to make until the next call of `heard`, at most.
             heard: Called with a number of steps and the losses in the last of them.
         """
@@ -105,9 +105,9 @@ class Training:
             state[index] = tf.cast(tf.constant(np.stack(drawn_keys)), state[index].dtype)
         members = members._replace(state=state)
         losses: list[np.ndarray] = []
-        for epoch in range(self.data.epochs):
+        for epoch in range(data.epochs):
             losses = []
-            for portion in self.data.epoch(generation, phase, epoch, places):
+            for portion in data.epoch(generation, phase, epoch, places):
                 first = 0
                 while first < portion.steps:
                     length = stride() if stride else portion.steps
@@ -119,14 +119,16 @@ class Training:
         members = self.engine.without_sequences(self.engine.finalized(members))
         return members, np.mean(np.concatenate(losses), axis=0)
 
-    def fitness(self, members: Members, generation: int, phase: Phase) -> np.ndarray:
+    def fitness(
+        self, members: Members, generation: int, phase: Phase, data: GenerationData
+    ) -> np.ndarray:
         """The members' losses of what they are judged by in a phase.
 
         Of several batches the mean over all samples, as of `evaluate`. Of a metric of which more
         is better the negative.
         """
         members = self.engine.with_sequences(members)
-        batch = self.data.fitness_batch(generation, phase)
+        batch = data.fitness_batch(generation, phase)
         if self._fitness.name != "loss":
             return self._fitness.sign * self._metric(members, batch)
         if not isinstance(batch, list):

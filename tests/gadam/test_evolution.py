@@ -311,9 +311,8 @@ def _train_once(gadam, x, y):
 
     data = DataArguments(x, y, batch_size=12, epochs=5, members=3).made()
     population = gadam._population
-    population._training.data = data
     members, _ = population._training.trained(
-        population.members, range(3), 0, Phase.TRAIN_PARENTS, gadam._hyperparameters
+        population.members, range(3), 0, Phase.TRAIN_PARENTS, gadam._hyperparameters, data
     )
     return members
 

@@ -36,8 +36,8 @@ def _train(gadam, data, epochs=2):
     """The members before and after the parents' training of generation 4."""
     gadam._start_population()
     before, training = gadam._population.members, gadam._population._training
-    training.data = _generation_data(data, epochs)
-    return before, *training.trained(before, range(MEMBERS), 4, Phase.TRAIN_PARENTS, {})
+    data = _generation_data(data, epochs)
+    return before, *training.trained(before, range(MEMBERS), 4, Phase.TRAIN_PARENTS, {}, data)
 
 
 def _train_by_hand(model, gadam, before, data, member, epochs=2):
@@ -135,9 +135,8 @@ def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind
     )
     gadam._start_population()
     before, training = gadam._population.members, gadam._population._training
-    training.data = data
-    trained, losses = training.trained(before, range(MEMBERS), 0, Phase.TRAIN_PARENTS, {})
-    fitness = training.fitness(trained, 0, Phase.FITNESS)
+    trained, losses = training.trained(before, range(MEMBERS), 0, Phase.TRAIN_PARENTS, {}, data)
+    fitness = training.fitness(trained, 0, Phase.FITNESS, data)
     for member in range(MEMBERS):
         model = models.texts()
         model.compile(gdopt.Adam(0.01), "mse")
@@ -390,9 +389,9 @@ def test_members_are_judged_as_in_evaluation(engine, rng, float64):
     model = models.dropout()
     gadam = _gadam(model, engine)
     _, trained, _ = _train(gadam, _data(gadam, x, y), epochs=1)
-    training = gadam._population._training
-    fitness = training.fitness(trained, 4, Phase.FITNESS)
-    batch = training.data.fitness_batch(4, Phase.FITNESS)
+    data = _generation_data(_data(gadam, x, y), epochs=1)
+    fitness = gadam._population._training.fitness(trained, 4, Phase.FITNESS, data)
+    batch = data.fitness_batch(4, Phase.FITNESS)
     for member in range(MEMBERS):
         for variable, value in zip(model.trainable_variables, trained.weights, strict=True):
             variable.assign(value[member])
@@ -410,9 +409,9 @@ def test_members_drop_different_units(engine, rng):
     data = ArrayData(x.astype("float32"), y.astype("float32"), batch_size=22, seed=3)
     gadam._start_population()
     training = gadam._population._training
-    training.data = _generation_data(data, epochs=1)
+    data = _generation_data(data, epochs=1)
     losses = [
-        training.trained(gadam._population.members, range(MEMBERS), 0, phase, {})[1]
+        training.trained(gadam._population.members, range(MEMBERS), 0, phase, {}, data)[1]
         for phase in (Phase.TRAIN_PARENTS, Phase.TRAIN_CHILDREN)
     ]
     assert len({round(float(loss), 5) for of_phase in losses for loss in of_phase}) == 6
@@ -463,21 +462,21 @@ def test_a_child_has_the_state_of_its_fitter_parent(rng):
     gadam = _gadam(model, "stacked")
     gadam._start_population()
     population = gadam._population
-    population._training.data = _generation_data(_data(gadam, x, y), epochs=1)
+    population.use(_generation_data(_data(gadam, x, y), epochs=1), None)
     numbers = [np.broadcast_to([[0.0], [1.0], [2.0]], value.shape).astype("float32")
                for value in population.members.state]  # fmt: skip
     state = [tf.constant(value) for value in numbers]
     population.members = population.members._replace(state=state)
     progress = Progress(0, 0, 1, 6, keras.callbacks.CallbackList())
-    population.train_parents(0, progress, {})
+    trained, _ = population.train_parents(0, progress, {})
     losses, fitter_ones = [2.0, 0.0, 1.0], set()
     for generation in range(4):
         plan = gadam._breeding.plan(losses, generation)
-        population.train_children(plan, progress, {})
+        both, *_ = population.train_children(trained, plan, progress, {})
         for child, parents in enumerate(plan.parents.tolist()):
             fitter = min(parents, key=lambda parent: losses[parent])
             fitter_ones.add(parents.index(fitter))
-            for value in population._children.state:
+            for value in both.children.state:
                 np.testing.assert_array_equal(value[child], np.full(6, fitter))
     assert fitter_ones == {0, 1}
 

@@ -5,20 +5,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import ray
-import tensorflow as tf
 
 from keras_gdopt.gadam.cluster import member_files
+from keras_gdopt.gadam.cluster.member_parts import MemberParts, pack, parts_of_member
 from keras_gdopt.gadam.cluster.pool import Pool, Task, this_node
 from keras_gdopt.gadam.population import Members
 
 
 class Held(NamedTuple):
-    """A member somewhere in the cluster: references, and where they are."""
+    """A member somewhere in the cluster."""
 
-    weights: Any
-    state: Any
-    optimizer: Any
-    """Its optimizer's state and the number of its batches."""
+    parts: MemberParts
+    """References."""
     home: int
     """The shard that it was trained in."""
     node: str
@@ -57,10 +55,8 @@ class InDriver:
         """Some of the members, in the cluster."""
         node, found = this_node(), []
         for place in places:
-            own = tf.nest.map_structure(lambda array, at=place: array[at], self.members)
-            parts = (own.weights, own.state, (own.optimizer, own.batches))
-            weights, state, optimizer = (ray.put(part) for part in parts)
-            found.append(Held(weights, state, optimizer, self._homes[place], node))
+            parts = MemberParts(*map(ray.put, parts_of_member(self.members, place)))
+            found.append(Held(parts, self._homes[place], node))
         return found
 
 
@@ -86,14 +82,7 @@ class InDirectory:
         for shard, own in _by_shard(self._homes, range(len(members))).items():
 
             def arguments(own: list[int] = own) -> list[Any]:
-                parts = [
-                    part
-                    for place in own
-                    for part in (
-                        members[place].weights, members[place].state, members[place].optimizer,
-                    )
-                ]  # fmt: skip
-                return [self._paths(own), *parts]
+                return [self._paths(own), *pack([members[place].parts for place in own])]
 
             tasks.append(Task(shard, "write", arguments))
         self._pool.run(tasks)
@@ -125,7 +114,7 @@ def _made_by_workers(
     found = {}
     for shard, own in shards.items():
         for place, parts in zip(own, tasks[shard].members(), strict=True):
-            found[place] = Held(*parts, home=shard, node=tasks[shard].node)
+            found[place] = Held(parts, home=shard, node=tasks[shard].node)
     return [found[place] for place in places]
 
 

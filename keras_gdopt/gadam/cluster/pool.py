@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ray
 from ray import exceptions
 
+from keras_gdopt.gadam.cluster.member_parts import MemberParts, unpack
 from keras_gdopt.gadam.cluster.worker import Worker
 
 _log = logging.getLogger("keras_gdopt")
@@ -37,7 +38,7 @@ class Task:
         self.shard = shard
         self.method = method
         self.arguments = arguments
-        self.returns = 1 + 3 * members
+        self.returns = 1 + len(MemberParts._fields) * members
         self.first: Any = None
         """The first of the returned values; `None` until it is done."""
         self.rest: list[Any] = []
@@ -46,9 +47,9 @@ class Task:
         """Where they lie."""
         self.deaths = 0
 
-    def members(self) -> list[tuple[Any, Any, Any]]:
-        """References to the weights, the state and the optimizer of each."""
-        return list(zip(self.rest[::3], self.rest[1::3], self.rest[2::3], strict=True))
+    def members(self) -> list[MemberParts]:
+        """References to the parts of each."""
+        return unpack(MemberParts, self.rest)
 
 
 class LostError(RuntimeError):

@@ -20,6 +20,12 @@ from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.cluster import member_files, placement
 from keras_gdopt.gadam.cluster.engine import RayEngine
+from keras_gdopt.gadam.cluster.member_parts import (
+    ChildParts,
+    JudgedParts,
+    MemberParts,
+    pack,
+)
 from keras_gdopt.gadam.cluster.origin import FromKeys, Held, InDirectory, InDriver
 from keras_gdopt.gadam.cluster.pool import LostError, Pool, Task, alive_nodes, connect
 from keras_gdopt.gadam.cluster.worker import Setup, Shard
@@ -35,8 +41,8 @@ from keras_gdopt.gadam.training import Fitness
 _TO_GET, _TO_SEE = 600.0, 60.0
 
 
-@dataclass
-class _Generation:
+@dataclass(frozen=True)
+class RayGeneration:
     """What is known of a generation: enough to make it again from its first survivors."""
 
     number: int
@@ -54,10 +60,10 @@ class _Generation:
     parents: list[Held | None] = field(default_factory=list)
     children: list[Held | None] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Forgets its members."""
-        self.parents = [None] * len(self.homes)
-        self.children = [None] * len(self.homes)
+    def begin(self) -> "RayGeneration":
+        """The same, without its members."""
+        nobody: list[Held | None] = [None] * len(self.homes)
+        return replace(self, parents=list(nobody), children=list(nobody))
 
     def survivors(self) -> list[Held]:
         """The members that it ends with."""
@@ -66,7 +72,7 @@ class _Generation:
 
 
 class RayPopulation:
-    """Has the methods of `LocalPopulation`, which say what each does.
+    """A `Population` whose members are in the workers of a cluster.
 
     Shards, not workers, are what members are dealt to: a shard has the same members
     whichever worker trains it, so that no fault changes a result. What workers return lies
@@ -152,8 +158,7 @@ class RayPopulation:
 
     def _start_from(self, origin: FromKeys | InDriver | InDirectory) -> None:
         self._origin = origin
-        self._past: list[_Generation] = []
-        self._now: _Generation | None = None
+        self._past: list[RayGeneration] = []
         self._survivors: list[Held] = []
 
     def _begin(self) -> None:
@@ -208,30 +213,30 @@ class RayPopulation:
 
     def train_parents(
         self, generation: int, progress: Progress, hyperparameters: Values
-    ) -> np.ndarray:
-        """Trains the members; returns their losses."""
+    ) -> tuple[RayGeneration, np.ndarray]:
+        """See `Population.train_parents`."""
         self._begin()
         old = [member.home for member in self._survivors]
         homes = placement.balanced(old, self._shards, self._capacity)
         moved = sum(home != before for home, before in zip(homes, old, strict=True))
         self._moved["bytes_rebalanced"] += moved * sum(self._bytes_of_a_member())
-        self._now = _Generation(generation, self._engine.learning_rates(), homes, hyperparameters)
-        self._now.begin()
-        return self._train_parents(self._now, range(self._size), progress)
+        now = RayGeneration(generation, self._engine.learning_rates(), homes, hyperparameters)
+        now = now.begin()
+        return now, self._train_parents(now, range(self._size), progress)
 
-    def parents_fitness(self, generation: int) -> np.ndarray:
-        """The trained parents' losses of the batch that decides who begets."""
-        (losses,) = self._fitness(generation, Phase.FITNESS, [_there(self._now).parents])
+    def parents_fitness(self, generation: RayGeneration) -> np.ndarray:
+        """See `Population.parents_fitness`."""
+        (losses,) = self._fitness(generation, Phase.FITNESS, [generation.parents])
         return losses
 
     def train_children(
-        self, plan: Plan, progress: Progress, hyperparameters: Values
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Breeds and trains; returns the children's losses and mutated entries."""
-        now = _there(self._now)
-        now.plan, now.inherited = plan, hyperparameters
+        self, generation: RayGeneration, plan: Plan, progress: Progress, hyperparameters: Values
+    ) -> tuple[RayGeneration, np.ndarray, np.ndarray]:
+        """See `Population.train_children`."""
+        now = replace(generation, plan=plan, inherited=hyperparameters)
         sources = self._breeding.sources(plan).tolist()
-        now.nurseries = placement.of_children(sources, now.homes, self._shards, self._capacity)
+        nurseries = placement.of_children(sources, now.homes, self._shards, self._capacity)
+        now = replace(now, nurseries=nurseries)
         weights, state, optimizer = self._bytes_of_a_member()
         if self._breeding.inherits_optimizer_state:
             state += optimizer
@@ -239,21 +244,19 @@ class RayPopulation:
             away = {parent for parent in sources[child] if now.homes[parent] != shard}
             self._moved["bytes_moved"] += len(away) * weights
             self._moved["bytes_moved"] += (int(plan.fitter[child]) in away) * state
-        return self._train_children(now, range(self._size), progress)
+        return now, *self._train_children(now, range(self._size), progress)
 
-    def survival_fitness(self, generation: int) -> tuple[np.ndarray, np.ndarray]:
-        """Parents' and children's losses of the batch that decides who survives."""
-        now = _there(self._now)
-        parents, children = self._fitness(generation, Phase.SURVIVAL, [now.parents, now.children])
+    def survival_fitness(self, generation: RayGeneration) -> tuple[np.ndarray, np.ndarray]:
+        """See `Population.survival_fitness`."""
+        groups = [generation.parents, generation.children]
+        parents, children = self._fitness(generation, Phase.SURVIVAL, groups)
         return parents, children
 
-    def select(self, places: np.ndarray) -> None:
-        """Keeps the survivors, see `genetics.surviving`."""
-        now = _there(self._now)
-        now.places = places.tolist()
+    def select(self, generation: RayGeneration, places: np.ndarray) -> None:
+        """See `Population.select`."""
+        now = replace(generation, places=places.tolist())
         self._survivors = now.survivors()
         self._past.append(replace(now, parents=[], children=[]))
-        self._now = None
         self._generations = now.number + 1
         if self._generations % self._safekeeping_freq == 0:
             self._keep()
@@ -312,14 +315,13 @@ class RayPopulation:
     # --- what workers do ---------------------------------------------------------
 
     def _train_parents(
-        self, generation: _Generation, places: Sequence[int], progress: Progress | None = None
+        self, generation: RayGeneration, places: Sequence[int], progress: Progress | None = None
     ) -> np.ndarray:
         def arguments(shard: Shard) -> list[Any]:
-            members = [self._survivors[place] for place in shard.places]
-            parts = [part for m in members for part in (m.weights, m.state, m.optimizer)]
-            return [shard, *parts]
+            return [shard, *pack([self._survivors[place].parts for place in shard.places])]
 
         return self._trained(
+            generation,
             generation.parents,
             self._in_shards(
                 generation,
@@ -334,22 +336,23 @@ class RayPopulation:
         )[0]
 
     def _train_children(
-        self, generation: _Generation, places: Sequence[int], progress: Progress | None = None
+        self, generation: RayGeneration, places: Sequence[int], progress: Progress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         plan, parents = _there(generation.plan), generation.parents
         sources = self._breeding.sources(plan)
 
         def arguments(shard: Shard) -> list[Any]:
-            parts = []
-            for child in shard.places:
-                first, second = (_there(parents[parent]) for parent in sources[child])
-                fitter = _there(parents[plan.fitter[child]])
-                parts += [first.weights, second.weights, fitter.state]
-                if self._breeding.inherits_optimizer_state:
-                    parts.append(fitter.optimizer)
-            return [shard, plan, *parts]
+            return [shard, plan, *pack([child_parts(child) for child in shard.places])]
+
+        def child_parts(child: int) -> ChildParts:
+            first, second = (_there(parents[parent]).parts for parent in sources[child])
+            fitter = _there(parents[plan.fitter[child]]).parts
+            inherits = self._breeding.inherits_optimizer_state
+            optimizer = fitter.optimizer if inherits else None
+            return ChildParts(first.weights, second.weights, fitter.state, optimizer)
 
         losses, mutated = self._trained(
+            generation,
             generation.children,
             self._in_shards(
                 generation, Phase.TRAIN_CHILDREN, generation.nurseries, places, generation.inherited
@@ -362,6 +365,7 @@ class RayPopulation:
 
     def _trained(
         self,
+        generation: RayGeneration,
         members: list[Held | None],
         shards: dict[int, Shard],
         method: str,
@@ -373,12 +377,12 @@ class RayPopulation:
             number: Task(number, method, partial(arguments, shard), members=len(shard.places))
             for number, shard in shards.items()
         }
-        self._undeterred(lambda: self._pool.run(list(tasks.values())))
+        self._undeterred(lambda: self._pool.run(list(tasks.values())), generation)
         values: list[np.ndarray] = []
         for number, shard in shards.items():
             task = tasks[number]
             for place, parts in zip(shard.places, task.members(), strict=True):
-                members[place] = Held(*parts, home=number, node=task.node)
+                members[place] = Held(parts, home=number, node=task.node)
             for column, value in enumerate(task.first):
                 if column == len(values):
                     values.append(np.zeros(self._size, value.dtype))
@@ -388,19 +392,20 @@ class RayPopulation:
         return values
 
     def _fitness(
-        self, generation: int, phase: Phase, groups: list[list[Held | None]]
+        self, generation: RayGeneration, phase: Phase, groups: list[list[Held | None]]
     ) -> list[np.ndarray]:
-        now, tasks = _there(self._now), []
+        tasks = []
         for group, members in enumerate(groups):
             homes = [_there(member).home for member in members]
-            for number, shard in self._in_shards(now, phase, homes, range(self._size)).items():
+            shards = self._in_shards(generation, phase, homes, range(self._size))
+            for number, shard in shards.items():
 
                 def arguments(shard: Shard = shard, members: list = members) -> list[Any]:
-                    there = [_there(members[place]) for place in shard.places]
-                    return [shard, *[part for m in there for part in (m.weights, m.state)]]
+                    there = [_there(members[place]).parts for place in shard.places]
+                    return [shard, *pack([JudgedParts(m.weights, m.state) for m in there])]
 
                 tasks.append((group, shard, Task(number, "fitness", arguments)))
-        self._undeterred(lambda: self._pool.run([task for *_, task in tasks]))
+        self._undeterred(lambda: self._pool.run([task for *_, task in tasks]), generation)
         losses = [np.zeros(self._size, tasks[0][2].first.dtype) for _ in groups]
         for group, shard, task in tasks:
             losses[group][shard.places] = task.first
@@ -408,7 +413,7 @@ class RayPopulation:
 
     def _in_shards(
         self,
-        generation: _Generation,
+        generation: RayGeneration,
         phase: Phase,
         homes: Sequence[int],
         places: Sequence[int],
@@ -426,19 +431,23 @@ class RayPopulation:
 
     # --- what gets lost -----------------------------------------------------------
 
-    def _undeterred(self, work: Callable[[], Any]) -> Any:
-        """What comes of work that needs members, also if nodes leave with some of them."""
+    def _undeterred(self, work: Callable[[], Any], generation: RayGeneration | None = None) -> Any:
+        """Does work that needs members again until no node leaves with some of them.
+
+        Args:
+            work: A function without arguments.
+            generation: The one that is being made, if there is one.
+        """
         while True:
             try:
                 return work()
             except LostError as error:
                 if self._replaying:
                     raise
-                self._restore(error)
+                self._restore(error, generation or RayGeneration(-1, [], []))
 
-    def _restore(self, error: LostError) -> None:
+    def _restore(self, error: LostError, now: RayGeneration) -> None:
         """Makes again what was on nodes that are gone."""
-        now = self._now or _Generation(-1, [], [])
         until = time.monotonic() + _TO_SEE
         while not any(
             lost := [self._lost(held) for held in (self._survivors, now.parents, now.children)]
@@ -474,8 +483,7 @@ class RayPopulation:
             try:
                 self._survivors = self._origin.held(everyone)
                 for past in self._past:
-                    again = replace(past)
-                    again.begin()
+                    again = past.begin()
                     self._train_parents(again, everyone)
                     self._train_children(again, everyone)
                     self._survivors = again.survivors()
@@ -489,13 +497,11 @@ class RayPopulation:
 
     # --- in and out of the cluster -------------------------------------------------
 
-    def _got(self, places: Sequence[int]) -> list[tuple[Any, ...]]:
-        """Weights, state and optimizer of survivors, in this process."""
+    def _got(self, places: Sequence[int]) -> list[MemberParts]:
+        """Survivors, in this process."""
         held = [self._survivors[place] for place in places]
         try:
-            return [
-                tuple(ray.get([m.weights, m.state, m.optimizer], timeout=_TO_GET)) for m in held
-            ]
+            return [MemberParts(*ray.get(list(member.parts), timeout=_TO_GET)) for member in held]
         except exceptions.ObjectLostError as error:
             raise LostError(str(error)) from error
 

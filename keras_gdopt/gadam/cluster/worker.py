@@ -13,13 +13,20 @@ import tensorflow as tf
 from keras_gdopt.gadam import population
 from keras_gdopt.gadam.breeding import Breeding, Plan
 from keras_gdopt.gadam.cluster import member_files
+from keras_gdopt.gadam.cluster.member_parts import (
+    Arrays,
+    ChildParts,
+    JudgedParts,
+    MemberParts,
+    pack,
+    parts_of_member,
+    unpack,
+)
 from keras_gdopt.gadam.data import DataArguments
 from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.training import Fitness, Training
-
-Arrays = Any  # a list of arrays, or the nested structure of an optimizer's state
 
 
 class Setup(NamedTuple):
@@ -53,9 +60,9 @@ class Shard(NamedTuple):
 class Worker:
     """An actor. Its methods are functions of their arguments alone.
 
-    Those that train return the losses of a shard first, and then three values for each member:
-    weights, state, and its optimizer's state with the number of its batches. Shards
-    smaller than a worker's capacity are filled up, so that nothing is compiled twice.
+    Those that train return the losses of a shard first, and then the `MemberParts` of each
+    member. Shards smaller than a worker's capacity are filled up, so that nothing is compiled
+    twice.
     """
 
     def __init__(self, threads: int) -> None:
@@ -87,25 +94,25 @@ class Worker:
 
     def use(self, arguments: DataArguments) -> None:
         """Makes the data of a `fit`."""
-        self._training.data = arguments.made()
+        self._data = arguments.made()
 
     # --- members from elsewhere ------------------------------------------------
 
     def new_members(self, places: Sequence[int]) -> tuple[Any, ...]:
         """The members that a run starts from in some places; `None` comes first."""
         fresh = self._fresh()
-        returned: list[Any] = [None]
+        members = []
         for place in places:
             weights, state = population.new_member(
                 self._model, place, self._seed, self._initializer, self._start
             )
-            returned += [weights, state, fresh]
-        return tuple(returned)
+            members.append(MemberParts(weights, state, fresh))
+        return (None, *pack(members))
 
     def write(self, paths: Sequence[str], *parts: Arrays) -> None:
-        """Writes members, of each of which come weights, state and optimizer."""
-        for index, path in enumerate(paths):
-            member_files.write(path, parts[3 * index : 3 * index + 3])
+        """Writes members; `parts` are those of `MemberParts`."""
+        for path, member in zip(paths, unpack(MemberParts, parts), strict=True):
+            member_files.write(path, tuple(member))
 
     def read(self, paths: Sequence[str]) -> tuple[Any, ...]:
         """Members that were written; `None` comes first."""
@@ -114,65 +121,62 @@ class Worker:
             list(self._model.non_trainable_variables),
             self._fresh(),
         )
-        members = [member_files.read(path, like) for path in paths]
-        return (None, *[part for member in members for part in member])
+        members = [MemberParts(*member_files.read(path, like)) for path in paths]
+        return (None, *pack(members))
 
     # --- training and judging --------------------------------------------------
 
     def train_parents(self, shard: Shard, *parts: Arrays) -> tuple[Any, ...]:
-        """Trains members, of each of which come weights, state and optimizer."""
-        weights, state, optimizers = (self._stacked(parts[of::3]) for of in range(3))
-        optimizer, batches = optimizers
-        return self._trained(Members(weights, state, optimizer, batches), shard, ())
+        """Trains members; `parts` are those of `MemberParts`."""
+        weights, state, (optimizer, batches) = self._stack(unpack(MemberParts, parts))
+        return self._train(Members(weights, state, optimizer, batches), shard, ())
 
     def train_children(self, shard: Shard, plan: Plan, *parts: Arrays) -> tuple[Any, ...]:
-        """Breeds and trains.
-
-        Of each child come the weights of two parents, the state of one, and where children
-        inherit it the state of its optimizer.
-        """
-        kinds = 4 if self._training.inherits_optimizer_state else 3
-        first, second, *rest = (self._stacked(parts[of::kinds]) for of in range(kinds))
-        state, inherited = (*rest, None)[:2]
-        places = self._filled_up(shard.places)
+        """Breeds and trains children; `parts` are those of `ChildParts`."""
+        first, second, state, inherited = self._stack(unpack(ChildParts, parts))
+        places = self._fill_up(shard.places)
         children, mutated = self._training.children(plan, first, second, state, inherited, places)
-        return self._trained(children, shard, (mutated[: len(shard.places)],))
+        return self._train(children, shard, (mutated[: len(shard.places)],))
 
     def fitness(self, shard: Shard, *parts: Arrays) -> np.ndarray:
-        """Losses of members, of each of which come weights and state."""
-        weights, state = (self._stacked(parts[of::2]) for of in range(2))
+        """Losses of members; `parts` are those of `JudgedParts`."""
+        weights, state = self._stack(unpack(JudgedParts, parts))
         members = Members(weights, state, None, None)
-        losses = self._training.fitness(members, shard.generation, shard.phase)
+        losses = self._training.fitness(members, shard.generation, shard.phase, self._data)
         return losses[: len(shard.places)]
 
     # --- the parts -----------------------------------------------------------
 
-    def _trained(self, members: Members, shard: Shard, more: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _train(self, members: Members, shard: Shard, more: tuple[Any, ...]) -> tuple[Any, ...]:
         count = len(shard.places)
         self._training.engine.set_learning_rates(shard.learning_rates)
         members, losses = self._training.trained(
             members,
-            self._filled_up(shard.places),
+            self._fill_up(shard.places),
             shard.generation,
             shard.phase,
-            {n: np.array(self._filled_up(list(v))) for n, v in shard.hyperparameters.items()},
+            {n: np.array(self._fill_up(list(v))) for n, v in shard.hyperparameters.items()},
+            self._data,
         )
         arrays = tf.nest.map_structure(lambda value: value.numpy(), members)
-        returned: list[Any] = [(losses[:count], *more)]
-        for index in range(count):
-            own = tf.nest.map_structure(lambda array, at=index: array[at], arrays)
-            returned += [own.weights, own.state, (own.optimizer, own.batches)]
-        return tuple(returned)
+        trained = [parts_of_member(arrays, index) for index in range(count)]
+        return ((losses[:count], *more), *pack(trained))
 
     def _fresh(self) -> tuple[Any, np.ndarray]:
         """The optimizer's state of a member that was never trained, and its batches."""
         fresh = self._training.engine.fresh_optimizer_state(1)
         return tf.nest.map_structure(lambda value: value.numpy()[0], fresh), np.zeros((), "int64")
 
-    def _filled_up(self, parts: Sequence[Any]) -> list[Any]:
+    def _fill_up(self, parts: Sequence[Any]) -> list[Any]:
         missing = self._training.count - len(parts)
         return [*parts, *[parts[0]] * missing]
 
-    def _stacked(self, parts: Sequence[Arrays]) -> Any:
-        parts = self._filled_up(parts)
-        return tf.nest.map_structure(lambda *arrays: tf.constant(np.stack(arrays)), *parts)
+    def _stack(self, members: Sequence[Any]) -> list[Any]:
+        """Each part of all members, as arrays; `None` for a part that they do not have."""
+
+        def stack(parts: Sequence[Arrays]) -> Any:
+            if parts[0] is None:
+                return None
+            return tf.nest.map_structure(lambda *arrays: tf.constant(np.stack(arrays)), *parts)
+
+        return [stack(parts) for parts in zip(*self._fill_up(members), strict=True)]
