@@ -186,7 +186,7 @@ BREAKS = [
     # Data and driver.
     Break(
         "the_last_batch_repeats_the_first_samples",
-        "keras_gdopt/gadam/data.py",
+        "keras_gdopt/gadam/array_data.py",
         "rest = order[None, :, needed : needed + self._rest]",
         "rest = order[None, :, : self._rest]",
         ("tests/gadam/test_driver.py",),

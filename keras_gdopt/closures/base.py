@@ -32,6 +32,7 @@ from keras_gdopt.optimizers.argument_checks import (
 )
 from keras_gdopt.optimizers.arithmetic import common_dtype
 from keras_gdopt.optimizers.recording import TIERS, Recorder, RecordingOptimizer
+from keras_gdopt.optimizers.saved_state import StateGroup
 from keras_gdopt.tensor import Tensor
 
 _NOT_STARTED = "no step was made yet"
@@ -335,19 +336,16 @@ class ClosureOptimizer(RecordingOptimizer):
         )
         return {**config, **{name: getattr(self, name) for name in own}}
 
-    def _saved_slots(self) -> Mapping[str, Sequence[Any]]:
-        # Each is for all weights together.
-        slots = {name: [variable] for name, variable in self._memory.items()}
-        return {**slots, "progress": [self._progress]} if self.built else slots
-
-    def _slot_initial_values(self) -> Mapping[str, float]:
-        initial = {name: initial for name, (_, initial) in self.memory_layout(0).items()}
-        return {**initial, "progress": 0.0}
-
-    def _state_shapes(self, variables: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-        layout = self.memory_layout(_size(variables))
-        shapes = {f"{name}.0": shape for name, (shape, _) in layout.items()}
-        return {**shapes, "progress.0": (len(Progress._fields),)}
+    def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:
+        """See `SavedStateOptimizer.state_layout`; each array is for all weights together."""
+        made = {**self._memory, "progress": self._progress} if self.built else {}
+        memory = self.memory_layout(_size(variables))
+        arrays = {**memory, "progress": ((len(Progress._fields),), 0.0)}
+        groups = {
+            name: StateGroup(initial, {0: shape}, [made[name]] if made else ())
+            for name, (shape, initial) in arrays.items()
+        }
+        return {**super().state_layout(variables), **groups}
 
     def _load(self, saved: dict[str, np.ndarray]) -> None:
         if any(f"{name}.0" in saved for name in self.memory_layout(0)):

@@ -13,12 +13,13 @@ import tensorflow as tf
 from keras_gdopt.functional import Data
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.breeding import Breeding, Plan
-from keras_gdopt.gadam.data import GenerationData, Portion
+from keras_gdopt.gadam.data import GenerationData
 from keras_gdopt.gadam.engine import Engine, SharedVariableError
 from keras_gdopt.gadam.hyperparameters import Values
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.samples import sample_count
+from keras_gdopt.gadam.training_data import Portion
 from keras_gdopt.tensor import Tensor
 
 _OF_TENSORFLOW = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)

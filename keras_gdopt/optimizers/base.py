@@ -18,7 +18,7 @@ from keras_gdopt.optimizers.arithmetic import computation_dtype, constrain
 from keras_gdopt.optimizers.compilation import after
 from keras_gdopt.optimizers.recording import Recorder, RecordingOptimizer
 from keras_gdopt.optimizers.rule import Slots, StepSettings, StepVariables, Update
-from keras_gdopt.optimizers.saved_state import variable_path
+from keras_gdopt.optimizers.saved_state import StateGroup, variable_path
 from keras_gdopt.tensor import Tensor
 
 
@@ -265,7 +265,7 @@ class GradientOptimizer(RecordingOptimizer):
         super().build(variables)
         self._slots = {
             name: self.add_optimizer_variables(variables, name, functools.partial(_filled, initial))
-            for name, initial in self._slot_initial_values().items()
+            for name, initial in {**self.slots, **self.scalar_slots}.items()
         }
         if self._recorder is not None:
             self._recorder.variables = self._trainable_variables
@@ -496,8 +496,10 @@ class GradientOptimizer(RecordingOptimizer):
         """The slots by name, each in the order of the variables; empty before `build`."""
         return self._slots
 
-    def _slot_initial_values(self) -> Mapping[str, float]:
-        return {**self.slots, **self.scalar_slots}
+    def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:
+        """See `SavedStateOptimizer.state_layout`."""
+        slots = self.slot_layout({**self.slots, **self.scalar_slots}, variables)
+        return {**super().state_layout(variables), **slots}
 
     def _slot_shape(self, slot: str, variable: Any) -> tuple[int, ...]:
         shape = tuple(variable.shape)

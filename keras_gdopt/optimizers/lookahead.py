@@ -1,6 +1,6 @@
 """Lookahead: Zhang, Lucas, Hinton and Ba 2019, Algorithm 1."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
 from keras_gdopt.optimizers.recording import Recorder
+from keras_gdopt.optimizers.saved_state import StateGroup
 from keras_gdopt.optimizers.slow_weights import (
     final_weight,
     start_slow_weight,
@@ -187,8 +188,10 @@ class Lookahead(WrappingOptimizer):
         """The slow weights, and the count of updates since they began."""
         return {"slow": list(self._slots["slow"]), "fast_updates": self._fast_updates}
 
-    def _scalar_variables(self) -> Mapping[str, Any]:
-        return {"fast_updates": self._fast_updates}
+    def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:
+        """See `SavedStateOptimizer.state_layout`."""
+        count = StateGroup.single(self._fast_updates)
+        return {"fast_updates": count, **super().state_layout(variables)}
 
     def _new_tensorflow_sync(self) -> Any:
         if keras.backend.backend() != "tensorflow":

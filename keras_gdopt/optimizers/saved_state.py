@@ -1,10 +1,11 @@
 """What of an optimizer is saved, under which names, and how it comes back."""
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -14,6 +15,31 @@ from keras_gdopt.optimizers.arithmetic import computation_dtype
 _CLASS_MARK = "class="
 # The group of variables that a subclass added without declaring a slot for them.
 _UNNAMED = "variable"
+# What Keras's base class keeps for each variable, whatever the algorithm.
+_NO_SLOTS = {"average", "gradient_accumulator"}
+
+
+class StateGroup(NamedTuple):
+    """Arrays that are saved under one name, with a number for each variable of the model."""
+
+    initial: float | None
+    """What they start from; `None` for one that is kept when state starts afresh."""
+    shapes: Mapping[int, tuple[int, ...]]
+    """By the index of the variable; empty if the variables are not known yet."""
+    variables: Sequence[Any]
+    """In the order of the model's, `None` for those without; empty before `build`."""
+    is_single: bool = False
+    """Whether it is one array, saved without a number, that exists from construction on."""
+
+    @classmethod
+    def single(cls, variable: Any, initial: float | None = 0.0) -> "StateGroup":
+        """One array that exists from construction on.
+
+        Args:
+            variable: The variable that holds it.
+            initial: What it starts from.
+        """
+        return cls(initial, {0: tuple(variable.shape)}, [variable], is_single=True)
 
 
 class SavedStateOptimizer(keras.optimizers.Optimizer):
@@ -29,10 +55,9 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
       them in `build`,
     - copies and pickles an optimizer with its state.
 
-    A subclass calls `_check_loaded_state_fits` at the start and `_restore_loaded_state`
-    at the end of its `build`, and names its slots in `slot_variables`,
-    `_slot_initial_values` and `_slot_shape`. `tf.train.Checkpoint` goes by the structure of objects
-    instead; its own `assert_consumed()` tells what did not fit.
+    A subclass adds what it keeps to `state_layout`, and calls `_check_loaded_state_fits` at the
+    start and `_restore_loaded_state` at the end of its `build`. `tf.train.Checkpoint` goes by the
+    structure of objects instead; its own `assert_consumed()` tells what did not fit.
     """
 
     # NumPy arrays by name that came before `build`; set without Keras's tracking.
@@ -44,37 +69,53 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         """The variables that are saved; those of an optimizer inside are its own."""
         return list(self._variables)
 
-    def _scalar_variables(self) -> Mapping[str, Any]:
-        """Variables that exist from construction on, by the name they are saved under."""
-        return {"iteration": self._iterations, "learning_rate": self._learning_rate}
+    def state_layout(self, variables: Sequence[Any]) -> dict[str, "StateGroup"]:
+        """What is saved, by name.
+
+        Args:
+            variables: The model's trainable variables; none if they are not known yet.
+        """
+        layout = {"iteration": StateGroup.single(self._iterations)}
+        if isinstance(self._learning_rate, keras.Variable):
+            layout["learning_rate"] = StateGroup.single(self._learning_rate, initial=None)
+        if self.use_ema:
+            averages = getattr(self, "_model_variables_moving_average", ())
+            shapes = _shapes(variables, lambda variable: tuple(variable.shape))
+            layout["average"] = StateGroup(0.0, shapes, averages)
+        if self.gradient_accumulation_steps:
+            sums = getattr(self, "_accumulated_gradients", ())
+            shapes = {index: tuple(v.shape) for index, v in enumerate(variables)}
+            layout["gradient_accumulator"] = StateGroup(0.0, shapes, sums)
+        return layout
 
     @property
     def slot_variables(self) -> Mapping[str, Sequence[Any]]:
         """Slot variables by slot name, aligned with the model's; `None` where none is."""
         return {}
 
-    def _saved_slots(self) -> Mapping[str, Sequence[Any]]:
-        """What is saved under the names of slots, each a list."""
-        return self.slot_variables
+    def slot_layout(
+        self, initial: Mapping[str, float], variables: Sequence[Any]
+    ) -> dict[str, StateGroup]:
+        """Slots for `state_layout`, one array for each variable.
 
-    def _slot_initial_values(self) -> Mapping[str, float]:
-        """The slots that a built optimizer has, and the values they start from."""
-        return {}
+        Args:
+            initial: What the entries of each slot start from, by name.
+            variables: The model's trainable variables.
+        """
+        made = self.slot_variables
+        return {
+            name: StateGroup(
+                value,
+                _shapes(variables, functools.partial(self._slot_shape, name)),
+                made.get(name, ()),
+            )
+            for name, value in initial.items()
+        }
 
     def _slot_shape(self, slot: str, variable: Any) -> tuple[int, ...]:
         """The shape of a variable's slot."""
         del slot
         return tuple(variable.shape)
-
-    def _state_shapes(self, variables: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-        """What a built optimizer saves besides its scalars, by name."""
-        return {
-            f"{group}.{index}": self._slot_shape(group, variable)
-            for group in self._expected_groups()
-            for index, variable in enumerate(variables)
-            if not self._overwrite_variable_with_gradient(variable)
-            or group == "gradient_accumulator"
-        }
 
     # --- Keras's hooks -------------------------------------------------------
 
@@ -142,7 +183,13 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         if self._loaded_state is None:
             return
         named = {k: v for k, v in self._loaded_state.items() if _group(k) != _UNNAMED}
-        self._check_fits(named, self._state_shapes(variables))
+        shapes = {
+            f"{name}.{index}": shape
+            for name, group in self.state_layout(variables).items()
+            if not group.is_single
+            for index, shape in group.shapes.items()
+        }
+        self._check_fits(named, shapes)
 
     def _restore_loaded_state(self) -> None:
         """Assigns what was loaded before the optimizer was built; call it after."""
@@ -157,15 +204,10 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 
     def _state_variables(self) -> dict[str, Any]:
         """The optimizer's own variables by the name they are saved under."""
-        names = {id(variable): name for name, variable in self._scalar_variables().items()}
-        groups = {
-            "average": getattr(self, "_model_variables_moving_average", []),
-            "gradient_accumulator": getattr(self, "_accumulated_gradients", []),
-            **self._saved_slots(),
-        }
-        for group, variables in groups.items():
-            for index, variable in enumerate(variables):
-                names[id(variable)] = f"{group}.{index}"
+        names = {}
+        for name, group in self.state_layout(self._trainable_variables or ()).items():
+            for index, variable in enumerate(group.variables):
+                names[id(variable)] = name if group.is_single else f"{name}.{index}"
         return {
             names.get(id(variable), f"{_UNNAMED}.{position}"): variable
             for position, variable in enumerate(self._own_variables())
@@ -214,23 +256,17 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     def _start_afresh(self) -> None:
         """The state of an optimizer that never stepped."""
         object.__setattr__(self, "_loaded_state", None)
-        initial = {"iteration": 0, **self._slot_initial_values()}
-        fresh = {
-            name: np.full(variable.shape, initial.get(_group(name) or name, 0.0))
-            for name, variable in self._state_variables().items()
-            if name != "learning_rate" and _group(name) != _UNNAMED
-        }
-        own = self._state_variables()
+        layout = self.state_layout(self._trainable_variables or ())
+        own, fresh = self._state_variables(), {}
+        for name, variable in own.items():
+            group = layout.get(_group(name) or name)
+            if group is not None and group.initial is not None:
+                fresh[name] = np.full(variable.shape, group.initial)
         self._assign_state(fresh, {name: own[name] for name in fresh})
 
     def _expected_groups(self) -> set[str]:
         """The groups of variables that a built optimizer of this configuration has."""
-        groups = set(self._slot_initial_values())
-        if self.use_ema:
-            groups.add("average")
-        if self.gradient_accumulation_steps:
-            groups.add("gradient_accumulator")
-        return groups
+        return {name for name, group in self.state_layout(()).items() if not group.is_single}
 
     def _check_class(self, saved: Mapping[str, Any]) -> None:
         own = _registered_name(self)
@@ -242,11 +278,12 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
             other = f"of {marks[0]} with the slots {groups or 'none'}"
         else:
             other = f"without a class name, as Keras's own optimizers save it ({len(saved)} arrays)"
+        slots = sorted(self._expected_groups() - _NO_SLOTS)
         raise ValueError(
             f"The saved optimizer state is {other}; this optimizer is {own} with the "
-            f"slots {sorted(self._slot_initial_values()) or 'none'}. Compile the model with "
-            "the optimizer it was saved with, or pass `skip_mismatch=True` to "
-            "`load_weights` to load the weights alone and start this optimizer afresh."
+            f"slots {slots or 'none'}. Compile the model with the optimizer it was saved with, or "
+            "pass `skip_mismatch=True` to `load_weights` to load the weights alone and start this "
+            "optimizer afresh."
         )
 
     def _check_names(self, saved: set[str], own: set[str]) -> None:
@@ -288,6 +325,17 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 def variable_path(variable: Any) -> str:
     """A Keras variable's path; the name of a variable that has none."""
     return getattr(variable, "path", None) or variable.name
+
+
+def _shapes(
+    variables: Sequence[Any], shape: Callable[[Any], tuple[int, ...]]
+) -> dict[int, tuple[int, ...]]:
+    """Shapes by the index of a variable, without those that Keras overwrites (float8)."""
+    return {
+        index: shape(variable)
+        for index, variable in enumerate(variables)
+        if not getattr(variable, "overwrite_with_gradient", False)
+    }
 
 
 def _placed_as(variable: Any, strategy: Any) -> contextlib.AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import keras
 
 from keras_gdopt.optimizers.recording import Recorder, RecordingOptimizer
-from keras_gdopt.optimizers.saved_state import SavedStateOptimizer
+from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, StateGroup
 from keras_gdopt.tensor import Tensor
 
 # Since Keras 3.15.
@@ -217,8 +217,9 @@ class WrappingOptimizer(RecordingOptimizer):
         """The wrapper's own slots by name, each in the order of the variables."""
         return self._slots
 
-    def _slot_initial_values(self) -> Mapping[str, float]:
-        return self.slots
+    def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:
+        """The wrapper's own state; the inner optimizer's is saved with that."""
+        return self.slot_layout(self.slots, variables)
 
     def _own_variables(self) -> list[Any]:
         return list(self._variables[self._unused :])

@@ -13,9 +13,11 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import PopulationCallback, population, samples
-from keras_gdopt.gadam.data import ArrayData, GenerationData, StreamData
+from keras_gdopt.gadam.array_data import ArrayData
+from keras_gdopt.gadam.data import GenerationData
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.samples import as_dataset
+from keras_gdopt.gadam.stream_data import StreamData
 from tests.gadam import models
 from tests.parameters import slow
 
@@ -384,8 +386,8 @@ def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches, members
     dataset = tf.data.Dataset.from_tensor_slices(np.arange(2 * batches)).batch(2)
     stream = StreamData(dataset, members=members)
     seen = [[] for _ in range(members)]
-    for _ in range(members):
-        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, 0, range(members)):
+    for epoch in range(members):
+        for portion in stream.epoch(0, Phase.TRAIN_PARENTS, epoch, range(members)):
             for step in portion.data["x"].numpy():
                 for member in range(members):
                     seen[member].append(int(step[member][0]) // 2)
@@ -399,7 +401,8 @@ PHASES = (Phase.TRAIN_PARENTS, Phase.FITNESS, Phase.TRAIN_CHILDREN, Phase.SURVIV
 
 def _of_a_stream(own_fitness_data):
     dataset = tf.data.Dataset.range(22).batch(4)  # the last batch is filled up
-    stream = StreamData(dataset, members=2)
+    judged_by_it = None if own_fitness_data else 8
+    stream = StreamData(dataset, members=2, epochs=2, fitness_samples=judged_by_it)
     assert stream.steps_per_epoch == 6
     own = {"x": tf.range(100, 108)} if own_fitness_data else None
     data = GenerationData(stream, fitness_data=own, fitness_samples=8, epochs=2, seed=1)
@@ -464,7 +467,7 @@ def _dataset(batches):
 def test_batches_of_different_lengths_are_dealt_as_they_are():
     """In turn, each with its last smaller batch, and without counting at hand."""
     batches = _padded(count=9)
-    stream = StreamData(_dataset(batches), members=2)
+    stream = StreamData(_dataset(batches), members=2, fitness_samples=8)
     assert stream.steps_per_epoch == 5
     data = GenerationData(stream, fitness_data=None, fitness_samples=8, epochs=1, seed=1)
     (portion,) = data.epoch(0, Phase.TRAIN_PARENTS, 0, range(2))

@@ -7,9 +7,11 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.gadam import keys
-from keras_gdopt.gadam.data import ArrayData, GenerationData, StreamData
+from keras_gdopt.gadam.array_data import ArrayData
+from keras_gdopt.gadam.data import GenerationData
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.progress import Progress
+from keras_gdopt.gadam.stream_data import StreamData
 from tests.gadam import models
 from tests.optimizer_cases import every_optimizer_with
 from tests.parameters import slow
@@ -130,9 +132,8 @@ def test_batches_that_differ_in_shape_train_and_judge_as_keras_does(engine, kind
         lambda: iter(batches), output_signature=(spec, tf.TensorSpec([None, 1], tf.float64))
     )
     gadam = _gadam(models.texts(), engine)
-    data = GenerationData(
-        StreamData(dataset, members=MEMBERS), fitness_data=None, fitness_samples=9, epochs=1, seed=3
-    )
+    stream = StreamData(dataset, members=MEMBERS, fitness_samples=9)
+    data = GenerationData(stream, fitness_data=None, fitness_samples=9, epochs=1, seed=3)
     gadam._start_population()
     before, training = gadam._population.members, gadam._population._training
     trained, losses = training.trained(before, range(MEMBERS), 0, Phase.TRAIN_PARENTS, {}, data)
