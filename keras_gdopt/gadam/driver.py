@@ -1,6 +1,5 @@
 """Gadam: trains a population of clones of a model, and evolves it."""
 
-import json
 import random
 import warnings
 from collections.abc import Sequence
@@ -9,9 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_gdopt.functional import Data, check_is_built, check_is_trainable_by_its_loss
+from keras_gdopt.functional import Data
 from keras_gdopt.gadam import genetics, population
-from keras_gdopt.gadam.breeding import CROSSOVERS, SELECTIONS, Breeding, Plan
+from keras_gdopt.gadam.breeding import CROSSOVERS, SELECTIONS, Breeding
+from keras_gdopt.gadam.callback import PopulationCallback
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
 from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
@@ -21,58 +21,25 @@ from keras_gdopt.gadam.engine import ENGINES, chosen_engine
 from keras_gdopt.gadam.ensemble import averaged
 from keras_gdopt.gadam.hyperparameters import Evolution, Values, checked_ranges
 from keras_gdopt.gadam.keys import Phase
-from keras_gdopt.gadam.lineage import Lineage
+from keras_gdopt.gadam.lineage import Lineage, record_generation
 from keras_gdopt.gadam.local_population import LocalPopulation
+from keras_gdopt.gadam.model_checks import check_model, pure_step_of
 from keras_gdopt.gadam.progress import Progress
+from keras_gdopt.gadam.run_identity import identify_run
 from keras_gdopt.gadam.samples import check_ends, check_is_no_generator, split
 from keras_gdopt.gadam.training import Fitness, Training
 from keras_gdopt.optimizers.argument_checks import (
-    check_is_floating,
     check_tensorflow,
     checked_choice,
     checked_count,
     checked_flag,
     checked_number,
 )
-from keras_gdopt.optimizers.pure_step import AnyPureStep, pure_step
+from keras_gdopt.optimizers.pure_step import pure_step
 
 STARTS = ("initializers", "model")
 
 _FITNESS_SAMPLES = 1024
-
-
-class PopulationCallback(keras.callbacks.Callback):
-    """A Keras callback that also sees the population.
-
-    `gadam` is the `Gadam` that trains. To Keras's own methods a generation is an epoch.
-    """
-
-    gadam: "Gadam"
-
-    def set_gadam(self, gadam: "Gadam") -> None:
-        """Called before training begins."""
-        self.gadam = gadam
-
-    def on_generation_begin(self, generation: int, logs: dict[str, Any] | None = None) -> None:
-        """Called before a generation, counted from 0, is trained."""
-
-    def on_generation_end(self, generation: int, logs: dict[str, Any] | None = None) -> None:
-        """Called after the survivors of a generation are chosen.
-
-        Args:
-            generation: Counted from 0.
-            logs: What the epoch's logs have, and of the whole population, as NumPy
-                arrays: `parent_losses` and `child_losses` (the training losses of the
-                generation's last epoch), `parent_fitness` and `child_fitness` (on the
-                survival batch), `selection_probabilities` of the parents, `parents` of
-                the children (places in the population, of shape `(g, 2)`),
-                `mutation_probabilities`, `mutated_entries`, `survivors` (for each place
-                the parent's, or g plus the child's, that it holds now) and `identities`
-                (in the lineage), `parent_hyperparameters` and `child_hyperparameters` (those that
-                evolve, by name). With a `RayEngine` also `bytes_moved` to breed, `bytes_rebalanced`
-                where members moved to another worker, `bytes_kept` of the copy of the
-                survivors, and `events`, what befell workers, in words.
-        """
 
 
 class Gadam:
@@ -216,11 +183,7 @@ class Gadam:
         fitness: str | tuple[str, str] = "loss",
     ) -> None:
         check_tensorflow(type(self).__name__)
-        _check_optimizer(model)
-        check_is_trainable_by_its_loss(model)
-        check_is_built(model)
-        _check_trainable_weights(model)
-        _check_precision(model)
+        check_model(model)
         self.model = model
         self.population_size = checked_count("population_size", population_size, minimum=2)
         evolves = evolve is not None
@@ -283,7 +246,7 @@ class Gadam:
         self._identities: list[int] = []
         self._fitness = np.array([])
         model.optimizer.build(model.trainable_variables)
-        self._step = _pure_step(model)
+        self._step = pure_step_of(model)
         self.evolve = checked_ranges(evolve, self._step) if evolves else {}
         self._evolution = Evolution(
             self.evolve, self._step.evolvable, perturbation=self.perturbation, seed=self.seed
@@ -593,7 +556,19 @@ class Gadam:
 
         everyone.select(both, places)
         self._fitness = survival[places].astype("float64")
-        self._note_lineage(plan, mutated, fitness, survival, places, inherited, data.steps)
+        self._identities = record_generation(
+            self.lineage,
+            self._identities,
+            plan,
+            steps=data.steps,
+            mutated=mutated,
+            fitness=fitness,
+            survival=survival,
+            places=places,
+            hyperparameters=[
+                self._evolution.of_one(inherited, child) for child in range(self.population_size)
+            ],
+        )
         self._hyperparameters = {
             name: np.concatenate([values, inherited[name]])[places] for name, values in own.items()
         }
@@ -731,41 +706,6 @@ class Gadam:
                 "`fit` goes on from its last checkpoint."
             )
 
-    def _note_lineage(
-        self,
-        plan: Plan,
-        mutated: np.ndarray,
-        fitness: np.ndarray,
-        survival: np.ndarray,
-        places: np.ndarray,
-        inherited: Values,
-        steps: int,
-    ) -> None:
-        generation = plan.generation
-        for identity, loss in zip(self._identities, fitness, strict=True):
-            self.lineage.trained(identity, steps)
-            self.lineage.evaluated(identity, float(loss))
-        children = [
-            self.lineage.born(
-                generation + 1,
-                parents=[self._identities[parent] for parent in plan.parents[child]],
-                selection_probabilities=[float(plan.probabilities[p]) for p in plan.parents[child]],
-                crossover_probability=float(plan.crossover_probabilities[child]),
-                mutation_rate=float(plan.mutation_probabilities[child]),
-                mutated_entries=int(mutated[child]),
-                heir_of=self._identities[plan.fitter[child]],
-                hyperparameters=self._evolution.of_one(inherited, child),
-            )
-            for child in range(self.population_size)
-        ]
-        for identity in children:
-            self.lineage.trained(identity, steps)
-        everyone = self._identities + children
-        surviving = set(places.tolist())
-        for index, identity in enumerate(everyone):
-            self.lineage.selected(identity, generation, float(survival[index]), index in surviving)
-        self._identities = [everyone[place] for place in places]
-
     def _check_metric_of_fitness(self, data: GenerationData) -> None:
         """Raises if there is no such metric to judge by."""
         if self._judge.name == "loss":
@@ -802,17 +742,7 @@ class Gadam:
     # --- checkpoints ---------------------------------------------------------
 
     def _run_identity(self) -> dict[str, Any]:
-        """What a run that goes on must share with the one that stopped."""
-        optimizer = [
-            type(self.model.optimizer).__name__,
-            _without(self.model.optimizer.get_config(), {"learning_rate", "name", *self.evolve}),
-        ]
-        return {
-            "model": [
-                [type(layer).__name__, *(list(v.shape) for v in layer.variables)]
-                for layer in self.model.layers
-            ],
-            "optimizer": json.loads(json.dumps(optimizer, default=str)),
+        settings = {
             "population_size": self.population_size,
             "seed": self.seed,
             "engine": self.engine,
@@ -826,6 +756,7 @@ class Gadam:
             "fitness": None if self._judge.name == "loss" else list(self._judge),
             "start": None if self.start == "initializers" else self.start,
         }
+        return identify_run(self.model, self.evolve, settings)
 
     def _record(self, history: keras.callbacks.History) -> dict[str, Any]:
         return {
@@ -872,70 +803,6 @@ def _as_float(value: Any) -> Any:
     """A number as a float; an array, as metrics of several classes are, as it is."""
     value = np.asarray(value)
     return float(value) if value.ndim == 0 else value
-
-
-def _without(config: Any, names: set[str]) -> Any:
-    """A config without what may change in a run."""
-    if isinstance(config, dict):
-        return {key: _without(value, names) for key, value in config.items() if key not in names}
-    return config
-
-
-def _check_optimizer(model: Any) -> None:
-    optimizer = getattr(model, "optimizer", None)
-    if hasattr(optimizer, "attach"):
-        name = type(optimizer).__name__
-        raise ValueError(
-            f"Gadam does not train with {name}, which evaluates the loss itself: members train on "
-            "mini-batches, by their gradients. Compile with a first-order optimizer, such as "
-            f"keras_gdopt.Adam(); the best member can go on with {name} afterwards. "
-            f"Received: {optimizer!r}"
-        )
-
-
-def _pure_step(model: keras.Model) -> AnyPureStep:
-    """The step of a model's optimizer on values, or an error that says why there is none."""
-    built_for = [id(variable) for variable in model.optimizer._trainable_variables]
-    if built_for != [id(variable) for variable in model.trainable_variables]:
-        raise ValueError(
-            f"The optimizer of the model '{model.name}' was built for other weights than the model "
-            "trains now, as layers were frozen or unfrozen. Compile the model again, with a new "
-            f"optimizer. Received: an optimizer for {len(built_for)} variables, and "
-            f"{len(model.trainable_variables)} trainable ones"
-        )
-    try:
-        return pure_step(model.optimizer)
-    except ValueError as error:
-        raise ValueError(
-            f"Gadam cannot train the model '{model.name}' with its optimizer. {error}"
-        ) from None
-
-
-def _check_trainable_weights(model: keras.Model) -> None:
-    for variable in model.trainable_variables:
-        # Mutation would draw fractions into it.
-        check_is_floating("Gadam", variable.path, variable.dtype)
-    if not model.trainable_variables:
-        raise ValueError(
-            f"The model '{model.name}' has no trainable weights. Expected a population of models "
-            "that differ in something. Set `layer.trainable = True` for some layers, and compile "
-            f"the model again. Received: {len(model.non_trainable_variables)} variables, all of "
-            "them not trainable"
-        )
-
-
-def _check_precision(model: keras.Model) -> None:
-    layers = [
-        layer.name
-        for layer in model._flatten_layers()
-        if keras.backend.standardize_dtype(layer.compute_dtype) == "float16"
-    ]
-    if layers or isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "Gadam does not train in mixed float16: the loss scale belongs to one optimizer, and "
-            "members whose gradients overflow would skip steps. Use `mixed_bfloat16` or "
-            f"float32. Received: layers in float16: {layers[:5]}"
-        )
 
 
 def _times_held_here(cluster: RayEngine | None) -> int:

@@ -1,11 +1,14 @@
 """Who descends from whom in a population, and what became of each."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+
+from keras_gdopt.gadam.breeding import Plan
 
 
 class Lineage:
@@ -149,3 +152,55 @@ class Lineage:
                 individual["selections"] = earlier["selections"] + individual["selections"]
                 individuals[individual["id"]] = individual
         return cls(individuals[identity] for identity in sorted(individuals))
+
+
+def record_generation(
+    lineage: Lineage,
+    identities: Sequence[int],
+    plan: Plan,
+    *,
+    steps: int,
+    mutated: np.ndarray,
+    fitness: np.ndarray,
+    survival: np.ndarray,
+    places: np.ndarray,
+    hyperparameters: Sequence[dict[str, float]],
+) -> list[int]:
+    """Notes what became of a generation's parents and children.
+
+    Args:
+        lineage: Where to note it.
+        identities: The parents' ids.
+        plan: Which parents each child has.
+        steps: How many each individual trained.
+        mutated: How many entries of each child mutated.
+        fitness: The parents' losses by which parents of children were selected.
+        survival: Parents' and children's losses by which survivors were selected.
+        places: Of the survivors among both.
+        hyperparameters: Of each child.
+
+    Returns:
+        The ids of the survivors.
+    """
+    for identity, loss in zip(identities, fitness, strict=True):
+        lineage.trained(identity, steps)
+        lineage.evaluated(identity, float(loss))
+    children = []
+    for child, parents in enumerate(plan.parents):
+        identity = lineage.born(
+            plan.generation + 1,
+            parents=[identities[parent] for parent in parents],
+            selection_probabilities=[float(plan.probabilities[parent]) for parent in parents],
+            crossover_probability=float(plan.crossover_probabilities[child]),
+            mutation_rate=float(plan.mutation_probabilities[child]),
+            mutated_entries=int(mutated[child]),
+            heir_of=identities[plan.fitter[child]],
+            hyperparameters=hyperparameters[child],
+        )
+        lineage.trained(identity, steps)
+        children.append(identity)
+    everyone = [*identities, *children]
+    surviving = set(places.tolist())
+    for index, identity in enumerate(everyone):
+        lineage.selected(identity, plan.generation, float(survival[index]), index in surviving)
+    return [everyone[place] for place in places]
