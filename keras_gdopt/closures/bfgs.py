@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
@@ -15,6 +14,7 @@ from keras_gdopt.closures.line_search_optimizer import (
 from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_flag
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 _MOST_WEIGHTS = 8192
@@ -142,7 +142,7 @@ class BFGS(LineSearchOptimizer):
         unit = tf.sqrt(norm(step)) * tf.sqrt(norm(change))
         step, change = (tf.math.divide_no_nan(vector, unit) for vector in (step, change))
         curvature = tf.reduce_sum(step * change)
-        kept = curvature > np.finfo(step.dtype.as_numpy_dtype).eps
+        kept = curvature > machine_epsilon(step.dtype)
 
         def updated() -> tuple[Tensor, Tensor, Tensor]:
             is_first = tf.equal(memory["updates"], 0)

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.vectors import cosine, norm
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 
@@ -201,7 +202,7 @@ def conjugate_gradient(
     # The solution is proportional to the right-hand side, so solve for one of length 1.
     length = norm(right)
     right = tf.math.divide_no_nan(right, length)
-    epsilon = np.finfo(right.dtype.as_numpy_dtype).eps
+    epsilon = machine_epsilon(right.dtype)
     root = tf.sqrt(scale)
 
     def body(
@@ -244,5 +245,5 @@ def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rounding(matrix: Tensor) -> Tensor:
     """Of a decomposition, beside a diagonal of 1."""
-    epsilon = np.finfo(matrix.dtype.as_numpy_dtype).eps
+    epsilon = machine_epsilon(matrix.dtype)
     return 4 * tf.cast(tf.shape(matrix)[0], matrix.dtype) * epsilon

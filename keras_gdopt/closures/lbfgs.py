@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
@@ -15,6 +14,7 @@ from keras_gdopt.closures.line_search_optimizer import (
 from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_count
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 _LEAST_PART = 0.1
@@ -138,7 +138,7 @@ class LBFGS(LineSearchOptimizer):
         scale = tf.sqrt(norm(step)) * tf.sqrt(norm(change))
         step, change = (tf.math.divide_no_nan(vector, scale) for vector in (step, change))
         product = tf.reduce_sum(step * change)
-        kept = product > np.finfo(step.dtype.as_numpy_dtype).eps
+        kept = product > machine_epsilon(step.dtype)
         place, size = memory["next_pair"], memory["products"].shape[0]
 
         def with_row(name: str, row: Tensor) -> Tensor:

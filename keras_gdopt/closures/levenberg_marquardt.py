@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.base import ClosureOptimizer
@@ -22,6 +21,7 @@ from keras_gdopt.closures.minimize import Iteration, Memory, Point
 from keras_gdopt.closures.ways_to_the_matrix import ways_to_the_matrix
 from keras_gdopt.functional import ModelFunction, ResidualFunction
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 SOLVERS = ("auto", "exact", "cg")
@@ -261,7 +261,7 @@ class LevenbergMarquardt(ClosureOptimizer):
     ) -> Iteration:
         dtype = loss.dtype
         largest = system.largest
-        least = np.finfo(dtype.as_numpy_dtype).eps ** 2
+        least = machine_epsilon(dtype) ** 2
         at_first = self.damping * tf.where(largest > 0, largest, tf.ones_like(largest))
         damping = tf.where(memory["damping"] > 0, memory["damping"], at_first)
 

@@ -16,9 +16,9 @@ that nothing over- or underflows before they do themselves.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 ACCEPTED, DECREASED, NO_DECREASE, NOT_FINITE = range(4)
@@ -118,7 +118,7 @@ def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
         start: At step 0; its slope must be negative.
         first_step: The first one tried.
     """
-    flat = 4 * _epsilon(start.loss) * tf.abs(start.slope)
+    flat = 4 * machine_epsilon(start.loss.dtype) * tf.abs(start.slope)
 
     def judge(trial: Trial, low: _Bound) -> tuple[Tensor, Tensor]:
         rises = _rises(trial, low, start) | _rises(trial, start, start)
@@ -314,7 +314,7 @@ def _closed_in(
         # The size of a first step may be wrong by far, but not that of one between two others.
         shrunk = tf.cast(tf.where(new_low.step > 0, 0.5, _SHRINK), part.dtype)
         part = tf.where(tf.math.is_finite(new_high.loss), part, shrunk)
-        few_digits = 4 * _epsilon(width)
+        few_digits = 4 * machine_epsilon(width.dtype)
         closed = bracketed & (width <= few_digits * tf.maximum(new_low.step, new_high.step))
         grown = trial.step + (trial.step - low.step) * steps.beyond(low, here)
         grown = tf.maximum(grown, trial.step * (1 + few_digits))
@@ -382,7 +382,7 @@ def _exact_steps(start: Trial) -> _Steps:
         near_high = (part > 0.99) & (tf.abs(high.slope) < flat)
         beyond_zero = tf.where(near_low, 2.0 * part, 2.0 * part - 1.0)
         part = tf.where(near_low | near_high, beyond_zero, _clipped(part, 0.01, 0.99))
-        least = _epsilon(part) * tf.maximum(high.step / (high.step - low.step), 1.0)
+        least = machine_epsilon(part.dtype) * tf.maximum(high.step / (high.step - low.step), 1.0)
         return _clipped(part, least, 1.0 - least)
 
     return _Steps(beyond, inside)
@@ -419,10 +419,6 @@ def _is_finite(trial: Trial) -> Tensor:
     return tf.math.is_finite(trial.loss) & tf.math.is_finite(trial.slope)
 
 
-def _epsilon(like: Tensor) -> float:
-    return float(np.finfo(like.dtype.as_numpy_dtype).eps)
-
-
 def rounding_of(loss: Tensor) -> Tensor:
     """By how much two losses may differ that are the same but for rounding."""
-    return 4 * _epsilon(loss) * tf.abs(loss)
+    return 4 * machine_epsilon(loss.dtype) * tf.abs(loss)

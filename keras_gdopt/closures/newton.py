@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
@@ -16,6 +15,7 @@ from keras_gdopt.closures.line_search_optimizer import LineSearchOptimizer, Prop
 from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice, checked_number
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 SOLVERS = ("auto", "exact", "cg")
@@ -166,7 +166,7 @@ class Newton(LineSearchOptimizer):
         curvature, damping = memory["curvature"], memory["damping"]
         length = norm(step)
         promised = tf.reduce_sum(step * before.gradient) + 0.5 * curvature * length * length
-        rounding = 8 * np.finfo(curvature.dtype.as_numpy_dtype).eps * tf.abs(before.loss)
+        rounding = 8 * machine_epsilon(curvature.dtype) * tf.abs(before.loss)
         kept = (after.loss - before.loss - rounding) / (promised - rounding)
         lowered = tf.where(damping > 1e-6 * tf.abs(curvature), 0.1 * damping, 0.0)
         damping = tf.where(kept > 0.75, lowered, damping)
@@ -192,7 +192,7 @@ class Newton(LineSearchOptimizer):
 def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """The direction, and the λ with which the Hessian is positive definite."""
     largest = tf.reduce_max(tf.abs(tf.linalg.diag_part(hessian)))
-    epsilon = np.finfo(hessian.dtype.as_numpy_dtype).eps
+    epsilon = machine_epsilon(hessian.dtype)
     # Pivots below the first are rounding; the other is half way between 1 and rounding.
     zero, half = hessian.shape[0] * epsilon, epsilon**0.5
 
@@ -221,7 +221,7 @@ def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Te
 
 def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """As `_by_cholesky`; by the pseudo-inverse where the Hessian is singular."""
-    epsilon = np.finfo(hessian.dtype.as_numpy_dtype).eps
+    epsilon = machine_epsilon(hessian.dtype)
     zero = epsilon * hessian.shape[0]
     values, vectors = tf.linalg.eigh(hessian)
     largest = tf.reduce_max(tf.abs(values))

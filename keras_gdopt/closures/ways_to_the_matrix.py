@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.gauss_newton import GaussNewton, Ways
 from keras_gdopt.functional import Batch, ModelFunction, ResidualFunction, in_another_thread
+from keras_gdopt.optimizers.arithmetic import machine_epsilon
 
 _SAMPLES, _OTHER_SAMPLES, _LENGTH = 3, 5, 4  # of made-up data, where shapes do not say
 _MOST_ENTRIES_BY_ROWS = 2**25
@@ -122,7 +123,7 @@ def _gives(loss: BatchLoss, ways: Ways, weights: Any, vector: Any, expected: np.
     except Exception:  # whatever it is: not everything can be vectorized
         return False
     error = np.linalg.norm(product - expected)
-    return bool(error <= np.finfo(product.dtype).eps ** 0.5 * np.linalg.norm(expected))
+    return bool(error <= machine_epsilon(product.dtype) ** 0.5 * np.linalg.norm(expected))
 
 
 def _made_up(batch: Batch, rng: np.random.Generator, samples: int) -> Batch:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gdopt.tensor import Tensor
@@ -82,6 +83,11 @@ def computation_dtype(variable_dtype: Any) -> str:
     """The dtype in which a variable's update is computed and its slots are held."""
     dtype = keras.backend.standardize_dtype(variable_dtype)
     return "float32" if dtype == "bfloat16" else dtype
+
+
+def machine_epsilon(dtype: Any) -> float:
+    """The distance from 1 to the next larger number of a dtype."""
+    return float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)
 
 
 def constrain(constraint: Callable[[Tensor], Tensor] | None, value: Tensor) -> Tensor:
