@@ -148,7 +148,8 @@ class BatchLoss:
         """What a function of this loss gives, which is traced as if nothing else were.
 
         While what XLA compiles is traced, TensorFlow makes operations, as for the derivative of
-        a slice, that can neither be differentiated again nor vectorized.
+        a slice, that can neither be differentiated again nor vectorized. (Eagerly, vectorizing
+        warns that it traces again and again.)
 
         Args:
             method: Makes the function of a loss.
@@ -162,9 +163,6 @@ class BatchLoss:
         def of_arguments(parts: Any, state: Any, vectors: Any) -> Any:
             loss = BatchLoss(self.function, Batch(**parts), self.chunks, state=state)
             return method(loss)(*vectors)
-
-        if tf.executing_eagerly():
-            return of_arguments(*arguments)
 
         def traced() -> Any:
             specs = tf.nest.map_structure(
