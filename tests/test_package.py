@@ -144,7 +144,7 @@ def test_rules_contain_no_tensorflow_and_are_short(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
     )
     # A wrapper is a Keras shell besides.
-    most = 120 if path.stem == "lookahead" else 100
+    most = 125 if path.stem == "lookahead" else 100
     assert len(path.read_text().splitlines()) - docstrings < most
 
 

@@ -241,13 +241,13 @@ def test_a_child_begins_as_its_fitter_parent_ended(monkeypatch):
     trained = population._training.trained
 
     def noted(members, places, generation, phase, *rest, **arguments):
-        if phase == Phase.TRAIN_CHILDREN:
-            begun.append((population._parents, members))
-        return trained(members, places, generation, phase, *rest, **arguments)
+        after, losses = trained(members, places, generation, phase, *rest, **arguments)
+        begun.append(after if phase == Phase.TRAIN_PARENTS else members)
+        return after, losses
 
     monkeypatch.setattr(population._training, "trained", noted)
     gadam.fit(**_data(), generations=1, verbose=0)
-    ((parents, children),) = begun
+    parents, children = begun
     heirs = [gadam.lineage[12 + child]["heir_of"] for child in range(12)]  # places in generation 0
     assert any(heir != gadam.lineage[12 + c]["parents"][0] for c, heir in enumerate(heirs))
     for a, b in zip(tf.nest.flatten(parents), tf.nest.flatten(children), strict=True):
