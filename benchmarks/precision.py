@@ -1,6 +1,6 @@
 """To machine precision: least squares and BFGS beside SciPy and torch, on np.sinc(10 x).
 
-python -m benchmarks.precision                   # everything, about 25 minutes
+python -m benchmarks.precision                   # everything, about 10 minutes
 python -m benchmarks.precision levenberg         # one part; `--help` lists them
 
 A network of 61 weights in float64, 2,000 points, five starts, one thread each. Compiling is not

@@ -99,7 +99,8 @@ class Recorder(keras.callbacks.Callback):
     """What a contender had reached after how many evaluations and seconds, call by call.
 
     Of the first call, which compiles, it counts the seconds that its evaluations take in the
-    second one. It ends training at a flat gradient or after `most` evaluations.
+    second one. It ends training at a flat gradient, where the optimizer has converged, or after
+    `most` evaluations.
     """
 
     def __init__(self, x: Tensor, y: Tensor, most: int) -> None:
@@ -128,7 +129,9 @@ class Recorder(keras.callbacks.Callback):
         self.losses.append(float(loss))
         self.gradient_norm = float(tf.linalg.global_norm(gradients))
         is_flat = max(np.abs(g).max() for g in gradients) <= GRADIENT_TOLERANCE
-        self.model.stop_training = is_flat or sum(self._evaluations) >= self._most
+        converged = getattr(self.model.optimizer, "converged", False)
+        is_over = sum(self._evaluations) >= self._most
+        self.model.stop_training = is_flat or converged or is_over
 
     def _loss_and_gradients(self) -> tuple[Tensor, list[Tensor]]:
         with tf.GradientTape() as tape:
