@@ -33,6 +33,7 @@ class TrainStep:
         self._model = weakref.ref(model)
         self._optimizer = weakref.ref(optimizer)
         self._loss = loss
+        self._minimizers: dict[int, Callable[..., Tensor]] = {}
 
     @functools.cached_property
     def _is_compiled(self) -> bool:
@@ -44,9 +45,13 @@ class TrainStep:
         layers_allow_it = all(layer.supports_jit for layer in model._flatten_layers())
         return xla_is_available() and layers_allow_it and optimizer.is_worth_compiling(size)
 
-    @functools.cached_property
-    def _minimize(self) -> Callable[..., Tensor]:
-        return tf.function(self._traced, jit_compile=self._is_compiled, autograph=False)
+    def _minimizer(self, tier: int) -> Callable[..., Tensor]:
+        """A compiled function for each tier, as only its first trace may create variables."""
+        if tier not in self._minimizers:
+            self._minimizers[tier] = tf.function(
+                self._traced, jit_compile=self._is_compiled, autograph=False
+            )
+        return self._minimizers[tier]
 
     @property
     def is_in_effect(self) -> bool:
@@ -71,9 +76,8 @@ class TrainStep:
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         batch = {"x": x, "y": y, "sample_weight": sample_weight}
-        loss = self._minimize(
+        loss = self._minimizer(optimizer.recorder.tier)(
             {name: part for name, part in batch.items() if part is not None},
-            tier=optimizer.recorder.tier,
             trained=tuple(id(variable) for variable in model.trainable_variables),
         )
         arguments = {"training": True} if model._call_has_training_arg else {}
@@ -84,8 +88,8 @@ class TrainStep:
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data, *, tier: int, trained: tuple[int, ...]) -> Tensor:
-        del tier, trained  # another trace for each, as they are read elsewhere
+    def _traced(self, data: Data, *, trained: tuple[int, ...]) -> Tensor:
+        del trained  # another trace for each set of variables, which are read elsewhere
         model, optimizer = self._both()
         optimizer.recorder.note_trace()
         function = self._loss(model, optimizer.recorder.variables)
