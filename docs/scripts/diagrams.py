@@ -11,10 +11,10 @@ _FILLS = {"question": "#e8eaf6", "answer": "#ffffff", "work": "#e8eaf6", "choice
 
 
 class Diagram:
-    """Boxes at places that are given in lines of text, and arrows between them."""
+    """Boxes, placed in units of lines of text, and arrows between them."""
 
     def __init__(self, width: float, height: float) -> None:
-        # 72 dots an inch, as in an SVG: the boxes keep the places that the arrows are cut at.
+        # 72 dots an inch, as in an SVG, so that the arrows still end at the edges of the boxes.
         self._figure = matplotlib.figure.Figure(figsize=(width / 8, height / 6), dpi=72)
         self._renderer = FigureCanvasAgg(self._figure).get_renderer()
         self._axes: Any = self._figure.add_axes((0, 0, 1, 1))
@@ -23,14 +23,14 @@ class Diagram:
         self._boxes: dict[str, Any] = {}
 
     def box(self, name: str, x: float, y: float, text: str, kind: str) -> None:
-        """A box around a text, with its center at (x, y)."""
+        """Draws a box around a text, with its center at (x, y)."""
         style = {"boxstyle": "round,pad=0.5", "facecolor": _FILLS[kind], "edgecolor": "#7986cb"}
         self._boxes[name] = self._axes.text(
             x, y, text, ha="center", va="center", fontsize=9, bbox=style, zorder=2
         )
 
     def arrow(self, start: str, end: str, text: str = "") -> None:
-        """An arrow from one box to another, with a text beside its middle."""
+        """Draws an arrow from one box to another, with a text beside its middle."""
         ends = [self._boxes[name] for name in (start, end)]
         for box in ends:
             box.update_bbox_position_size(self._renderer)
@@ -63,14 +63,14 @@ class Diagram:
             )
 
     def svg(self) -> bytes:
-        """The file's contents."""
+        """Returns the contents of the SVG file."""
         file = io.BytesIO()
         self._figure.savefig(file, format="svg", metadata={"Date": None})
         return file.getvalue()
 
 
 def choosing() -> bytes:
-    """From questions about the task to the optimizer to begin with."""
+    """Draws the questions about a task that lead to the optimizer to begin with."""
     d = Diagram(64, 30)
     questions = [
         (
@@ -100,7 +100,7 @@ def choosing() -> bytes:
 
 
 def gadam_loop() -> bytes:
-    """A generation of Gadam."""
+    """Draws a generation of Gadam."""
     d = Diagram(78, 18)
     d.box("train", 9, 4, "g members train,\neach with its own batches\nand optimizer state", "work")
     d.box("fitness", 29, 4, "fitness loss of each\non a sampled batch", "work")

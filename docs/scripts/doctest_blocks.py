@@ -1,4 +1,4 @@
-"""Fences the examples in docstrings, which Markdown would take for quotations."""
+"""Fences the examples in docstrings, which Markdown would read as quotations."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ class DoctestBlocks(griffe.Extension):
     """Puts each run of lines from `>>>` to the next empty line into a fence."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe with each object that it has read."""
+        """Griffe calls this with each object that it reads."""
         if obj.docstring:
             obj.docstring.value = _fenced(obj.docstring.value)
 

@@ -1,4 +1,4 @@
-"""Writes the equations of a page as MathML, which browsers show without a script."""
+"""Converts the equations of a page to MathML, which browsers show without a script."""
 
 import html
 import re
@@ -6,24 +6,24 @@ from typing import Any
 
 import latex2mathml.converter
 
-# What `pymdownx.arithmatex` makes of $...$ and $$...$$ with `generic: true`.
+# What `pymdownx.arithmatex` turns $...$ and $$...$$ into with `generic: true`.
 _EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Called by MkDocs with each page's HTML."""
+    """MkDocs calls this with each page's HTML."""
     return _EQUATION.sub(_as_mathml, content)
 
 
 def _as_mathml(equation: re.Match[str]) -> str:
     tex = " ".join(html.unescape(equation["tex"]).split())
-    # The converter's names for what it knows: an alignment, a space, an underscore.
+    # The converter has other names for an alignment, a space and an underscore.
     tex = tex.replace("{aligned}", "{align*}").replace(r"\_", "_")
     tex = re.sub(r"(?<!\\)\\ ", r"\\;", tex)
     display = "block" if equation["tag"] == "div" else "inline"
     mathml = latex2mathml.converter.convert(tex, display=display)
-    if "\\" in mathml:  # the converter leaves what it does not know as it is
+    if "\\" in mathml:  # the converter leaves unknown commands unchanged
         raise ValueError(f"Cannot write this equation as MathML: {tex}")
     return mathml

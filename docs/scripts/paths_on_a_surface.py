@@ -1,11 +1,10 @@
 """Draws the path of each optimizer on a test surface, beside gradient descent's.
 
-The optimizers are the real ones; the surface is a valley that bends,
+The package's own optimizers run. The surface is a bent valley, steep across and flat along,
 
     f(x, y) = x² / 20 + (y - sin(x))²,
 
-steep across and flat along, with its lowest point at (0, 0). It is a sum of two squares, for
-Levenberg-Marquardt.
+with its lowest point at (0, 0). It is a sum of two squares because Levenberg-Marquardt needs one.
 """
 
 import functools
@@ -93,30 +92,30 @@ PATHS: dict[str, Sequence[Path]] = {
 
 
 def residuals(x: Any, y: Any) -> tuple[Any, Any]:
-    """What is squared."""
+    """Returns the two terms whose squares add up to the surface."""
     return x / 20**0.5, y - keras.ops.sin(x)
 
 
 def surface(x: Any, y: Any) -> Any:
-    """The function that is minimized."""
+    """Returns the function to minimize."""
     along, across = residuals(x, y)
     return along**2 + across**2
 
 
 class Point(keras.Layer):
-    """A model of which the weights are a point, and the outputs are the residuals there."""
+    """A layer whose weights are a point and whose outputs are the residuals there."""
 
     def build(self, input_shape: Any) -> None:
-        """Starts where all paths start."""
+        """Puts the point where all paths start."""
         self.place = self.add_weight(shape=(2,), initializer=lambda *_, **__: tf.constant(START))
 
     def call(self, inputs: Any) -> Any:
-        """The residuals for each of the inputs, which have no part in them."""
+        """Returns the residuals once for each input; they do not depend on the inputs."""
         return keras.ops.stack(residuals(self.place[0], self.place[1])) + 0 * inputs
 
 
 def walked(path: Path) -> np.ndarray:
-    """The points from the start on, of shape (steps + 1, 2)."""
+    """Returns the points of a path, with its start, of shape (steps + 1, 2)."""
     model = keras.Sequential([keras.Input((1,)), Point()])
     optimizer = path.optimizer()
     closure = isinstance(optimizer, ClosureOptimizer)
@@ -141,7 +140,7 @@ def _descent() -> np.ndarray:
 
 
 def picture(name: str) -> bytes:
-    """An SVG of the paths of that name over the surface.
+    """Draws the paths of that name on the surface, as an SVG.
 
     Args:
         name: A key of `PATHS`.

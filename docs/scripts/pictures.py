@@ -1,7 +1,7 @@
-"""Makes the pictures of the pages when the site is built; none of them is in the repository.
+"""Draws the pictures of the pages when the site is built; none of them is in the repository.
 
-They are kept in `build/docs_pictures` until the package or the drawing changes, for
-`mkdocs serve`.
+For `mkdocs serve`, they are kept in `build/docs_pictures` until the package or the drawing
+changes.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ KEPT = ROOT / "build" / "docs_pictures"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Called by MkDocs when it has found the pages."""
+    """MkDocs calls this when it has found the pages."""
     sys.path.insert(0, str(SCRIPTS))
     KEPT.mkdir(parents=True, exist_ok=True)
     for name, sources, draw in _drawings():
@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
-    """Name, what the picture depends on, and what draws it."""
+    """Yields the name of each picture, the files it depends on, and the function that draws it."""
     for name in ("choosing", "gadam_loop"):
         yield name, [SCRIPTS / "diagrams.py"], _diagram
     paths = [SCRIPTS / "paths_on_a_surface.py"]
@@ -46,7 +46,7 @@ def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
             yield page.stem, paths, _path
 
 
-# Imported where a picture must be drawn: TensorFlow takes seconds.
+# Imported only when a picture must be drawn, because TensorFlow takes seconds to import.
 
 
 def _diagram(name: str) -> bytes:
