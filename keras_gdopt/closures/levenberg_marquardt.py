@@ -57,7 +57,7 @@ class LevenbergMarquardt(ClosureOptimizer):
 
     - `solver="exact"` builds G, by samples where the outputs of a sample depend on that sample
       alone and the layers can be vectorized (which is found out with made-up data), elsewhere by
-      a product for each weight; and solves by Cholesky decomposition. With more than 512 weights
+      a product for each weight; and solves the equations directly. With more than 512 weights
       and fewer outputs than weights, and nothing but these outputs in the loss, it solves
       $(\nabla_z^2 L\, J_z J_z^\top + \lambda_t I)\, w = \nabla_z L$ instead and steps by
       $-J_z^\top w$, which is the same.
