@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib
 import re
 import shlex
 import tomllib
@@ -165,3 +166,17 @@ def test_links_between_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not link.startswith(("http", "#")):
             assert (page.parent / link.split("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("page", _each(PAGES))
+def test_the_members_of_a_class_that_a_page_lists_are_shown(page):
+    """The reference leaves inherited ones out unless it is told otherwise."""
+    for block in re.split(r"(?m)^::: ", page.read_text())[1:]:
+        name, *options = block.split("\n\n")[0].splitlines()
+        if "inherited_members: true" in block:
+            continue
+        module, _, attribute = name.strip().rpartition(".")
+        cls = getattr(importlib.import_module(module), attribute)
+        listed = re.findall(r"[\w]+", re.sub(r".*members:", "", " ".join(options)))
+        missing = [member for member in listed if "members" in block and member not in vars(cls)]
+        assert not missing, f"{name} inherits {missing}"

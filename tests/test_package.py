@@ -148,6 +148,14 @@ def test_rules_contain_no_tensorflow_and_are_short(path):
     assert len(path.read_text().splitlines()) - docstrings < most
 
 
+@pytest.mark.parametrize("name", _modules())
+def test_no_comparison_is_negated(name):
+    """TensorFlow's graph optimizer turns `~(a > b)` into `a <= b`, which a NaN is not."""
+    for node in ast.walk(ast.parse(_path_of(name).read_text())):
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+            assert not isinstance(node.operand, ast.Compare), ast.unparse(node)
+
+
 # The examples of the others of their kind are like these.
 _ALIKE = ["bfgs", "conjugate_gradient", "levenberg_marquardt", "newton"]
 

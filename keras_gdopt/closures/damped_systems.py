@@ -80,8 +80,8 @@ class DenseSystem:
         scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
         scaled, is_finite = _finite(scaled)
         right = self._right / scale
-        # Not by Cholesky: XLA's takes four times as long on a CPU, and TensorFlow's raises where
-        # it fails.
+        # Not by Cholesky: XLA's is slower than this on a CPU, and TensorFlow's raises an error
+        # where it fails.
         solution = tf.linalg.solve(scaled, right[:, None])[:, 0]
         is_positive = is_finite & (tf.reduce_sum(right * solution) > 0)
         vector = tf.where(is_positive, solution / scale, np.nan)
