@@ -29,7 +29,7 @@ GENERATIONS, UPDATES = 50, 100
 
 
 def digits_mlp() -> keras.Model:
-    """Of 64-64-10 units, for pictures of handwritten digits."""
+    """An MLP of 64-64-10 units, for pictures of handwritten digits."""
     layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
     model = keras.Sequential([keras.Input((64,)), *layers])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -38,7 +38,7 @@ def digits_mlp() -> keras.Model:
 
 
 def generations(members: int, *, watched: bool) -> Contender:
-    """Whole generations of a population, as many as it takes to draw one family tree."""
+    """Whole generations of a population, enough for the family tree to be drawn once."""
 
     def make() -> Callable[[], object]:
         rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def generations(members: int, *, watched: bool) -> Contender:
         directory, number = Path(tempfile.mkdtemp()), itertools.count()
 
         def step() -> object:
-            # A run from the start each time, with nothing to compile.
+            # Each call is a run from the start, with nothing left to compile.
             started.members = members_at_first
             gadam._generation, gadam.lineage = 0, Lineage()
             gadam._identities = [gadam.lineage.born(0) for _ in range(members)]
@@ -77,10 +77,10 @@ def _population(members: int) -> list[Work]:
 
 
 def epochs(tier: str | None) -> Contender:
-    """Epochs of `fit` of the digits MLP, on data that lies in memory as batches.
+    """Epochs of `fit` of the digits MLP, on batches cached in memory.
 
-    Several models take turns: of two that are made alike, one may be some percent faster
-    than the other for as long as both live.
+    Several models take turns, because one of two equal models may be a few percent faster than the
+    other for as long as both live.
     """
 
     def make() -> Callable[[], object]:
@@ -101,7 +101,7 @@ def epochs(tier: str | None) -> Contender:
 
 
 class _OfShapes(keras.Model):
-    """A model that is nothing but its weights, and has the same gradients in each step."""
+    """A model with weights of given shapes, no layers, and the same gradients in each step."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _OfShapes(keras.Model):
 
 
 def updates(tier: str | None) -> Contender:
-    """Updates of the weights of ResNet-50 by Adam, 25.6 million, in `fit`."""
+    """Updates of ResNet-50's 25.6 million weights by Adam, in `fit`."""
 
     def make() -> Callable[[], object]:
         model = _OfShapes(resnet50_shapes())

@@ -47,7 +47,7 @@ UNITS = {"digits": (64, 64, 10), "diabetes": (10, 32, 1)}
 
 
 def keras_model(name: str, optimizer: Any) -> keras.Model:
-    """One hidden layer, the same weights each time."""
+    """A model with one hidden layer and the same weights each time."""
     keras.utils.set_random_seed(0)
     inputs, hidden, outputs = UNITS[name]
     layers = [keras.layers.Dense(hidden, activation="tanh"), keras.layers.Dense(outputs)]
@@ -63,7 +63,7 @@ def keras_model(name: str, optimizer: Any) -> keras.Model:
 
 
 def ours(name: str) -> Contender:
-    """A training step of 100 iterations, again and again from the same weights."""
+    """A training step of 100 iterations, always from the same weights."""
 
     def make() -> Callable[[], object]:
         optimizer = gdopt.LBFGS(iterations_per_step=ITERATIONS)
@@ -88,7 +88,7 @@ def ours(name: str) -> Contender:
 
 
 def of_torch(name: str) -> Contender:
-    """The same with torch's L-BFGS and its strong Wolfe line search."""
+    """The same iterations with torch's L-BFGS and its strong Wolfe line search."""
 
     def make() -> Callable[[], object]:
         import torch
@@ -136,11 +136,11 @@ def _by_evaluation(name: str) -> list[Work]:
 
 
 def loss_in_time(name: str, optimizer: Any, batch_size: int) -> tuple[float, float, float]:
-    """Trains for a while.
+    """Trains for `SECONDS` seconds.
 
     Returns:
-        The loss of all data afterwards, the seconds that it took, and those that came before,
-        to compile.
+        The loss on all data afterwards, the seconds of training, and the seconds of compiling
+        before it.
     """
     x, y = DATA[name]()
     model = keras_model(name, optimizer)
@@ -156,15 +156,15 @@ def loss_in_time(name: str, optimizer: Any, batch_size: int) -> tuple[float, flo
     compiled = time.perf_counter() - started
     for variable, value in zip(variables, at_start, strict=True):
         variable.assign(value)
-    ends = _Ends(time.perf_counter() + SECONDS)
+    ends = _StopAt(time.perf_counter() + SECONDS)
     started = time.perf_counter()
     model.fit(batches, epochs=10**6, shuffle=False, verbose=0, callbacks=[ends])
     passed = time.perf_counter() - started
     return model.evaluate(x, y, batch_size=len(x), verbose=0), passed, compiled
 
 
-class _Ends(keras.callbacks.Callback):
-    """Stops at a time."""
+class _StopAt(keras.callbacks.Callback):
+    """Stops training at a time of `time.perf_counter`."""
 
     def __init__(self, at: float) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class _Ends(keras.callbacks.Callback):
 
 
 def losses_table() -> str:
-    """Adam's best of five rates, in mini-batches and full batches, and L-BFGS."""
+    """The best of Adam's runs, with five rates in mini-batches and full batches, and L-BFGS."""
     lines = [
         "| data | optimizer | training loss | seconds | to the first step, s |",
         "| --- | --- | ---: | ---: | ---: |",

@@ -23,7 +23,7 @@ BATCH = 32
 def _contender(
     name: str, optimizer: Callable[[], Any], inputs: int, hidden: list[int], batches: int
 ) -> Contender:
-    """An epoch of `fit` on data that lies in memory as batches."""
+    """An epoch of `fit` on batches cached in memory."""
 
     def make() -> Callable[[], object]:
         rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def _work(
 
 
 def mlp_2048() -> list[Work]:
-    """Of 2048-2048-2048-10 units, 8.4 million parameters: the update is most of a step."""
+    """An MLP of 2048-2048-2048-10 units, 8.4 M parameters: the update is most of a step."""
     return _work(
         "MLP 2048-2048-2048-10",
         2048,
@@ -71,7 +71,7 @@ def mlp_2048() -> list[Work]:
 
 
 def mlp_51k() -> list[Work]:
-    """Of 784-64-10 units, 51 thousand parameters: calls cost more than arithmetic."""
+    """An MLP of 784-64-10 units, 51 thousand parameters: calls cost more than arithmetic."""
     return _work(
         "MLP of 51 k",
         784,

@@ -26,25 +26,25 @@ SAMPLES = BATCH * STEPS
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
-    """Random pictures and labels, an epoch of whole batches."""
+    """Random pictures and labels: one epoch of full batches."""
     rng = np.random.default_rng(0)
     return rng.random((SAMPLES, 784), "float32"), rng.integers(0, 10, SAMPLES)
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """As many samples as scikit-learn's digits, of their shape: 28 batches, and a smaller one."""
+    """Random data of the size of scikit-learn's digits: 28 full batches and a smaller one."""
     rng = np.random.default_rng(0)
     return rng.random((1797, 8, 8, 1), "float32"), rng.integers(0, 10, 1797)
 
 
 def mlp() -> keras.Model:
-    """Of 784-64-10 units."""
+    """An MLP of 784-64-10 units."""
     layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
     return keras.Sequential([keras.Input((784,)), *layers])
 
 
 def mlp_with_normalization_and_dropout() -> keras.Model:
-    """The same with batch normalization and dropout."""
+    """The same MLP with batch normalization and dropout."""
     return keras.Sequential(
         [
             keras.Input((784,)),
@@ -57,7 +57,7 @@ def mlp_with_normalization_and_dropout() -> keras.Model:
 
 
 def cnn() -> keras.Model:
-    """Like LeNet."""
+    """A CNN like LeNet."""
     return keras.Sequential(
         [
             keras.Input((784,)),
@@ -75,7 +75,7 @@ def cnn() -> keras.Model:
 
 
 def cnn_for_digits() -> keras.Model:
-    """A small one, of which tracing takes longer than training."""
+    """A small CNN that takes longer to trace than to train."""
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -89,7 +89,7 @@ def cnn_for_digits() -> keras.Model:
 
 
 def lstm() -> keras.Model:
-    """Over the 28 rows of a picture."""
+    """An LSTM over the 28 rows of a picture."""
     return keras.Sequential(
         [
             keras.Input((784,)),
@@ -101,14 +101,14 @@ def lstm() -> keras.Model:
 
 
 def compiled(build: Callable[[], keras.Model], optimizer: Any) -> keras.Model:
-    """A model that tells digits apart."""
+    """A model compiled to classify digits."""
     model = build()
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
 
 def sequential(build: Callable[[], keras.Model]) -> Contender:
-    """One member after the other: the time of one."""
+    """Keras's `fit` of one member; a population takes this long for each member."""
 
     def make() -> Callable[[], object]:
         x, y = data()
@@ -124,7 +124,7 @@ EVOLVE = {"learning_rate": (1e-4, 1e-1), "weight_decay": (1e-4, 1.0), "beta_1": 
 def generation(
     build: Callable[[], keras.Model], members: int, name: str = "", **arguments: Any
 ) -> Contender:
-    """A whole generation of Gadam: two trainings, fitness, selection, crossover, mutation."""
+    """A whole generation of Gadam: training twice, fitness, selection, crossover, mutation."""
 
     def make() -> Callable[[], object]:
         x, y = data()
@@ -135,7 +135,7 @@ def generation(
 
 
 def random_search(members: int, generations: int) -> Contender:
-    """Keras's `fit` with one setting after the other, tracing included."""
+    """Keras's `fit` with one random setting after the other, including tracing."""
 
     def step() -> object:
         x, y = data()
@@ -154,7 +154,7 @@ def random_search(members: int, generations: int) -> Contender:
 
 
 def evolving_search(members: int, generations: int) -> Contender:
-    """An evolving population with as many steps, from nothing."""
+    """An evolving population with as many steps, including tracing."""
 
     def step() -> object:
         x, y = data()
@@ -178,7 +178,7 @@ def average_of_models(members: int) -> Contender:
 
 
 def ensemble(members: int) -> Contender:
-    """`predict` of a population's ensemble, of probabilities: the loss takes logits."""
+    """`predict` of a population's ensemble; it averages probabilities, as the loss takes logits."""
 
     def make() -> Callable[[], object]:
         x, y = data()
@@ -197,7 +197,7 @@ def training(
     steps: int = STEPS,
     evolve: dict[str, tuple[float, float]] | None = None,
 ) -> Contender:
-    """The training of all members for an epoch, or the first steps of one, alone."""
+    """Only the training of all members, for one epoch or its first steps."""
 
     def make() -> Callable[[], object]:
         x, y = data()
@@ -212,7 +212,7 @@ def training(
         (portion,) = samples.epoch(0, Phase.TRAIN_PARENTS, 0, range(members))
         started: Any = gadam._population
         runner, population = started._training.engine, started.members
-        if hasattr(runner, "with_sequences"):  # later than version 0.1.0
+        if hasattr(runner, "with_sequences"):  # versions after 0.1.0
             population = runner.with_sequences(population)
         own = [gadam._hyperparameters] if hasattr(gadam, "_hyperparameters") else []
 
@@ -230,7 +230,7 @@ def training(
 
 
 def first_fit(build: Callable[[], keras.Model], data: Samples = data) -> Contender:
-    """Keras's first `fit` of a new model, tracing included."""
+    """Keras's first `fit` of a new model, including tracing."""
 
     def step() -> object:
         x, y = data()
@@ -242,7 +242,7 @@ def first_fit(build: Callable[[], keras.Model], data: Samples = data) -> Contend
 def first_generation(
     build: Callable[[], keras.Model], members: int, data: Samples = data
 ) -> Contender:
-    """A first generation, from making the population to its end."""
+    """The first generation, including making the population."""
 
     def step() -> object:
         x, y = data()
@@ -327,7 +327,7 @@ def _mlp_of(members: int, times_jax: float, times_fit: float | None) -> list[Wor
 
 
 def _maps() -> list[Work]:
-    """Members side by side: steps, and what comes before the first one."""
+    """Members side by side: the time of steps, and the time before the first one."""
     return [
         Work(f"{build.__name__.upper()}, g = 16, {what}", [training(build, 16, "auto", steps)],
              bound_before=1.1)

@@ -15,7 +15,7 @@ EARLY, LATE = 20, 200
 
 
 class _Memory(gdopt.gadam.PopulationCallback):
-    """Resident memory at the end of each generation, in bytes: here, and in Ray's workers."""
+    """Resident memory after each generation, in bytes: of this process and of Ray's workers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Memory(gdopt.gadam.PopulationCallback):
 
 
 def main() -> None:
-    """Measures all engines, and prints one table."""
+    """Measures all engines and prints one table."""
     print(
         f"{environment()}\n\n"
         f"| engine | generation {EARLY}, MB | generation {LATE}, MB | ratio | bound |\n"

@@ -3,13 +3,14 @@
 python -m benchmarks.precision                   # everything, about 10 minutes
 python -m benchmarks.precision levenberg         # one part; `--help` lists them
 
-A network of 61 weights in float64, 2,000 points, five starts, one thread each. Compiling is not
-in the seconds. `examples/physics_informed.py` does the same for Burgers' equation.
+Trains a network of 61 weights in float64 on 2,000 points, from five starts, with one thread each.
+The seconds do not include compiling. `examples/physics_informed.py` does the same for Burgers'
+equation.
 """
 
 import os
 
-# One thread for each of the libraries; they read it as they are imported.
+# One thread for each library; the libraries read this when they are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
@@ -30,7 +31,7 @@ import keras_gdopt as gdopt
 
 SEEDS = range(5)
 UNITS = 20
-LOW = 1e-6  # the loss to which seconds and iterations are counted
+LOW = 1e-6  # count seconds and iterations until this loss
 X = np.linspace(-1, 1, 2000)[:, None]
 Y = np.sinc(10 * X)
 ITERATIONS_PER_STEP = 10
@@ -39,12 +40,12 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class Way(NamedTuple):
-    """The way of one optimizer from one start."""
+    """The result of one optimizer from one start."""
 
     loss: float
     seconds: float
     seconds_to_low: float
-    """Infinite if it never got there; NaN if nobody looked."""
+    """Infinite if the loss stayed above `LOW`; NaN if not measured."""
     iterations_to_low: float
     iterations: int
 
@@ -53,7 +54,7 @@ class Way(NamedTuple):
 
 
 def new_model(seed: int) -> keras.Model:
-    """The network, as Keras's initializers draw it."""
+    """The network, with weights from Keras's initializers."""
     keras.utils.set_random_seed(seed)
     hidden = keras.layers.Dense(UNITS, activation="tanh")
     return keras.Sequential([keras.Input((1,)), hidden, keras.layers.Dense(1)])
@@ -65,10 +66,10 @@ def by_keras(
     """Trains from a start, in steps of a few iterations.
 
     Args:
-        seed: Of the start.
-        optimizer: With `iterations_per_step`.
-        most: Iterations.
-        floatx: Of weights and data.
+        seed: The seed of the start.
+        optimizer: An optimizer with `iterations_per_step`.
+        most: The most iterations.
+        floatx: The dtype of weights and data.
         until_low: Whether to stop at the loss `LOW`.
     """
     keras.config.set_floatx(floatx)
@@ -102,20 +103,20 @@ def by_keras(
 
 
 def start_of(seed: int) -> np.ndarray:
-    """Its weights, as one vector."""
+    """The weights of a start, as one vector."""
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     return np.concatenate([w.ravel() for w in new_model(seed).get_weights()])
 
 
 def residuals(theta: np.ndarray) -> np.ndarray:
-    """What is left of each target."""
+    """The network's output minus the target, at each point."""
     kernel, bias, last, last_bias = np.split(theta, [UNITS, 2 * UNITS, 3 * UNITS])
     return np.tanh(X * kernel + bias) @ last + last_bias - Y[:, 0]
 
 
 def jacobian(theta: np.ndarray) -> np.ndarray:
-    """Of the residuals by the weights."""
+    """The Jacobian of the residuals by the weights."""
     kernel, bias, last, _ = np.split(theta, [UNITS, 2 * UNITS, 3 * UNITS])
     hidden = np.tanh(X * kernel + bias)
     slopes = (1 - hidden**2) * last
@@ -123,7 +124,7 @@ def jacobian(theta: np.ndarray) -> np.ndarray:
 
 
 def loss_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean squared error."""
+    """The mean squared error and its gradient."""
     left = residuals(theta)
     return float(np.mean(left**2)), 2 / len(left) * jacobian(theta).T @ left
 
@@ -150,24 +151,24 @@ def levenberg_marquardt_by_hand(theta: np.ndarray, iterations: int) -> float:
 
 
 def by_minpack(seed: int, most: int) -> Way:
-    """`scipy.optimize.least_squares(method="lm")`; an iteration is one of its Jacobians."""
+    """`scipy.optimize.least_squares(method="lm")`; each Jacobian counts as an iteration."""
     from scipy.optimize import least_squares
 
     made, low = [0], [math.inf, math.inf]
     started = time.perf_counter()
 
-    def counted_jacobian(theta: np.ndarray) -> np.ndarray:
+    def count_jacobian(theta: np.ndarray) -> np.ndarray:
         made[0] += 1
         return jacobian(theta)
 
-    def noted_residuals(theta: np.ndarray) -> np.ndarray:
+    def record_residuals(theta: np.ndarray) -> np.ndarray:
         left = residuals(theta)
         if low[0] == math.inf and np.mean(left**2) <= LOW:
             low[:] = [time.perf_counter() - started, made[0]]
         return left
 
     found = least_squares(
-        noted_residuals, start_of(seed), counted_jacobian, method="lm", max_nfev=2 * most,
+        record_residuals, start_of(seed), count_jacobian, method="lm", max_nfev=2 * most,
         ftol=1e-15, xtol=1e-15, gtol=1e-15,
     )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -184,7 +185,7 @@ def by_scipy(seed: int, method: str, most: int) -> Way:
     started = time.perf_counter()
     found = minimize(loss_and_gradient, start_of(seed), jac=True, method=method, options=options)
     spent = time.perf_counter() - started
-    return Way(float(found.fun), spent, math.nan, math.nan, int(found.nit))  # not looked at
+    return Way(float(found.fun), spent, math.nan, math.nan, int(found.nit))  # NaN: not measured
 
 
 def by_torch(seed: int, most: int) -> Way:
@@ -284,7 +285,7 @@ def _levenberg_marquardt() -> gdopt.LevenbergMarquardt:
 
 
 def rows_of(name: str, way: Callable[[int], Way]) -> list[Way]:
-    """Goes from each start, and prints a line."""
+    """Runs from each start and prints a line."""
     ways = [way(seed) for seed in SEEDS]
     losses = sorted(w.loss for w in ways)
     line = f"{name:40} loss {losses[0]:.1e} to {losses[-1]:.1e}, median {_median(ways, 'loss'):.1e}"
@@ -299,7 +300,7 @@ def rows_of(name: str, way: Callable[[int], Way]) -> list[Way]:
 
 
 def bound(name: str, value: float, most: float) -> None:
-    """Prints what was reached of a bound."""
+    """Prints a value beside its bound."""
     print(f"    {name}: {value:.3g} (bound {most:g}){'' if value <= most else '  EXCEEDED'}")
 
 

@@ -21,14 +21,15 @@ from keras_gdopt.gadam.cluster import placement
 from keras_gdopt.gadam.cluster.pool import connect
 
 MEMBERS, STEPS = 8, 20
-# The cluster that is estimated.
+# The cluster to estimate.
 NODES, POPULATION, WEIGHTS, GIGABITS = 100, 1_000, 10**8, 10
-# Of a worker in a generation: parents, their fitness, children, and two to choose survivors.
+# Tasks of a worker in a generation: train parents, judge them, train children, and two to select
+# survivors.
 TASKS = 5
 
 
 def generations_of_cnn(workers: int) -> Contender:
-    """Whole generations, by workers of one thread each."""
+    """Whole generations on workers with one thread each."""
 
     def make() -> Callable[[], object]:
         x, y = data()
@@ -51,7 +52,7 @@ def workers() -> None:
 
 
 def generations_of_one_step(members: int, units: int) -> Contender:
-    """Generations in which nearly all is what a cluster costs."""
+    """Generations whose time is nearly all overhead of the cluster."""
 
     def make() -> Callable[[], object]:
         model = keras.Sequential([keras.Input((7,)), keras.layers.Dense(units)])
@@ -65,7 +66,7 @@ def generations_of_one_step(members: int, units: int) -> Contender:
 
 
 def estimate() -> None:
-    """From what a task, a member and a weight cost here."""
+    """Estimates a large cluster from the costs of a task, a member and a weight on this machine."""
     few, more, wide = contenders = [
         generations_of_one_step(4, 1),
         generations_of_one_step(32, 1),
@@ -79,12 +80,12 @@ def estimate() -> None:
     a_weight = (wide.median - few.median) / (2 * 9 * 60_000)
 
     rng = np.random.default_rng(0)
-    homes = (np.arange(POPULATION) % NODES).tolist()
+    parent_shards = (np.arange(POPULATION) % NODES).tolist()
     parents = rng.integers(0, POPULATION, (POPULATION, 2)).tolist()
-    nurseries = placement.of_children(parents, homes, NODES, POPULATION // NODES)
+    child_shards = placement.of_children(parents, parent_shards, NODES, POPULATION // NODES)
     away = sum(
-        len({parent for parent in pair if homes[parent] != shard})
-        for pair, shard in zip(parents, nurseries, strict=True)
+        len({parent for parent in pair if parent_shards[parent] != shard})
+        for pair, shard in zip(parents, child_shards, strict=True)
     )
 
     own = POPULATION // NODES
@@ -118,14 +119,14 @@ PARTS = {"workers": workers, "estimate": estimate}
 
 
 def main() -> None:
-    """Prints what the command line names."""
+    """Runs the parts that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: both")
     parts = parser.parse_args().part or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part named {sorted(unknown)}; expected any of {list(PARTS)}")
     print(f"{environment()}\n")
-    connect(None, cpus=9)  # room for all populations, of which one trains at a time
+    connect(None, cpus=9)  # enough for all populations; one trains at a time
     for part in parts:
         PARTS[part]()
 

@@ -18,19 +18,19 @@ _ROOT = Path(__file__).resolve().parents[1]
 _PAGE = 4096
 _PROCESSES = 4
 
-# How the names of contenders begin that are not ours.
+# Prefixes of the names of contenders from other packages.
 _PEERS = ("keras.", "Keras", "torch", "optax", "JAX")
 
 
 @dataclass
 class Contender:
-    """Something that makes a step again and again.
+    """Something whose steps are timed.
 
     Args:
-        name: As the table shows it.
-        make: Called once; returns a function that returns when its work is done.
-        steps: How many steps one call of that function makes.
-        process: The number of the process that it runs in, whose memory is measured.
+        name: The name in the table.
+        make: Called once; returns a function that makes steps and returns when they are done.
+        steps: The number of steps in one call of that function.
+        process: The id of the process that it runs in, whose memory is measured.
     """
 
     name: str
@@ -49,23 +49,23 @@ class Contender:
 
 @dataclass
 class Work:
-    """Contenders that do the same; the first is what the others are compared with."""
+    """Contenders that do the same work; the others are compared with the first."""
 
     name: str
     contenders: Sequence[Contender]
     calls: int = 1
-    """Calls between two looks at the clock."""
+    """Calls per reading of the clock."""
     bounds: dict[str, float] = field(default_factory=dict)
     """Ratios to the first contender that must not be exceeded, by name."""
     bound_before: float = 1.05
-    """The ratio of each of ours to the version before, see `--before`."""
+    """The bound for each contender of ours relative to the version before; see `--before`."""
 
 
 def measure(work: Work, repetitions: int) -> None:
     """Warms each contender up, then times them in turn.
 
     Args:
-        work: What to measure; the results are kept in its contenders.
+        work: What to measure; its contenders hold the results.
         repetitions: How often each contender is timed.
     """
     steps = []
@@ -82,7 +82,7 @@ def measure(work: Work, repetitions: int) -> None:
         contender.memory = peak.growth
         steps.append(step)
     for repetition in range(repetitions):
-        # In turns, and every other time backwards: neither side has the better half.
+        # In turns, reversed every other time, so that no contender gains from its place.
         order = list(zip(work.contenders, steps, strict=True))
         for contender, step in order if repetition % 2 else reversed(order):
             started = time.perf_counter()
@@ -101,16 +101,16 @@ def beside_before(
 ) -> Iterator[Work]:
     """Times each contender of ours beside itself in another version of the package.
 
-    Each has a fresh process of its own, four times, in turns the first to be started: a process
-    that has run other contenders before is slower, and no two processes are equally fast, as
-    their memory happens to lie.
+    Each side runs in a fresh process, four times, and the two sides take turns at starting first. A
+    process that has run other contenders is slower, and the layout of memory makes some processes
+    faster than others.
 
     Args:
-        checkout: The other version's directory. The benchmarks are those of this one.
-        module: Of the benchmarks that `makers` belong to.
-        name: Which of them.
+        checkout: The other version's directory. The benchmarks come from this version.
+        module: The benchmark module that `makers` belong to.
+        name: The name of one of the makers.
         makers: Makers of works.
-        repetitions: How often each contender is timed, in all.
+        repetitions: How often each contender is timed in total.
     """
     for place, work in enumerate(makers[name]()):
         for contender in work.contenders:
@@ -132,17 +132,17 @@ def beside_before(
                     sides = sides if turn % 2 else sides[::-1]
                     measure(Work(work.name, sides, work.calls), -(-repetitions // _PROCESSES))
                     rounds.append(sides)
-            sides = [_joined(same) for same in zip(*rounds, strict=True)]
+            sides = [_merge(same) for same in zip(*rounds, strict=True)]
             yield Work(work.name, sides, work.calls, {contender.name: work.bound_before})
 
 
-def _joined(same: Sequence[Contender]) -> Contender:
-    """One contender that was timed in several processes."""
-    joined = Contender(same[0].name, same[0].make, same[0].steps)
-    joined.compile_seconds = statistics.median(one.compile_seconds for one in same)
-    joined.memory = statistics.median(one.memory for one in same)
-    joined.seconds = [seconds for one in same for seconds in one.seconds]
-    return joined
+def _merge(same: Sequence[Contender]) -> Contender:
+    """Merges the timings of one contender in several processes."""
+    merged = Contender(same[0].name, same[0].make, same[0].steps)
+    merged.compile_seconds = statistics.median(one.compile_seconds for one in same)
+    merged.memory = statistics.median(one.memory for one in same)
+    merged.seconds = [seconds for one in same for seconds in one.seconds]
+    return merged
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ for _ in sys.stdin:
     )
     stdin, stdout = child.stdin, child.stdout
     assert stdin and stdout
-    while stdout.readline() not in ("ready\n", ""):  # when all is imported
+    while stdout.readline() not in ("ready\n", ""):  # wait for the imports
         continue
 
     def call() -> None:
@@ -198,10 +198,10 @@ HEADER = """\
 
 
 def rows(work: Work) -> str:
-    """What was measured, as rows of a Markdown table under `HEADER`.
+    """The results as rows of a Markdown table under `HEADER`.
 
-    A ratio is the median over the repetitions of a contender's time to that of the
-    first in the same repetition.
+    The ratio is the median, over the repetitions, of a contender's time divided by that of the
+    first contender in the same repetition.
     """
     lines = []
     first = work.contenders[0]
@@ -218,7 +218,7 @@ def rows(work: Work) -> str:
 
 
 class _PeakMemory:
-    """By how much a process's resident memory grew at most."""
+    """Measures the largest growth of a process's resident memory."""
 
     def __init__(self, process: int | str) -> None:
         self._process = process
@@ -240,7 +240,7 @@ class _PeakMemory:
 
     @property
     def growth(self) -> float:
-        """In bytes; 0 where the system has no `/proc`."""
+        """The growth in bytes; 0 where the system has no `/proc`."""
         return self._most - self._before
 
 
@@ -251,7 +251,7 @@ def resident(process: int | str = "self") -> float:
 
 
 def environment() -> str:
-    """One line on what was measured with."""
+    """One line about the machine and the versions of the packages."""
     found = []
     for package in ("tensorflow", "keras", "torch", "jax", "optax", "ray"):
         try:
@@ -262,11 +262,11 @@ def environment() -> str:
 
 
 def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> None:
-    """Measures what the command line names, and prints a table as it grows.
+    """Measures what the command line names and prints the table row by row.
 
     Args:
-        description: What `--help` says.
-        works: Makers of what can be measured, by the name to ask for them.
+        description: The text of `--help`.
+        works: Makers of works, by their names on the command line.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("work", nargs="*", help=f"any of {', '.join(works)}; default: all")
@@ -283,7 +283,7 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
         if arguments.before:
             module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
             for work in beside_before(arguments.before, module, name, works, arguments.repetitions):
-                print(rows(work), flush=True)  # as soon as it is known: some take an hour
+                print(rows(work), flush=True)  # at once, as some works take an hour
             continue
         for work in works[name]():
             measure(work, arguments.repetitions)

@@ -4,7 +4,7 @@ python -m benchmarks.update_step              # all of it
 python -m benchmarks.update_step resnet50     # one of: resnet50 rules one-tensor mlp
                                               #   embedding settings metrics lookahead
 
-The peers beside Keras need the extra `bench`.
+The contenders from optax and torch need the extra `bench`.
 """
 
 import os
@@ -49,10 +49,10 @@ def with_keras(
     """A Keras optimizer as Keras compiles it on a CPU: in a `tf.function` without XLA.
 
     Args:
-        name: As the table shows it.
+        name: The name in the table.
         optimizer: Makes the optimizer.
-        shapes: Of the variables.
-        every: Record the step metrics every so many steps; 0 for never.
+        shapes: The shapes of the variables.
+        every: The number of steps between records of the step metrics; 0 for none.
     """
 
     def make() -> Callable[[], object]:
@@ -62,8 +62,8 @@ def with_keras(
         made.build(variables)
         if every:
             made.record_step_metrics(every)
-        # Captured, for in training they come from within the graph, and are not
-        # handed over one by one from Python.
+        # Capture the gradients: in training they come from within the graph and are not passed
+        # one by one from Python.
         step = tf.function(lambda: made.apply(gradients))
 
         def timed() -> object:
@@ -76,7 +76,7 @@ def with_keras(
 
 
 def with_optax(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
-    """Adam of optax, jitted, its buffers donated."""
+    """Adam of optax, jitted, with donated buffers."""
 
     def make() -> Callable[[], object]:
         import jax
@@ -154,7 +154,7 @@ def resnet50() -> list[Work]:
 
 
 def rules() -> list[Work]:
-    """Every other rule on ResNet-50's shapes, against Keras's of the same name."""
+    """All other rules on ResNet-50's shapes, against Keras's rules of the same names."""
     shapes = resnet50_shapes()
     sgd = keras.optimizers.SGD
     pairs: list[tuple[str, Callable[[], Any], Callable[[], Any], float]] = [
@@ -228,7 +228,7 @@ def _adam(name: str, shapes: Sequence[tuple[int, ...]], steps: int = 1) -> Work:
 
 
 def settings() -> list[Work]:
-    """Adam with what a language model's training adds to it."""
+    """Adam with the settings that are usual in training language models."""
     shapes = resnet50_shapes()
     added: dict[str, Any] = {"weight_decay": 0.01, "global_clipnorm": 1.0, "use_ema": True}
     contenders = [
@@ -240,7 +240,7 @@ def settings() -> list[Work]:
 
 
 def metrics() -> list[Work]:
-    """What recording the step metrics costs."""
+    """The cost of recording the step metrics."""
     shapes = resnet50_shapes()
     every_step = [
         with_keras("Adam", gdopt.Adam, shapes),
@@ -262,7 +262,7 @@ def metrics() -> list[Work]:
 
 
 def lookahead() -> list[Work]:
-    """What Lookahead adds to the steps without a synchronization."""
+    """The cost that Lookahead adds to steps, without and with a synchronization."""
     shapes = resnet50_shapes()
     contenders = [
         with_keras("Adam", gdopt.Adam, shapes),
@@ -284,7 +284,7 @@ def lookahead() -> list[Work]:
 
 
 def embedding() -> list[Work]:
-    """Adam on embeddings of 3.2 million weights, of which a batch has 256 ids."""
+    """Adam on embeddings of 3.2 million weights, with 256 ids in a batch."""
     bounds = {"Adam": 1.0, "Adam(lazy=True)": 0.1}
     return [_embedding(200_000, 16, bounds), _embedding(100_000, 32, bounds)]
 

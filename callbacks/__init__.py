@@ -1,4 +1,4 @@
-"""Callbacks that listen to training: for TensorBoard, and to stop where it has converged."""
+"""Callbacks for TensorBoard, and one that stops training once it has converged."""
 
 from keras_gdopt.callbacks.convergence_stopping import ConvergenceStopping
 from keras_gdopt.callbacks.optimizer_tensorboard import OptimizerTensorBoard

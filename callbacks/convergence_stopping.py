@@ -1,4 +1,4 @@
-"""Stops training where it has converged: Zhang 2019, section 2.1."""
+"""Stops training once it has converged: Zhang 2019, section 2.1."""
 
 import warnings
 from typing import Any
@@ -16,7 +16,7 @@ from keras_gdopt.optimizers.argument_checks import (
 
 
 class ConvergenceStopping(keras.callbacks.Callback):
-    r"""Stops training where it has converged.
+    r"""Stops training once it has converged.
 
     After epoch τ, with the monitored loss $L_\tau$ and the weights $\theta_\tau$, the
     conditions are
@@ -24,46 +24,46 @@ class ConvergenceStopping(keras.callbacks.Callback):
     $$|L_\tau - L_{\tau-1}| \le \delta_L \qquad
     \max_i |\theta_{\tau,i} - \theta_{\tau-1,i}| \le \delta_\theta$$
 
-    and, with `relative=True`, both against $\max(|L_\tau|, |L_{\tau-1}|)$ and
-    $\max_i |\theta_{\tau,i}|$; with `norm="euclidean"`, $\|\cdot\|_2$ is in the place of both
-    maxima over the entries. A third one holds where the optimizer itself says that it has
-    `converged`, as `BFGS`, `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon
-    as one of them has held for `patience` epochs in a row. The weights stay as they are.
+    With `relative=True`, the thresholds are multiplied by $\max(|L_\tau|, |L_{\tau-1}|)$ and
+    $\max_i |\theta_{\tau,i}|$. With `norm="euclidean"`, $\|\cdot\|_2$ replaces both maxima over
+    the entries. A third condition holds if the optimizer reports that it has `converged`, as
+    `BFGS`, `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon as one condition
+    has held for `patience` epochs in a row. The weights stay as they are.
 
-    The paper's iteration is an epoch here: with `batch_size=len(x)` both are one update.
-    With mini-batches `loss` is the mean over an epoch in which the weights move, and
-    `converged` tells of the epoch's last batch. In `Gadam.fit` an epoch is a generation, and
-    the weights are the best member's. A loss that is not finite is no convergence. The third
-    condition of the paper, a number of rounds, is `epochs`.
+    An epoch takes the place of the paper's iteration: with `batch_size=len(x)` both are one
+    update. With mini-batches, `loss` is the mean over an epoch during which the weights move, and
+    `converged` describes the epoch's last batch. In `Gadam.fit` an epoch is a generation, and
+    the weights are the best member's. A loss that is not finite never counts as converged. The
+    paper's third condition, a number of rounds, is `epochs`.
 
-    `keras.callbacks.EarlyStopping` stops where a quantity no longer *improves*: it goes on
-    as long as the loss falls, by however little `min_delta` lets through, and stops where
-    the loss rises. It does not look at weights.
+    `keras.callbacks.EarlyStopping` stops when a quantity no longer *improves*: it goes on as
+    long as the loss falls by more than `min_delta`, however little that is, and stops when the
+    loss rises. It does not look at weights.
 
     Args:
-        loss_change: $\delta_L$, not negative, in units of the loss (or, with `relative`,
-            a part of it). Defaults to `None`: the loss is not looked at.
+        loss_change: $\delta_L$, not negative, in units of the loss (or, with `relative`, as a
+            fraction of it). Defaults to `None`: the loss is ignored.
         weight_change: $\delta_\theta$, not negative, for the change of the trainable weights
-            in an epoch (or, with `relative`, as a part of the weights), by `norm`. Defaults
-            to `None`: the weights are not looked at. Keeps one copy of the weights in memory.
-        relative: Whether both thresholds are parts. Defaults to False.
+            in an epoch (or, with `relative`, as a fraction of the weights), measured by `norm`.
+            Defaults to `None`: the weights are ignored. Keeps one copy of the weights in memory.
+        relative: Whether both thresholds are fractions. Defaults to False.
         patience: Epochs in a row for which a condition must hold, at least 1. Defaults to 1.
-        norm: How a change of the weights is measured: `"max"`, the largest of an entry, which
-            means the same for models of every size, or `"euclidean"`, the norm of all
+        norm: How a change of the weights is measured: `"max"`, the largest change of an entry,
+            which means the same for models of every size, or `"euclidean"`, the norm of all
             entries together. Defaults to `"max"`.
-        monitor: The loss: a name in the epoch's logs, such as `"val_loss"` or, with Gadam,
-            `"fitness"`. Defaults to `"loss"`. In an epoch that logs no number under this
-            name a warning says so.
+        monitor: The name of the loss in the epoch's logs, such as `"val_loss"` or, with Gadam,
+            `"fitness"`. Defaults to `"loss"`. If an epoch logs no number under this name, a
+            warning says so.
         verbose: 1 prints why training stopped. Defaults to 0.
 
     Raises:
         ValueError: If an argument is out of range; before training starts, if no threshold
-            is given and the optimizer does not tell whether it has converged.
+            is given and the optimizer does not report whether it has converged.
 
     Attributes:
         stopped_epoch: The epoch, counted from 0, after which training stopped; `None` if it
             did not.
-        reason: Why, in words; `None` if it did not.
+        reason: Why training stopped, in words; `None` if it did not.
 
     Example:
 
@@ -112,7 +112,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
         self._held = {"loss": 0, "weights": 0, "optimizer": 0}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Notes the weights that training starts from."""
+        """Copies the weights that training starts from."""
         self._start()
         if self.weight_change is not None:
             self._weights = self._copied_weights()
@@ -137,7 +137,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
                 self.model.stop_training = True
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Says why training stopped."""
+        """Prints why training stopped, if `verbose` is set."""
         self._weights = {}
         if self.stopped_epoch is not None and self.verbose:
             print(f"Epoch {self.stopped_epoch + 1}: stopped, as {self.reason}")
@@ -145,7 +145,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
     # --- the conditions ------------------------------------------------------
 
     def _loss_has_settled(self, logs: dict[str, Any]) -> str | None:
-        """In words, or `None`."""
+        """The reason to stop in words, or `None`."""
         if self.loss_change is None:
             return None
         available = numbers(logs)
@@ -164,7 +164,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
         return self._in_words(f"`{self.monitor}`", change, size, self.loss_change)
 
     def _weights_have_settled(self) -> str | None:
-        """In words, or `None`."""
+        """The reason to stop in words, or `None`."""
         if self.weight_change is None:
             return None
         before, self._weights = self._weights, self._copied_weights()
@@ -176,13 +176,13 @@ class ConvergenceStopping(keras.callbacks.Callback):
         return self._in_words("the weights", measure(changes), size, self.weight_change)
 
     def _in_words(self, what: str, change: float, size: float, threshold: float) -> str | None:
-        if not change <= threshold * size:  # NaN is no convergence
+        if not change <= threshold * size:  # true for NaN, too
             return None
         part = f" of {size:.3g}" if self.relative else ""
         return f"{what} changed by {change:.3g}{part} (threshold {threshold:g})"
 
     def _optimizer_converged(self) -> bool | None:
-        """What the optimizer says; `None` if it does not say."""
+        """What the optimizer reports; `None` if it reports nothing."""
         return getattr(getattr(self.model, "optimizer", None), "converged", None)
 
     def _copied_weights(self) -> dict[int, np.ndarray]:
@@ -191,12 +191,12 @@ class ConvergenceStopping(keras.callbacks.Callback):
 
 
 def _largest(arrays: list[np.ndarray]) -> float:
-    """The largest absolute value of all entries; NaN if there is one."""
+    """The largest absolute value of all entries; NaN if any entry is NaN."""
     return float(np.max([0.0, *(np.max(np.abs(array), initial=0) for array in arrays)]))
 
 
 def _length(arrays: list[np.ndarray]) -> float:
-    """The Euclidean norm of all entries together; NaN if there is one."""
+    """The Euclidean norm of all entries together; NaN if any entry is NaN."""
     return float(np.linalg.norm([np.linalg.norm(array.astype("float64")) for array in arrays]))
 
 

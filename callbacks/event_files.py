@@ -1,4 +1,4 @@
-"""Event files as TensorBoard reads them, written without a TensorFlow operation."""
+"""Writes event files for TensorBoard without TensorFlow operations."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalar
 from tensorboard.plugins.scalar import metadata as scalar_plugin
 
-# What writing to a local, and to a remote, file system raises.
+# What writing to local and to remote file systems raises.
 WRITE_ERRORS = (OSError, tf.errors.OpError)
 
 _SCALAR = scalar_plugin.create_summary_metadata(display_name="", description="")
@@ -27,20 +27,21 @@ _SCALAR = scalar_plugin.create_summary_metadata(display_name="", description="")
 class EventFiles:
     """The event files of one callback during one `fit`: one in each of its runs.
 
-    Each write is one event with all values of a step, flushed at once: whatever ends
-    training, the files hold all that was written. (`tf.summary` would write the same
-    records through an operation, which takes twenty times as long.)
+    Each write is one event with all values of a step and is flushed at once, so that nothing
+    written is lost, however training ends. (`tf.summary` would write the same records through
+    an operation, which takes twenty times as long.)
 
-    When a write fails, as on a disk that is full, there is one warning for all runs, and
-    no more is written; training goes on. Files are closed with the object at the latest.
+    If a write fails, for example because the disk is full, there is one warning for all runs,
+    nothing more is written, and training goes on. The files are closed when the object is
+    deleted, if not earlier.
 
     Args:
-        log_dir: Any path that `tf.io.gfile` can write to. Made if it is not there.
-        owner: The callback's class, for messages.
+        log_dir: Any path that `tf.io.gfile` can write to. Created if it does not exist.
+        owner: The callback's class, for messages and the files' names.
         runs: Directories within `log_dir`, one for each run. Defaults to `log_dir` itself.
 
     Raises:
-        ValueError: If a directory cannot be made or written to.
+        ValueError: If a directory cannot be created or written to.
 
     Example:
 
@@ -63,14 +64,14 @@ class EventFiles:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more is written, after `close` or `give_up`."""
+        """Whether writing has ended, by `close` or `give_up`."""
         return not self._writers
 
     def write(self, step: int, values: Iterable[Summary.Value], run: str = "") -> None:
         """Writes one event of a run.
 
         Args:
-            step: Where TensorBoard draws the values.
+            step: The step at which TensorBoard draws the values.
             values: From `scalar`, or the `value` of any summary that TensorBoard's plugins
                 make.
             run: One of the constructor's `runs`.
@@ -80,11 +81,11 @@ class EventFiles:
             self._write(run, Event(wall_time=time.time(), step=step, summary=summary))
 
     def restart(self, step: int) -> None:
-        """Takes back what earlier files of this owner hold from `step` on, in all runs.
+        """Removes the events from `step` on from earlier files of this owner, in all runs.
 
-        A run that was killed after an event and before a checkpoint writes the event
-        again when it goes on. Earlier files lose it; a TensorBoard that has already read
-        it forgets it at the event that is written here.
+        A run that was killed between an event and the next checkpoint writes the event again
+        when it resumes. This removes it from the earlier files, and writes an event that makes
+        a TensorBoard which has already read it forget it.
         """
         start = SessionLog(status=SessionLog.START)
         for run in list(self._writers):
@@ -98,7 +99,7 @@ class EventFiles:
             self._write(run, Event(wall_time=time.time(), step=step, session_log=start))
 
     def give_up(self, error: Exception) -> None:
-        """Warns that something could not be written, and writes no more."""
+        """Warns that a write failed, and ends writing."""
         if self._writers:
             warnings.warn(
                 f"{self._owner} cannot write to '{self._log_dir}' any more, so training goes on "
@@ -111,7 +112,7 @@ class EventFiles:
         """Closes the files. Writing afterwards does nothing."""
         writers, self._writers = self._writers, {}
         for writer in writers.values():
-            # Of what was flushed nothing is lost, and of the rest was warned.
+            # What was flushed is safe, and a warning has told of the rest.
             with contextlib.suppress(*WRITE_ERRORS):
                 writer.close()
 
@@ -133,9 +134,9 @@ def scalar(tag: str, value: float) -> Summary.Value:
 
 
 def values_of(summary: Any) -> list[Summary.Value]:
-    """For `EventFiles.write`, from a summary of TensorFlow's class.
+    """Converts a summary of TensorFlow's class to values for `EventFiles.write`.
 
-    Some of TensorBoard's plugins make that, others TensorBoard's own.
+    Some of TensorBoard's plugins make summaries of that class, others of TensorBoard's own.
     """
     return list(Summary.FromString(summary.SerializeToString()).value)
 
@@ -143,17 +144,17 @@ def values_of(summary: Any) -> list[Summary.Value]:
 def write_layout(log_dir: str, layout: layout_pb2.Layout, *, owner: str) -> None:
     """Writes a layout of charts for TensorBoard's custom scalars.
 
-    Its file has a name of its own, and is written over: there is one in a directory,
+    Its file always has the same name and is overwritten, so that a directory has one,
     however often training begins.
 
     Args:
-        log_dir: Any path that `tf.io.gfile` can write to. TensorBoard takes one layout of
+        log_dir: Any path that `tf.io.gfile` can write to. TensorBoard reads one layout from
             each directory, and merges those of different directories.
         layout: The charts.
         owner: The callback's class, for messages and the file's name.
 
     Raises:
-        ValueError: If the directory cannot be made or written to.
+        ValueError: If the directory cannot be created or written to.
     """
     writer = _opened(log_dir, f"events.out.tfevents.0.{owner}.layout", log_dir, owner)
     summary = Summary(value=values_of(custom_scalar.pb(layout)))
@@ -177,19 +178,18 @@ def _opened(directory: str, name: str, log_dir: str, owner: str) -> tf.io.TFReco
 
 
 def _shorten(directory: str, name: str, step: int) -> None:
-    """Takes the events from a step on out of a file."""
+    """Removes the events from a step on from a file."""
     path, kept = os.path.join(directory, name), []
     loses = False
-    for record in RawEventFileLoader(path).Load():  # ends where a killed process ended
+    for record in RawEventFileLoader(path).Load():  # stops where a killed process stopped
         event = Event.FromString(record)
         if event.step < step or event.HasField("file_version"):
             kept.append(record)
         else:
             loses = True
     if loses:
-        shorter = os.path.join(
-            directory, f"shorter.{os.getpid()}"
-        )  # no name that TensorBoard reads
+        # TensorBoard reads no file of this name.
+        shorter = os.path.join(directory, f"shorter.{os.getpid()}")
         with tf.io.TFRecordWriter(shorter) as writer:
             for record in kept:
                 writer.write(record)
@@ -197,7 +197,7 @@ def _shorten(directory: str, name: str, step: int) -> None:
 
 
 def unwritable(log_dir: str, owner: str, error: Exception) -> ValueError:
-    """What to raise when a directory turns out, before training, to be of no use."""
+    """The error to raise if a directory turns out to be unusable before training."""
     return ValueError(
         f"Argument `log_dir` of {owner} must be a directory that can be created and written "
         f"to. Received: log_dir={log_dir!r} ({error})"

@@ -1,4 +1,4 @@
-"""A population's last generations as a family tree: a picture, and a table."""
+"""A population's last generations as a family tree: a picture and a table."""
 
 import importlib.util
 import io
@@ -11,32 +11,32 @@ import numpy as np
 from keras_gdopt.gadam import Lineage
 
 GENERATIONS = 6
-"""How many a picture shows, besides the one that they come from."""
+"""How many generations a picture shows, besides the one before them."""
 
 _NAMED = 0.2
-"""The share in the winner's weights from which on an ancestor is named where it was born."""
+"""The least share in the winner's weights at which an ancestor's birth is labelled."""
 
-# Inches of the picture, which TensorBoard shows about 350 pixels wide, and of its margin.
+# Inches: the picture's width, which TensorBoard shows as about 350 pixels, and its margin.
 _WIDTH, _LEFT = 6.4, 1.05
 _ALONG = np.linspace(0.0, 1.0, 16)
-# From 0 to 1 in both directions, level at the ends.
+# Rises from 0 to 1 in both directions and is level at the ends.
 _CURVE = np.stack([_ALONG, _ALONG**2 * (3 - 2 * _ALONG)], axis=1)
 _WINNER, _CHILD, _SURVIVOR, _LINE, _TEXT = "#e8590c", "#1c7ed6", "#adb5bd", "#dee2e6", "#343a40"
 
 
 class Generation(NamedTuple):
-    """Who was alive at the end of a generation."""
+    """The members alive at the end of a generation."""
 
     number: int
     """Counted from 0; -1 for the population that a run starts from."""
     identities: list[int]
-    """In the lineage, the fittest first."""
+    """Their ids in the lineage, the fittest first."""
     losses: list[float]
     """Their fitness losses; NaN before the first generation."""
 
 
 def ranked(number: int, identities: Iterable[int], losses: Iterable[float]) -> Generation:
-    """A generation in the order of its fitness; losses that are not finite come last."""
+    """A generation sorted by fitness; losses that are not finite come last."""
     pairs = sorted(
         zip(identities, losses, strict=True),
         key=lambda pair: pair[1] if np.isfinite(pair[1]) else np.inf,
@@ -45,9 +45,9 @@ def ranked(number: int, identities: Iterable[int], losses: Iterable[float]) -> G
 
 
 def last_generations(lineage: Lineage) -> list[Generation]:
-    """The generations that a picture of a lineage shows, the last one last.
+    """The generations that a picture of a lineage shows, the latest one last.
 
-    Takes time in proportion to the whole lineage.
+    Takes time proportional to the length of the whole lineage.
     """
     survivors: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for individual in lineage:
@@ -61,15 +61,15 @@ def last_generations(lineage: Lineage) -> list[Generation]:
 
 
 def shares(lineage: Lineage, generations: Sequence[Generation]) -> list[dict[int, float]]:
-    r"""How much of the winner's weights each individual of each generation gave it.
+    r"""How much each individual of each generation contributed to the winner's weights.
 
     The winner is the fittest of the last generation, with a share of 1. A child that is
-    born in a generation passes a part $p$ of its share on to its first parent and $1 - p$
-    to the second, with $p$ the probability with which an entry came from the first (Eq. 47);
-    mutations are left out.
+    born in a generation passes a part $p$ of its share on to its first parent and $1 - p$ to
+    the second, where $p$ is the probability that an entry came from the first (Eq. 47).
+    Mutations are ignored.
 
     Returns:
-        For each generation shares by identity, of those above 0.
+        For each generation, the shares above 0 by identity.
     """
     of_generation: list[dict[int, float]] = [{generations[-1].identities[0]: 1.0}]
     for before in reversed(generations[:-1]):
@@ -88,7 +88,7 @@ def shares(lineage: Lineage, generations: Sequence[Generation]) -> list[dict[int
 
 
 def table(lineage: Lineage, generation: Generation, rows: int = 10) -> str:
-    """A Markdown table of the fittest individuals and where they come from."""
+    """A Markdown table of the fittest individuals and their origin."""
     lines = [
         "| rank | individual | fitness loss | born in | parents | from the first "
         "| mutated entries |",
@@ -118,17 +118,17 @@ def can_draw() -> bool:
 def drawn(lineage: Lineage, generations: Sequence[Generation]) -> bytes:
     """A picture of generations, as PNG.
 
-    A column holds the members at the end of a generation, the fittest on top. Lines lead
-    to where a member comes from: itself, if it lived on, or its two parents. The winner's
-    ancestry is highlighted, the wider the more of its weights came that way.
+    Each column holds the members at the end of a generation, the fittest on top. Lines connect
+    a member with its origin: itself, if it lived on, or its two parents. The winner's ancestry
+    is highlighted: the more of its weights came along a line, the wider the line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image  # which matplotlib brings
+    from PIL import Image  # installed with matplotlib
 
     size = max(len(generation.identities) for generation in generations)
     height = float(np.clip(0.24 * size + 1.5, 2.6, 7.2))
-    # Drawn in inches on the figure itself: axes would take as long as all the rest.
+    # Drawn in inches on the figure itself, because axes would take as long as all the rest.
     figure = Figure(figsize=(_WIDTH, height), dpi=100)
     x = _LEFT + (_WIDTH - _LEFT) * (np.arange(len(generations)) + 0.5) / len(generations)
     y = height - 0.7 - (height - 1.6) * np.arange(size) / (size - 1)
@@ -138,7 +138,7 @@ def drawn(lineage: Lineage, generations: Sequence[Generation]) -> bytes:
     _write_around(figure, x, height, generations)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    # With a palette a third of the time and a quarter of the bytes.
+    # A palette takes a third of the time and a quarter of the bytes.
     few_colors = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(
         64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
     )
@@ -177,7 +177,7 @@ def _draw_lines(
 
 
 def _origins(individual: dict[str, Any], before: dict[int, int]) -> list[tuple[int, float]]:
-    """Whom a member comes from, and which part of it."""
+    """The individuals that a member comes from, and which part of it from each."""
     if individual["id"] in before:
         return [(individual["id"], 1.0)]
     first, second = individual["parents"]
@@ -212,7 +212,7 @@ def _draw_members(
 def _write_around(
     figure: Any, x: np.ndarray, height: float, generations: Sequence[Generation]
 ) -> None:
-    """The legend above the columns, and numbers below them."""
+    """Writes the legend above the columns and the numbers below them."""
     top, below, bottom = height - 0.25, 0.6, 0.25
     legend = (
         (0.25, "*", _WINNER, f"winner #{generations[-1].identities[0]}, its ancestry"),

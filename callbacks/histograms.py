@@ -11,13 +11,13 @@ _BUCKETS = 30
 
 
 def histogram(tag: str, array: np.ndarray) -> Iterator[Summary.Value]:
-    """The summary of an array's finite entries, or nothing where there are none.
+    """Yields the summary of an array's finite entries, or nothing if there are none.
 
     (`tensorboard.plugins.histogram.summary_v2` would take 30 bytes for each entry.)
 
     Args:
         tag: The name of the chart.
-        array: Of any shape.
+        array: An array of any shape.
     """
     finite = array[np.isfinite(array)]
     if not finite.size:

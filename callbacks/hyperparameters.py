@@ -1,4 +1,4 @@
-"""An optimizer's hyper-parameters, as TensorBoard's HParams tab takes them."""
+"""An optimizer's hyper-parameters, in the form that TensorBoard's HParams tab reads."""
 
 import inspect
 import json
@@ -13,23 +13,23 @@ from keras_gdopt.optimizers.argument_checks import BASE_ARGUMENTS
 from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
 
 _DEFAULTS = {**BASE_ARGUMENTS, "lazy": False}
-# Arguments that are text for one optimizer and a number for another one.
+# Arguments that are text for one optimizer and a number for another.
 _KEYS_OF_TEXT = {"beta": "beta_formula"}
 
 Values = dict[str, "bool | float | str"]
 
 
 def hyperparameters(optimizer: keras.optimizers.Optimizer) -> Values:
-    """What an optimizer was made with, by the names of its arguments.
+    """The arguments that an optimizer was made with, by name.
 
-    Left out are `None` and Keras's base arguments at their defaults. The arguments of an
-    optimizer inside another stand beside the outer one's, and its class under
-    `inner_optimizer`; those of the optimizers inside a `MultiOptimizer` follow the name of
-    each and a slash. Keras's loss scaling, which a mixed-precision policy adds, is skipped.
+    `None` and Keras's base arguments at their defaults are left out. The arguments of a wrapped
+    optimizer are listed beside the outer one's, and its class under `inner_optimizer`. Those of
+    the optimizers inside a `MultiOptimizer` are prefixed with the name of each and a slash.
+    Keras's loss scaling, which a mixed-precision policy adds, is skipped.
 
-    A key has the same type for all optimizers, as TensorBoard shows a key that is text in
-    one run as text in all of them: an argument that is a number elsewhere has a key of its
-    own where it is none, such as `learning_rate_schedule`, the config in JSON.
+    A key has the same type for all optimizers, because TensorBoard shows a key that is text in
+    one run as text in all runs. An argument that is usually a number therefore has another key
+    when it is not, such as `learning_rate_schedule`, the config in JSON.
 
     >>> import keras_gdopt as gdopt
     >>> from keras_gdopt.callbacks.hyperparameters import hyperparameters
@@ -60,10 +60,10 @@ def hyperparameters(optimizer: keras.optimizers.Optimizer) -> Values:
 
 
 def _config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    if is_multi_optimizer(optimizer):  # all of it is in the optimizers inside
+    if is_multi_optimizer(optimizer):  # the optimizers inside have all of it
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as that a lambda is unsafe to load again
+        warnings.simplefilter("ignore")  # for example that a lambda is unsafe to load
         try:
             return optimizer.get_config()
         except (NotImplementedError, TypeError, ValueError):  # it trains, but cannot be saved
@@ -77,7 +77,7 @@ def _key(name: str, value: Any, plain: bool | float | str) -> str:
 
 
 def _plain(value: Any, default: Any) -> bool | float | str:
-    """Of the type of the argument's default; a number as it was written.
+    """A value in the type of the argument's default; a number as the user wrote it.
 
     (The optimizer holds it in float32.)
     """

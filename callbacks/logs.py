@@ -1,4 +1,4 @@
-"""The numbers in what Keras and other callbacks hand to a callback."""
+"""The numbers in the logs that Keras and other callbacks pass to a callback."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def number(value: Any) -> float | None:
-    """A log as a float, or `None` where it is not one number.
+    """A log as a float, or `None` if it is not a single number.
 
-    A `train_step` of the user and other callbacks may log anything.
+    The user's `train_step` and other callbacks may log anything.
 
     >>> from keras_gdopt.callbacks.logs import number
     >>> number(np.float32(0.5)), number("a note"), number([1.0, 2.0]), number(None)
@@ -24,6 +24,6 @@ def number(value: Any) -> float | None:
 
 
 def numbers(logs: Mapping[str, Any] | None) -> dict[str, float]:
-    """Those of the logs that are numbers, by their names."""
+    """The logs that are numbers, by name."""
     found = {name: number(value) for name, value in (logs or {}).items()}
     return {name: value for name, value in found.items() if value is not None}

@@ -17,11 +17,11 @@ from keras_gdopt.optimizers.wrapping_optimizer import (
 
 
 class OptimizerPart:
-    """An optimizer that updates some or all weights of a model, and what it did last.
+    """An optimizer that updates some or all weights of a model, and its last step.
 
     Args:
         optimizer: The model's optimizer, or one inside its `MultiOptimizer`.
-        name: What distinguishes it from the others of the model; "" if it is the only one.
+        name: What tells it apart from the model's other optimizers; "" if it is the only one.
     """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, name: str = "") -> None:
@@ -36,22 +36,22 @@ class OptimizerPart:
 
     @property
     def variables(self) -> list[Any]:
-        """The variables that it was built for; none before."""
+        """The variables that it was built for; empty before it is built."""
         optimizer = self._innermost if self.recording is None else self.recording
         return list(optimizer._trainable_variables) if optimizer.built else []
 
     def new_metrics(
         self, updates: int, model_variables: Sequence[Any]
     ) -> tuple[int, dict[str, float]]:
-        """The metrics of the last recorded step and the step that they are drawn at.
+        """The metrics of the last recorded step, and the step at which they are drawn.
 
         Args:
             updates: The count of updates of the model's optimizer.
             model_variables: The model's trainable variables.
 
         Returns:
-            The step, in the model's count of updates, and no metrics if they were
-            returned before.
+            The step, in the model's count of updates, and the metrics, which are empty if
+            they were returned before.
         """
         if self.recording is not None:
             metrics = dict(self.recording.step_metrics)
@@ -66,19 +66,19 @@ class OptimizerPart:
             metrics = self._metrics_of_any(self.variables if self.name else model_variables)
         if not self.name:
             return update, metrics
-        # A `MultiOptimizer` counts batches, and an inner optimizer that accumulates does not.
+        # A `MultiOptimizer` counts batches; an inner optimizer that accumulates counts updates.
         batches = self._innermost.gradient_accumulation_steps or 1
         return updates - (count(self._innermost) - update) * batches, metrics
 
     def new_gradients(self) -> Mapping[str, Any]:
-        """The gradients of the last recorded step, unless they were returned before."""
+        """The gradients of the last recorded step; empty if they were returned before."""
         if self.recording is None or self._updates_of_gradients == self._last_update:
             return {}
         self._updates_of_gradients = self._last_update
         return self.recording.recorded_gradients
 
     def distinct_name(self, path: str, model_variables: Sequence[Any]) -> str:
-        """What the model calls a variable, by the name that its optimizer has for it.
+        """The model's name of a variable, found by its optimizer's name of it.
 
         Variables of two optimizers may have the same path.
         """
@@ -96,7 +96,7 @@ class OptimizerPart:
         return self._names[path]
 
     def _metrics_of_any(self, variables: Sequence[Any]) -> dict[str, float]:
-        """What an optimizer that records nothing still shows."""
+        """The metrics that any optimizer has, even one that records nothing."""
         metrics = {}
         rate = getattr(self._innermost, "_learning_rate", None)
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
@@ -112,9 +112,9 @@ class OptimizerPart:
 
 
 def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart]:
-    """The optimizer alone, or each of those inside a `MultiOptimizer`.
+    """The optimizer alone, or each optimizer inside a `MultiOptimizer`.
 
-    None where a function chooses those of a `MultiOptimizer` that is not built.
+    Empty if a function chooses those of a `MultiOptimizer` that is not built yet.
     """
     multi = chain(optimizer)[-1]
     if not is_multi_optimizer(multi):
@@ -125,8 +125,8 @@ def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart
 def named_optimizers(multi_optimizer: Any) -> dict[str, Any]:
     """The optimizers inside a `MultiOptimizer`, by names that are the same in every run.
 
-    An optimizer that was given a name has that, the others that of their class. Those that
-    repeat are numbered from the second one on.
+    An optimizer that was given a name keeps it; the others are named after their class.
+    Repeated names are numbered from the second one on.
     """
     optimizers: dict[str, Any] = {}
     for optimizer in multi_optimizer.optimizers:
@@ -140,18 +140,18 @@ def named_optimizers(multi_optimizer: Any) -> dict[str, Any]:
 
 
 def count(optimizer: Any) -> int:
-    """How many updates an optimizer has made."""
-    # Not by `convert_to_numpy`, which takes longer.
+    """The number of updates that an optimizer has made."""
+    # `convert_to_numpy` would take longer.
     return int(tf.convert_to_tensor(optimizer.iterations))
 
 
 def totals(of_parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The norms of all weights together, from those of their parts in the same step."""
+    """The norms over all weights together, from those of the parts in the same step."""
     norms = {}
     for name in ("grad_norm", "clipped_grad_norm", "update_norm", "weight_norm"):
         if not any(name in metrics for metrics in of_parts):
             continue
-        # What is not clipped counts as it is.
+        # A part that does not clip counts with its plain norm.
         plain = name.removeprefix("clipped_")
         values = [metrics.get(name, metrics.get(plain)) for metrics in of_parts]
         if None not in values:

@@ -32,82 +32,83 @@ from keras_gdopt.optimizers.argument_checks import (
 from keras_gdopt.optimizers.recording import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
-# Of log10 of update norm to weight norm.
+# The healthy range of log10 of update norm to weight norm.
 _HEALTHY = (-4.0, -2.0)
 
 
 class OptimizerTensorBoard(keras.callbacks.Callback):
-    r"""Writes what the optimizer does, every few batches, for TensorBoard.
+    r"""Writes the optimizer's metrics to TensorBoard every few batches.
 
-    The optimizer records the metrics inside its compiled step, and only on the
-    steps that are written; each write is one event, flushed at once, so that the
-    event file holds all of it also when training dies. The step of everything that is
-    written is `optimizer.iterations`, the count of updates, so that a second `fit` goes
-    on where the first one ended, and one that resumes from a checkpoint where that was
-    made (what had been written beyond it is taken back).
+    The optimizer records the metrics inside its compiled step, and only on the steps that are
+    written. Each write is one event that is flushed at once, so that the event file is complete
+    even if training dies. The step of everything written is `optimizer.iterations`, the count
+    of updates: a second `fit` continues where the first one ended, and one that resumes from a
+    checkpoint continues where that was made (events written beyond it are removed).
 
     | tag | meaning |
     | --- | --- |
     | `optimizer/learning_rate` | the rate of the step |
     | `optimizer/grad_norm` | norm of all gradients together, before clipping |
-    | `optimizer/clipped_grad_norm` | after clipping, where the optimizer clips |
+    | `optimizer/clipped_grad_norm` | the same after clipping, if the optimizer clips |
     | `optimizer/update_norm` | norm of the change that the rule made |
-    | `optimizer/weight_norm` | norm of all weights after it |
+    | `optimizer/weight_norm` | norm of all weights after that change |
     | `optimizer/update_ratio_log10` | log10 of update norm to weight norm; around -3 is healthy |
-    | `optimizer/loss_scale` | in mixed float16 |
+    | `optimizer/loss_scale` | the loss scale, in mixed float16 |
 
-    and one for each metric of the algorithm's own: `velocity_norm` (Momentum, NAG),
+    and one tag for each of the algorithm's own metrics: `velocity_norm` (Momentum, NAG),
     `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 4,096
     entries; Adagrad, RMSprop, Adadelta, Adam, Nadam, RAdam), `rho_t` and `rectification`
     (RAdam), `slow_fast_distance` and `syncs` (Lookahead); `step_length`, `evaluations` and
     `steps_made` (all that search along lines), `beta` (ConjugateGradient), `damping` and
-    `inner_iterations` (Newton), `updates` and `scaling` (BFGS), `memory_pairs` (LBFGS). Those
-    take one training step for a batch, often for an epoch: `update_freq=1` shows each.
-    `update_ratio_log10` is left out where a norm is 0 or not finite. The logs of each epoch
-    that are numbers are there too (`epoch_loss`, `epoch_val_loss`, ...), and the optimizer's
-    hyper-parameters, so that the HParams tab compares the runs: a learning rate that is no
-    number is text under `learning_rate_schedule`. The Custom Scalars tab shows learning rate,
-    gradient norm, the update ratio and its healthy band (`healthy/...`), and the losses of all
-    runs.
+    `inner_iterations` (Newton), `updates` and `scaling` (BFGS), `memory_pairs` (LBFGS). The
+    optimizers that search along lines take one training step per batch, which is often the
+    whole epoch, so use `update_freq=1` to see each step.
+
+    `update_ratio_log10` is left out if a norm is 0 or not finite. The numbers in each epoch's
+    logs are written too (`epoch_loss`, `epoch_val_loss`, ...), and so are the optimizer's
+    hyper-parameters, so that the HParams tab compares the runs. A learning rate that is not a
+    number is text under `learning_rate_schedule`. The Custom Scalars tab shows the learning
+    rate, the gradient norm, the update ratio with its healthy band (`healthy/...`), and the
+    losses of all runs.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
-    `jit_compile`, distribution strategies (only the chief writes) and
-    `steps_per_execution`; with the last, only the last recording of an execution can be
-    seen. Several may be used in one `fit`, and beside `keras.callbacks.TensorBoard`.
+    `jit_compile`, distribution strategies (only the chief writes) and `steps_per_execution`,
+    where only the last recording of each execution is visible. Several of these callbacks may
+    be used in one `fit`, also beside `keras.callbacks.TensorBoard`.
 
-    With Keras's `MultiOptimizer`, each optimizer inside has curves of its own:
+    With Keras's `MultiOptimizer`, each optimizer inside has its own curves:
     `optimizer/Adam/learning_rate`, `optimizer/Momentum/grad_norm`. An optimizer made with a
-    `name` is called by it, the others by their class; those that repeat are numbered in the
-    order of `MultiOptimizer.optimizers` (`Adam`, `Adam#2`). The norms without such a name
-    are of all weights together, where each optimizer recorded the step. If a function
-    chooses the optimizers, the curves of the first `fit` start after its first batch.
+    `name` is called by it, the others by their class; repeated names are numbered in the order
+    of `MultiOptimizer.optimizers` (`Adam`, `Adam#2`). The norms without such a name cover all
+    weights together, on steps that every optimizer recorded. If a function chooses the
+    optimizers, the curves of the first `fit` start after its first batch.
 
-    If the optimizer makes no update, as where a `train_step` uses another one or no weight is
+    If the optimizer makes no update, because a `train_step` uses another one or no weight is
     trainable, a warning says so, and the epochs' logs are drawn at the count of batches.
 
-    A disk that fills up ends the writing with one warning, not the training.
+    If the disk fills up, writing ends with one warning and training goes on.
 
     Args:
         log_dir: The directory of the run, a path or a remote URL that TensorFlow
             can write to. Use one for each training run.
-        update_freq: Write every so many batches. Defaults to 100.
+        update_freq: Batches between two writes. Defaults to 100.
         tier: How much to write. `"scalars"`: the above. `"layers"`: also, for each
             variable by its path, `layer_grad_norm`, `layer_update_ratio_log10` and the
             norm of each slot, such as `layer_velocity_norm`. `"histograms"`: also, after
-            each epoch, histograms of weights, slots and the gradients of the last step
-            that was written, which takes the memory of the gradients once more. Defaults
-            to `"scalars"`.
+            each epoch, histograms of the weights, the slots and the gradients of the last
+            step that was written, which needs memory for another copy of the gradients.
+            Defaults to `"scalars"`.
 
     Raises:
-        ValueError: If `update_freq` is no positive integer or `tier` is unknown; before
+        ValueError: If `update_freq` is not a positive integer or `tier` is unknown; before
             training starts, if the directory cannot be written or the model is not
             compiled.
-        RuntimeError: With another backend than TensorFlow.
+        RuntimeError: With a backend other than TensorFlow.
 
-    With an optimizer that records no steps, as Keras's own do not, a warning says so, and
-    learning rate, weight norm and the epochs' logs are all there is.
+    If the optimizer records no steps, as Keras's own do not, a warning says so, and only the
+    learning rate, the weight norm and the epochs' logs are written.
 
-    Keras's `TensorBoard` writes nothing of gradients, updates and slots.
+    Keras's `TensorBoard` writes no gradients, updates or slots.
 
     Example:
 
@@ -161,8 +162,8 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     def _begin_recording(self) -> None:
         """Asks the optimizers to record and writes their hyper-parameters.
 
-        Once a `MultiOptimizer` knows its optimizers: where a function chooses them, that
-        is after the first batch.
+        Does nothing before a `MultiOptimizer` knows its optimizers: if a function chooses
+        them, that is after the first batch.
         """
         optimizer = self.model.optimizer
         self._parts = optimizer_parts(optimizer)
@@ -185,8 +186,8 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self.model.make_train_function(force=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes how many batches came before the epoch."""
-        if not self._has_begun:  # after `BackupAndRestore` has restored what it does
+        """Records how many batches came before the epoch."""
+        if not self._has_begun:  # by now `BackupAndRestore` has restored the model
             self._has_begun = True
             updates = self._updates()
             accumulated = _innermost(self.model.optimizer).gradient_accumulation_steps or 1
@@ -196,7 +197,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._batches_before_epoch = self._batches
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes, where a multiple of `update_freq` has been passed."""
+        """Writes if a multiple of `update_freq` has been passed."""
         if not self._has_parts:
             self._begin_recording()
         self._batches = self._batches_before_epoch + batch + 1
@@ -205,7 +206,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._write_step()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes the epoch's logs, and histograms."""
+        """Writes the epoch's logs and histograms."""
         values = [scalar(f"epoch_{name}", value) for name, value in numbers(logs).items()]
         if self.tier == "histograms":
             values += self._histograms()
@@ -233,13 +234,13 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._files.write(self._updates() if step is None else step, values, run=run)
 
     def _write_step(self) -> None:
-        """The last recorded step of each optimizer, unless it was written before."""
+        """Writes the last recorded step of each optimizer, unless it was written before."""
         if self._files is None:
             return
         updates, trainable = self._updates(), self.model.trainable_variables
         found = [(part, *part.new_metrics(updates, trainable)) for part in self._parts]
         found = [(part, step, metrics) for part, step, metrics in found if metrics]
-        # Of two optimizers, one may have recorded an earlier step than the other.
+        # One optimizer may have recorded an earlier step than another.
         for step in sorted({step for _, step, _ in found}):
             now = {part: metrics for part, at, metrics in found if at == step}
             values: list[Summary.Value] = []
@@ -295,7 +296,7 @@ def _trial(log_dir: str) -> str:
 
 
 def _innermost(optimizer: Any) -> Any:
-    """The optimizer inside all wrappers: some of Keras's have a count that stays 0."""
+    """The optimizer inside all wrappers: the count of some Keras wrappers stays 0."""
     return chain(optimizer)[-1]
 
 
@@ -309,7 +310,7 @@ def _curves(prefix: str, metrics: dict[str, float]) -> Iterator[Summary.Value]:
 
 
 def _ratio_log10(metrics: dict[str, float]) -> float | None:
-    """log10 of update norm to weight norm, where both are finite and not 0."""
+    """log10 of update norm to weight norm, if both are finite and not 0."""
     update, weight = metrics.get("update_norm", 0.0), metrics.get("weight_norm", 0.0)
     if not (0 < update < math.inf and 0 < weight < math.inf):
         return None
@@ -356,7 +357,7 @@ def _layout(tier: str) -> layout_pb2.Layout:
     charts = [
         lines("learning rate", "^optimizer/(.+/)?learning_rate$"),
         lines("gradient norm", "^optimizer/(.+/)?(clipped_)?grad_norm$"),
-        # As lines: the shades of several runs' bands would hide the curves.
+        # Lines, because the shaded bands of several runs would hide the curves.
         lines(
             "update to weight, log10, and its healthy band",
             "^optimizer/(.+/)?update_ratio_log10$",

@@ -1,4 +1,4 @@
-"""Shows in TensorBoard how a population lives."""
+"""Writes how a population develops, for TensorBoard."""
 
 import os
 import time
@@ -29,7 +29,7 @@ from keras_gdopt.gadam import PopulationCallback
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 
 _RUN, _WINNER = "population", "winner"
-# What a generation's logs have besides the best member's loss and metrics.
+# The keys of a generation's logs besides the best member's loss and metrics.
 _OF_THE_POPULATION = {
     "fitness",
     "fitness_mean",
@@ -38,71 +38,71 @@ _OF_THE_POPULATION = {
     "diversity",
     "children_survived",
 }
-# What they have of a cluster.
+# The keys that a cluster adds to them.
 _OF_THE_CLUSTER = ("bytes_moved", "bytes_rebalanced", "bytes_kept")
 
 
 class PopulationTensorBoard(PopulationCallback):
-    r"""Writes how a population lives, after each generation, for TensorBoard.
+    r"""Writes how a population develops, after each generation, for TensorBoard.
 
-    A step is a generation, counted from 0. The run `population` has
+    A step is a generation, counted from 0. The run `population` contains
 
     | tag | meaning |
     | --- | --- |
     | `population/fitness_loss/best`, `mean`, `worst`, `std` | fitness losses of the survivors |
-    | `population/fitness_losses` | a histogram of them |
-    | `population/diversity` | mean distance of two members' weights |
-    | `population/selection_entropy` | $-\sum_i P_i \ln P_i$; ln g where all are drawn alike |
-    | `population/children_survived` | how many of the g survivors were born |
-    | `population/survivor_age/mean`, `max` | generations that the survivors outlived |
-    | `population/mutation_rate` | mean probability with which an entry mutated |
-    | `population/mutated_entries` | how many did, in all children |
-    | `population/members_not_finite` | parents and children whose fitness loss is not |
-    | `population/seconds_per_generation` | validation included |
+    | `population/fitness_losses` | their histogram |
+    | `population/diversity` | mean distance between two members' weights |
+    | `population/selection_entropy` | $-\sum_i P_i \ln P_i$; ln g if all are equally likely |
+    | `population/children_survived` | how many of the g survivors are children |
+    | `population/survivor_age/mean`, `max` | generations that the survivors have outlived |
+    | `population/mutation_rate` | mean probability that an entry mutated |
+    | `population/mutated_entries` | mutated entries of all children |
+    | `population/members_not_finite` | parents and children without a finite fitness loss |
+    | `population/seconds_per_generation` | including validation |
     | `population/member_steps_per_second` | steps of all members, parents and children |
-    | `population/bytes_moved` | of weights between workers, to breed (with a `RayEngine`) |
-    | `population/bytes_rebalanced` | of members that went to another worker |
-    | `population/bytes_kept` | of the copy of the survivors in the process of `fit` |
-    | `population/events` | what befell workers, in words |
+    | `population/bytes_moved` | bytes of weights moved between workers to breed (`RayEngine`) |
+    | `population/bytes_rebalanced` | bytes of members that moved to another worker |
+    | `population/bytes_kept` | bytes of the survivors' copy in the process that runs `fit` |
+    | `population/events` | what happened to workers, in words |
     | `population/family_tree` | a picture of the last generations |
     | `population/family_table` | the fittest members and their parents |
     | `best/loss`, `best/…`, `best/val_…` | the best member's loss and metrics |
 
-    where fitness losses that are not finite are left out, and the runs `slot_00`, … one
-    for each place in the population: a parent stays in its place until a child takes it.
+    Fitness losses that are not finite are left out. Each place in the population has its own
+    run, `slot_00`, …; a parent stays in its place until a child takes it.
 
     | tag | meaning |
     | --- | --- |
     | `slot/loss` | training loss of the survivor there |
     | `slot/fitness_loss` | its fitness loss |
-    | `slot/selection_probability` | with which the parent there was drawn |
-    | `slot/learning_rate`, … | each hyper-parameter that evolves, of the survivor there |
+    | `slot/selection_probability` | probability of drawing the parent there |
+    | `slot/learning_rate`, … | each evolving hyper-parameter of the survivor there |
 
-    Where some evolve, the run `winner` has, once `fit` ends, what the fittest member and its
-    ancestors trained with in each generation: under the same tags, a line through the places, and
-    as `winner/learning_rate`, …, by itself.
+    If hyper-parameters evolve, the run `winner` is written when `fit` ends. It shows what the
+    fittest member and its ancestors trained with in each generation: under the same tags, as a
+    line through the places, and as `winner/learning_rate`, …, by itself.
 
-    `lineage.jsonl` beside the runs holds `gadam.lineage`, up to date after each
-    generation; `Lineage.from_json_lines` reads it. The custom scalars have a margin chart
-    of the fitness losses.
+    The file `lineage.jsonl` beside the runs holds `gadam.lineage` and is updated after each
+    generation; `Lineage.from_json_lines` reads it. The Custom Scalars tab has a margin chart of
+    the fitness losses.
 
-    A resumed run goes on with its curves: what an earlier process wrote of the generations
-    that it makes again is taken out of its files. So is what another run wrote from the
-    generation on with which this one starts: use a directory for each run.
+    A resumed run continues its curves: what an earlier process wrote about the generations that
+    are repeated is removed from its files. This also removes what another run wrote from this
+    one's first generation on, so use one directory for each run.
 
-    Keras's `TensorBoard` may be passed beside it, with a directory of its own.
+    Keras's `TensorBoard` may be used beside it, with its own directory.
 
     Args:
-        log_dir: A directory, of any path that `tf.io.gfile` can write to.
-        tree_freq: Generations from one family tree to the next; the last generation of a
-            `fit` has one, too. Its picture needs matplotlib, which the extra
-            `keras-gdopt[plots]` brings. Defaults to 50: a picture
-            may take as long as a generation of a small model. 0 for none.
+        log_dir: A directory, at any path that `tf.io.gfile` can write to.
+        tree_freq: Generations between two family trees; the last generation of a `fit` has
+            one, too. The picture needs matplotlib, which the extra `keras-gdopt[plots]`
+            installs. Defaults to 50, because a picture may take as long as a generation of a
+            small model. 0 for none.
 
     Raises:
-        ValueError: If `tree_freq` is no integer of at least 0; before training starts, if
-            the directory cannot be written to, or it is not `Gadam.fit` that trains.
-        RuntimeError: With another backend than TensorFlow.
+        ValueError: If `tree_freq` is not an integer of at least 0; before training starts, if
+            the directory cannot be written to, or if the callback was not passed to `Gadam.fit`.
+        RuntimeError: With a backend other than TensorFlow.
 
     Example:
 
@@ -201,7 +201,7 @@ class PopulationTensorBoard(PopulationCallback):
         if not self._files.closed:
             self._close_lineage()
         self._files.close()
-        del self.gadam  # the next `fit` says whose it is
+        del self.gadam  # the next `Gadam.fit` sets it again
 
     # --- what is written -----------------------------------------------------
 
@@ -231,18 +231,18 @@ class PopulationTensorBoard(PopulationCallback):
             "member_steps_per_second": steps / seconds,
         }
         figures.update({name: logs[name] for name in _OF_THE_CLUSTER if name in logs})
-        if np.isnan(logs["diversity"]):  # where no process has all members
+        if np.isnan(logs["diversity"]):  # no process has all members
             del figures["diversity"]
         values = [scalar(f"population/{name}", value) for name, value in figures.items()]
         return [*values, *histogram("population/fitness_losses", finite)]
 
     def _draw_winner(self, files: EventFiles) -> None:
-        """Writes what the fittest member and its ancestors had, in each generation."""
+        """Writes the hyper-parameters of the fittest member and its ancestors, by generation."""
         winner = self._generations[-1].identities[0]
         line = self.gadam.lineage.line(winner)
         files.restart(0)  # an earlier winner may have had other ancestors
         for generation in range(self._last + 1):
-            # An individual's generation is the one after that in which it was born.
+            # An individual's generation is the one after its birth.
             then = next(one for one in line if one["generation"] <= generation + 1)
             values = [
                 scalar(f"{place}/{name}", value)
@@ -272,13 +272,13 @@ class PopulationTensorBoard(PopulationCallback):
             raise unwritable(self.log_dir, type(self).__name__, error) from error
 
     def _write_lineage(self) -> None:
-        """One line for each individual, in place of what is there."""
+        """Rewrites the file, with one line for each individual."""
         whole = f"{self._lineage_path}.new"
         self.gadam.lineage.to_json_lines(whole)
         tf.io.gfile.rename(whole, self._lineage_path, overwrite=True)
 
     def _note_lineage(self) -> None:
-        """Adds what became of a generation's parents and of their children."""
+        """Adds what became of a generation's parents and their children."""
         lineage = self.gadam.lineage
         children = range(len(lineage) - self.gadam.population_size, len(lineage))
         evaluated = [*self._generations[-1].identities, *children]
@@ -324,7 +324,7 @@ def _layout(evolving: Iterable[str]) -> layout_pb2.Layout:
 
 def _image(tag: str, png: bytes) -> Summary.Value:
     """An image for `EventFiles.write`."""
-    # As every PNG has it: width and height, after the signature and the name of the part.
+    # A PNG has its width and height after the signature and the name of its first chunk.
     sides = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     metadata = image_plugin.create_summary_metadata(
         display_name="", description="", converted_to_tensor=True

@@ -4,9 +4,9 @@
     python examples/compare_optimizers.py --data mnist --optimizers Adam Momentum
     tensorboard --logdir runs
 
-Each call makes a folder of its own below `--logdir`, and in it one for each
-optimizer: its step metrics, losses, accuracies and hyper-parameters. It ends with a
-table and a picture of the loss curves.
+Each call creates a new folder below `--logdir` and in it one folder for each optimizer,
+with its step metrics, losses, accuracies and hyper-parameters. The results are a table
+and a picture of the loss curves.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start-up notes
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides most start-up messages
 
 import keras
 import numpy as np
@@ -86,7 +86,7 @@ DATA_SETS: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
 
 
 def load(name: str, seed: int) -> Data:
-    """A fifth of the samples, drawn by `seed`, is held out as the test set."""
+    """Loads a data set; a fifth of the samples, drawn by `seed`, is held out for testing."""
     try:
         x, y = DATA_SETS[name]()
     except ImportError as error:
@@ -103,8 +103,8 @@ def load(name: str, seed: int) -> Data:
 def available_optimizers() -> dict[str, Callable[[], keras.optimizers.Optimizer]]:
     """Every first-order optimizer of the package with its default arguments, by name.
 
-    One that wraps another optimizer is put around Adam. Those that evaluate the loss
-    themselves are not for mini-batches: `regression_to_precision.py` compares them.
+    Optimizers that wrap another one wrap Adam. Those that evaluate the loss themselves are
+    left out, as they are not for mini-batches: `regression_to_precision.py` compares them.
     """
     found: dict[str, Callable[[], keras.optimizers.Optimizer]] = {}
     for name in gdopt.__all__:
@@ -164,7 +164,7 @@ class StepTimes(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """One line for an optimizer that fills up as its epochs pass."""
+    """Shows the epochs of an optimizer as a progress bar on one line."""
 
     def __init__(self, name: str, width: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def train(
     model = keras.models.clone_model(model)
     model.set_weights(weights)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
-    # Seeded by itself, so that every optimizer sees the same batches.
+    # With its own seed, so that every optimizer sees the same batches.
     batches = (
         tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
         .shuffle(len(data.x_train), seed=args.seed)
@@ -207,7 +207,7 @@ def train(
         batches,
         epochs=args.epochs,
         validation_data=(data.x_test, data.y_test),
-        shuffle=False,  # the data set does it
+        shuffle=False,  # the data set shuffles itself
         verbose=0,
         callbacks=[
             gdopt.callbacks.OptimizerTensorBoard(log_dir, update_freq=10),
@@ -218,7 +218,7 @@ def train(
     return Result(history["loss"], history["val_accuracy"][-1], times.median_milliseconds())
 
 
-# --- what it shows -------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------
 
 
 def print_table(results: dict[str, Result]) -> None:
@@ -292,7 +292,7 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def new_folder(logdir: Path, data: str) -> Path:
-    """A new folder below `logdir`, so that races do not write over each other."""
+    """Creates a new folder below `logdir`, so that races do not overwrite each other."""
     try:
         logdir.mkdir(parents=True, exist_ok=True)
         taken = {path.name for path in logdir.iterdir()}

@@ -1,25 +1,26 @@
-"""Embeddings of real texts: what an optimizer makes of words that repeat.
+"""Trains embeddings on real texts: how optimizers treat words that repeat.
 
     python examples/embeddings.py
     python examples/embeddings.py --rules Adam RMSprop Adagrad --epochs 10
     python examples/embeddings.py --data r8
 
-A classifier of texts by the mean of their words' embeddings. In a batch common words occur many
-times and most words not at all, so that the gradient of the table is a list of rows with
-repeated ids. For each rule, with the same initial weights and batches:
+The model classifies texts by the mean of their words' embeddings. In a batch, common words occur
+many times and most words not at all, so the gradient of the embedding table is a list of rows
+with repeated ids. For each rule, three optimizers train with the same initial weights and batches:
 
-- exact: ours; what the dense gradient, a row for each word, would give;
-- lazy: ours with `lazy=True`; rows absent from the batch, and their slots, are left alone;
-- Keras: the built-in, which squares each repetition of a row on its own.
+- exact: ours; the same result as with the dense gradient, which has a row for each word;
+- lazy: ours with `lazy=True`; rows absent from the batch, and their slots, are not updated;
+- Keras: the built-in one, which squares each repetition of a row separately.
 
 The last column of the table shows how far the weights are, after some steps, from those that
-the same optimizer reaches with dense gradients, relative to the way they went.
+the same optimizer reaches with dense gradients, relative to the distance that these moved.
 
 The built-in texts are the docstrings of four Python packages that the examples need anyway:
-the prose above the first section, without the packages' names. To tell is whose they are;
-whole modules are held out. `--data` takes texts of yours: a folder with `train.txt` and
-`test.txt`, a line for each text: its label, a tab, the text (as Reuters R8 comes); or with a
-folder of files for each label (as the SpamAssassin mails come), of which a fifth is held out.
+the prose above the first section, without the packages' names. The model predicts which package
+a text comes from; whole modules are held out. `--data` reads texts of yours from a folder. It
+contains either `train.txt` and `test.txt` with one line for each text, its label, a tab and the
+text (the format of Reuters R8); or a folder of files for each label (the format of the
+SpamAssassin mails), of which a fifth is held out.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start-up notes
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides most start-up messages
 
 import keras
 import numpy as np
@@ -46,16 +47,16 @@ import keras_gdopt as gdopt
 
 PACKAGES = ("numpy", "sklearn", "matplotlib", "keras")
 NAMES = {*PACKAGES, "scikit", "tensorflow", "pyplot", "np", "plt", "tf"}
-"""Words that would give a package away."""
-HELD_OUT = 5  # one of so many
+"""Words that would reveal the package."""
+HELD_OUT = 5  # one in so many
 WORDS_OF_A_TEXT = 60
 DIMENSIONS = 64
 BATCH_SIZE = 64
 RULES = {"Adam": 0.003, "RMSprop": 0.003, "Adagrad": 0.1}
-"""And learning rates that suit them here."""
+"""The rules, with learning rates that suit them here."""
 
 Text = tuple[str, str]
-"""A label, and the text."""
+"""A label and the text."""
 
 
 class Data(NamedTuple):
@@ -82,7 +83,7 @@ class Result(NamedTuple):
 
 
 def docstrings() -> tuple[list[Text], list[Text]]:
-    """Prose of docstrings by package, to train on and to test with."""
+    """The prose of docstrings, labelled by package, for training and for testing."""
     texts: tuple[list[Text], list[Text]] = [], []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -100,7 +101,7 @@ def docstrings() -> tuple[list[Text], list[Text]]:
 
 
 def _prose(module: Path) -> Iterator[str]:
-    """Of a module's docstrings what stands above parameters and examples, if it is ten words."""
+    """Yields the prose above sections and examples in docstrings, if it has ten words or more."""
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node) or ""
@@ -111,7 +112,7 @@ def _prose(module: Path) -> Iterator[str]:
 
 
 def given_texts(folder: Path, seed: int) -> tuple[list[Text], list[Text]]:
-    """Those in a folder, to train on and to test with."""
+    """The texts in a folder, for training and for testing."""
     if (folder / "train.txt").exists():
         parts = [_lines(folder / name) for name in ("train.txt", "test.txt")]
         return parts[0], parts[1]
@@ -138,7 +139,7 @@ def _words(text: str) -> list[str]:
 
 
 def as_ids(train: list[Text], test: list[Text], words: int) -> Data:
-    """The most frequent words of the training texts become ids."""
+    """Converts texts to ids of the most frequent words of the training texts."""
     counts = collections.Counter(word for _, text in train for word in _words(text))
     ids = {word: i for i, (word, _) in enumerate(counts.most_common(words - 2), start=2)}
     labels = sorted({label for label, _ in train})
@@ -159,7 +160,7 @@ def as_ids(train: list[Text], test: list[Text], words: int) -> Data:
 
 
 class DenseGradientEmbedding(keras.layers.Embedding):
-    """An embedding whose gradient has a row for each word: the truth, and slow."""
+    """An embedding whose gradient has a row for each word: exact but slow."""
 
     def call(self, inputs: Any) -> Any:
         return keras.ops.take(self._embeddings * 1.0, inputs, axis=0)
@@ -207,7 +208,7 @@ class StepTimes(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """One line for an optimizer that fills up as its epochs pass."""
+    """Shows the epochs of an optimizer as a progress bar on one line."""
 
     def __init__(self, label: str) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class Progress(keras.callbacks.Callback):
 
 
 def batches_of(data: Data, seed: int) -> tf.data.Dataset:
-    """The same for everyone, in a new order in each epoch."""
+    """The same batches for every optimizer, in a new order in each epoch."""
     samples = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
     return samples.shuffle(len(data.x_train), seed=seed).batch(BATCH_SIZE).prefetch(2)
 
@@ -252,7 +253,7 @@ def train(
         batches_of(data, args.seed),
         epochs=args.epochs,
         validation_data=(data.x_test, data.y_test),
-        shuffle=False,  # the data set does it
+        shuffle=False,  # the data set shuffles itself
         verbose=0,
         callbacks=[times, Progress(name)],
     ).history
@@ -270,7 +271,7 @@ def off_dense(
     start: list[np.ndarray],
     args: argparse.Namespace,
 ) -> float:
-    """How far the embeddings are from those by dense gradients, over the way that these went."""
+    """The distance to the embeddings from dense gradients, relative to how far those moved."""
     ends = []
     for embedding in (keras.layers.Embedding, DenseGradientEmbedding):
         model = compiled(data, start, optimizer(), embedding=embedding)
@@ -280,7 +281,7 @@ def off_dense(
     return float(np.linalg.norm(sparse - dense) / np.linalg.norm(dense - start[0]))
 
 
-# --- what it shows -----------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------
 
 
 def print_data(data: Data, kind: str) -> None:

@@ -1,19 +1,19 @@
-r"""A population of small convolutional networks, trained by the workers of a Ray cluster.
+r"""Trains a population of small convolutional networks in the workers of a Ray cluster.
 
-On this machine, whose workers are processes:
+On this machine, where the workers are processes:
 
     python examples/gadam_ray.py --workers 2
 
-On a cluster that was started with `ray start`, from any of its machines, all of which have
-`pip install 'keras-gdopt[ray]' scikit-learn` and share the directory of the checkpoints:
+On a cluster that was started with `ray start`, run it from any machine of the cluster. All
+machines need `pip install 'keras-gdopt[ray]' scikit-learn` and share the checkpoint directory:
 
     python examples/gadam_ray.py --address auto --workers 16 --population 64 \
         --checkpoint-dir /shared/gadam
 
-The same command again goes on where a run was interrupted. Kill a worker (on Linux
-`pkill -9 -o -f ray::Worker`), and the run goes on to the same result. It ends with a table of
-the generations and the test accuracy of the best member; `tensorboard --logdir runs/gadam_ray`
-shows the population.
+The same command continues a run that was interrupted. Kill a worker (on Linux
+`pkill -9 -o -f ray::Worker`), and the run still reaches the same result. It prints a table of
+the generations and then the test accuracy of the best member.
+`tensorboard --logdir runs/gadam_ray` shows the population.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def training_data() -> tuple[np.ndarray, np.ndarray]:
-    """What each worker loads by itself."""
+    """The training data, which each worker loads by itself."""
     x, y = digits()
     return x[TEST_SAMPLES:], y[TEST_SAMPLES:]
 
@@ -65,7 +65,7 @@ def new_model() -> keras.Model:
 
 
 class Table(gdopt.gadam.PopulationCallback):
-    """A line for each generation, shown as it ends."""
+    """Prints a line for each generation when it ends."""
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         print(f"{'generation':>10}{'fitness':>10}{'accuracy':>10}{'seconds':>9}"
@@ -87,7 +87,7 @@ class Table(gdopt.gadam.PopulationCallback):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, and prints what came out."""
+    """Trains the population and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

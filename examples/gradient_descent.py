@@ -3,18 +3,18 @@
     python examples/gradient_descent.py
     python examples/gradient_descent.py --epochs 20 --seed 1
 
-On 442 patients with diabetes (from scikit-learn): the progression of the disease after a
-year, by a linear model from body-mass index and blood serum s5. With two weights the loss is a
-surface that can be drawn. The three variants differ in `batch_size` alone (Zhang 2019, section
-2). One run lowers the learning rate of stochastic descent in every step,
-ε_k = (1 - k/r) ε_0 + (k/r) ε_r (Luo 2020, section 3), with which its noise dies out.
+A linear model predicts the progression of diabetes after a year from body-mass index and blood
+serum s5, on 442 patients (from scikit-learn). With two weights the loss is a surface that can be
+drawn. The three variants differ only in `batch_size` (Zhang 2019, section 2). One more run
+lowers the learning rate of stochastic descent in every step,
+ε_k = (1 - k/r) ε_0 + (k/r) ε_r (Luo 2020, section 3), so that its noise dies out.
 
-Then the same full-batch descent in batches of 32, for data that does not fit into memory: with
-`gradient_accumulation_steps` an update takes the mean of the batches' gradients. That is the
-full batch's gradient only where all batches are of one size. The last one here is smaller, and
-two ways to make up for it are shown: weights for the samples, and losses that are sums.
+Then the same full-batch descent runs in batches of 32, as for data that does not fit into
+memory: with `gradient_accumulation_steps` an update takes the mean of the batches' gradients.
+This is the full batch's gradient only if all batches have the same size. Here the last one is
+smaller, and the example shows two corrections: weights for the samples, and losses that are sums.
 
-It ends with two tables and a picture.
+The results are two tables and a picture.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start-up notes
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides most start-up messages
 
 import keras
 import numpy as np
@@ -64,7 +64,7 @@ class Variant(NamedTuple):
 
 
 class Recorder(keras.callbacks.Callback):
-    """The weights before the first update and after each, and a bar of the epochs."""
+    """Records the weights before the first update and after each; shows a progress bar."""
 
     def __init__(self, label: str) -> None:
         super().__init__()
@@ -125,8 +125,8 @@ def variants(samples: int, epochs: int) -> list[Variant]:
 
 
 def run(variant: Variant, data: Data, epochs: int, seed: int) -> np.ndarray:
-    """The weights that a variant goes through, see `descend`."""
-    # In a new order in each epoch; `fit` itself, where a seed is set, takes one for all.
+    """The path of a variant's weights, see `descend`."""
+    # In a new order in each epoch; with a seed, `fit` itself would use one order for all.
     shuffled = tf.data.Dataset.from_tensor_slices(tuple(data)).shuffle(len(data.x), seed)
     optimizer = gdopt.GradientDescent(variant.learning_rate)
     return descend(variant.name, shuffled.batch(variant.batch_size), optimizer, epochs)
@@ -151,17 +151,17 @@ def batch_count(data: Data) -> int:
 
 
 def accumulations(data: Data, epochs: int) -> dict[str, np.ndarray]:
-    """Where full-batch descent in batches ends, an epoch being an update."""
+    """The last weights of full-batch descent in batches, with one update per epoch."""
     batches, samples = batch_count(data), len(data.x)
     parts = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(BATCH_SIZE)
 
     def weighted(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        # A batch's loss is a mean over its own samples, and the update one over the batches:
-        # with these weights each sample counts 1/N in it.
+        # A batch's loss is the mean over its samples, and the update is the mean over the
+        # batches. With these weights each sample counts 1/N in the update.
         size = tf.shape(x)[0]
         return x, y, tf.fill((size,), tf.cast(size, x.dtype) * batches / samples)
 
-    # Of sums over the samples the update is a mean over the batches: hence the other rate.
+    # The update is the mean over the batches of sums over their samples, hence another rate.
     rate_of_sums = VANILLA_RATE * batches / samples
     sums = keras.losses.MeanSquaredError(reduction="sum")
     ways: dict[str, tuple[tf.data.Dataset, float, Any]] = {
@@ -176,7 +176,7 @@ def accumulations(data: Data, epochs: int) -> dict[str, np.ndarray]:
     return ends
 
 
-# --- what it shows -------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------
 
 
 def print_variants(paths: dict[str, np.ndarray], data: Data) -> None:
@@ -214,7 +214,7 @@ def draw(paths: dict[str, np.ndarray], data: Data, epochs: int, path: Path) -> N
     surface.contour(
         *np.moveaxis(grid, -1, 0), data.loss(grid), levels, colors="lightgrey", linewidths=0.8
     )
-    # The noisier, the further back.
+    # Noisier paths are drawn further back.
     for depth, (name, weights) in enumerate(paths.items()):
         few = len(weights) < 100
         style: dict[str, Any] = {
@@ -267,7 +267,7 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parsed_arguments(argv)
-    keras.config.set_floatx("float64")  # to see what is equal
+    keras.config.set_floatx("float64")  # so that equal results can be seen
     data = load()
     print(f"diabetes: {len(data.x)} samples, 2 weights, {args.epochs} epochs")
     paths = {}

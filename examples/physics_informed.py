@@ -1,4 +1,4 @@
-"""Solves Burgers' equation with a network: four optimizers from the same weights of Adam.
+"""Solves Burgers' equation with a network: four optimizers continue from Adam's weights.
 
     python examples/physics_informed.py
     python examples/physics_informed.py --floatx float32 --units 32
@@ -7,17 +7,17 @@ The network u(x, t) is trained to fulfil
 
     u_t + u u_x = (0.01 / π) u_xx,    u(x, 0) = -sin(π x),    u(-1, t) = u(1, t) = 0
 
-for x in [-1, 1] and t in [0, 1] (Raissi, Perdikaris and Karniadakis 2019): its loss is the
-mean square of what is left of each of the three, on fixed points, all of them in every step.
-No data is involved; the exact solution, by the Cole-Hopf transformation, only tells the error.
+for x in [-1, 1] and t in [0, 1] (Raissi, Perdikaris and Karniadakis 2019). The loss is the sum
+of the mean squares of the three residuals, on fixed points that are all used in every step. No
+data is involved; the exact solution, by the Cole-Hopf transformation, only measures the error.
 
-After the same first steps of Adam, Adam goes on with a learning rate that falls to zero along a
-cosine, or L-BFGS, self-scaled BFGS or Levenberg-Marquardt does, for as many seconds each.
-Compiling is timed apart. It ends with a table and a picture.
+After the same first steps of Adam, four optimizers train for the same number of seconds: Adam
+with a learning rate that falls to zero along a cosine, L-BFGS, self-scaled BFGS and
+Levenberg-Marquardt. Compiling is timed separately. The results are a table and a picture.
 
-Weights are in float64, so that rounding has no part in the comparison: near a minimum a loss
-tells weights apart to half of its digits only. As far as this goes, `--floatx float32` ends at
-about the same error.
+Weights are in float64, so that rounding does not affect the comparison: near a minimum, the loss
+distinguishes weights only to half of its digits. At the precision reached here,
+`--floatx float32` ends at about the same error.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start-up notes
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides most start-up messages
 
 import keras
 import numpy as np
@@ -38,7 +38,7 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 
 VISCOSITY = 0.01 / math.pi
-STEPS_PER_EPOCH = 50  # so often the error is looked at
+STEPS_PER_EPOCH = 50  # the error is measured after each epoch
 TIMES_SHOWN = (0.25, 0.5, 1.0)
 POSITIONS_SHOWN = np.linspace(-1, 1, 401)
 
@@ -49,12 +49,12 @@ Tensor = Any
 
 
 def exact_solution(x: np.ndarray, t: np.ndarray, nodes: int = 200) -> np.ndarray:
-    """The Cole-Hopf solution, its integrals by Gauss-Hermite quadrature.
+    """The Cole-Hopf solution, with integrals by Gauss-Hermite quadrature.
 
     Args:
         x: Positions.
         t: Times, in the shape of `x`.
-        nodes: Of the quadrature.
+        nodes: The number of nodes of the quadrature.
     """
     z, weights = np.polynomial.hermite.hermgauss(nodes)
     origin = x[..., None] - z * np.sqrt(4 * VISCOSITY * t[..., None])
@@ -63,19 +63,19 @@ def exact_solution(x: np.ndarray, t: np.ndarray, nodes: int = 200) -> np.ndarray
 
 
 def spread_points(count: int) -> np.ndarray:
-    """Points (x, t), evenly spread without a grid (Roberts' additive recurrence)."""
+    """Points (x, t), spread evenly without a grid (Roberts' additive recurrence)."""
     plastic = 1.32471795724474602596
     parts = (0.5 + np.arange(1, count + 1)[:, None] / plastic ** np.arange(1, 3)) % 1
     return parts * (2, 1) - (1, 0)
 
 
 def on_a_line(x: Any, t: Any) -> np.ndarray:
-    """Points (x, t) of which one coordinate is a number."""
+    """Points (x, t) with one coordinate fixed."""
     return np.stack(np.broadcast_arrays(x, t), axis=-1)
 
 
 class BurgersNetwork(keras.Model):
-    """A network u(x, t) whose loss is how far it is from solving Burgers' equation."""
+    """A network u(x, t) whose loss measures how far it is from solving Burgers' equation."""
 
     def __init__(self, units: int, layers: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class BurgersNetwork(keras.Model):
         return u_t + u * u_x - VISCOSITY * u_xx
 
     def residuals(self, x: Tensor, **unused: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the equation at the points `x`, and of the conditions at start and walls."""
+        """The residuals of the equation at the points `x` and of the start and wall conditions."""
         wrong_start = self.network(self.at_start) + tf.sin(math.pi * self.at_start[:, :1])
         return self.residual(x), wrong_start, self.network(self.at_walls)
 
@@ -140,10 +140,10 @@ class Error:
 
 
 class Recorder(keras.callbacks.Callback):
-    """The error after each epoch, with the gradient evaluations and seconds until then.
+    """Records the error after each epoch, with the gradient evaluations and seconds until then.
 
-    Of the first epoch, which compiles, it counts the seconds that its evaluations take in the
-    second one. All are counted on from those of the recorder `before`.
+    The first epoch compiles, so its seconds are estimated from its evaluations and the time for
+    each in the second epoch. Counting continues from the recorder `before`.
     """
 
     def __init__(self, error: Error, before: "Recorder | None" = None) -> None:
@@ -195,7 +195,7 @@ class Recorder(keras.callbacks.Callback):
 
 
 class FallingRate(keras.callbacks.Callback):
-    """Lets the learning rate fall along a cosine and ends training when time is up."""
+    """Lowers the learning rate along a cosine and ends training when time is up."""
 
     def __init__(self, recorder: Recorder, rate: float, seconds: float) -> None:
         super().__init__()
@@ -205,14 +205,14 @@ class FallingRate(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if epoch == 0:
-            return  # its seconds without compiling are known after the second one
+            return  # the first epoch's seconds without compiling are known after the second
         share = min(self._recorder.seconds[-1] / self._seconds, 1.0)
         self.model.optimizer.learning_rate = 0.5 * self._rate * (1 + math.cos(math.pi * share))
         self.model.stop_training = share == 1.0
 
 
 class UntilItIsTime(keras.callbacks.Callback):
-    """Ends training when time is up, or where the optimizer cannot lower the loss any more."""
+    """Ends training when time is up or the optimizer cannot lower the loss any further."""
 
     def __init__(self, recorder: Recorder, seconds: float) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class UntilItIsTime(keras.callbacks.Callback):
         if optimizer.converged or not optimizer.step_metrics["steps_made"]:
             print(f"{optimizer.name} ends: {optimizer.status}")
             self.model.stop_training = True
-        elif epoch > 0:  # its seconds without compiling are known after the second one
+        elif epoch > 0:  # the first epoch's seconds without compiling are known after the second
             self.model.stop_training = self._recorder.seconds[-1] >= self._seconds
 
 
@@ -236,8 +236,8 @@ def with_adam(
     steps: int | None = None,
     seconds: float | None = None,
 ) -> None:
-    """Trains for a number of steps; or for a number of seconds, with a falling rate."""
-    # Adam at its best: compiled, and all steps of an epoch in one call.
+    """Trains for a number of steps, or for a number of seconds with a falling rate."""
+    # The fastest way for Adam: compiled, with all steps of an epoch in one call.
     model.compile(gdopt.Adam(rate), jit_compile=True, steps_per_execution=STEPS_PER_EPOCH)
     callbacks: list[keras.callbacks.Callback] = [recorder]
     if seconds is not None:
@@ -250,7 +250,7 @@ def with_adam(
 def with_closures(
     model: keras.Model, points: Tensor, recorder: Recorder, optimizer: Any, seconds: float
 ) -> None:
-    """Trains the model from where it is with an optimizer that evaluates the loss itself."""
+    """Continues training with an optimizer that evaluates the loss itself."""
     model.compile(optimizer)
     if isinstance(optimizer, gdopt.LevenbergMarquardt):
         optimizer.attach(model, residuals=model.residuals)
@@ -260,17 +260,17 @@ def with_closures(
     model.fit(points, batch_size=len(points), epochs=sys.maxsize, callbacks=callbacks, verbose=0)
 
 
-# --- what it shows -------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------
 
 
 class Curve(NamedTuple):
-    """What table and picture show of a contender."""
+    """What the table and the picture show of a contender."""
 
     name: str
     recorder: Recorder
     loss: float
     u: np.ndarray
-    """At the positions and times shown."""
+    """Its values at the positions and times shown."""
 
 
 def result(name: str, model: keras.Model, points: Tensor, recorder: Recorder) -> Curve:

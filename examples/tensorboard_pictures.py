@@ -1,10 +1,10 @@
-"""Makes the README's pictures: TensorBoard as a browser renders it.
+"""Makes the README's pictures of TensorBoard, as a browser renders it.
 
     python examples/tensorboard_pictures.py
 
-Runs the main job and a population, starts TensorBoard on what they wrote, has headless
-Chromium (on Debian: `apt install chromium`) take pictures of it, and keeps of each the part
-that the README shows, as small PNG files.
+Runs the main job and a population, starts TensorBoard on what they wrote, takes screenshots
+with headless Chromium (on Debian: `apt install chromium`), and crops each to the part that the
+README shows, as a small PNG file.
 """
 
 import argparse
@@ -24,14 +24,14 @@ POPULATION = "Gadam, evolving"
 
 
 class Picture(NamedTuple):
-    """A part of a page of TensorBoard."""
+    """A part of a TensorBoard page."""
 
     runs: str
-    """The folder of runs that the page is of, as a pattern."""
+    """The folder of runs that the page shows, as a pattern."""
     page: str
     window: tuple[int, int]
     crop: tuple[int, int, int, int]
-    """Left, upper, right and lower edge, in pixels of the window."""
+    """Left, upper, right and lower edges, in pixels of the window."""
 
 
 PICTURES = {
@@ -58,7 +58,7 @@ def train(folder: Path, epochs: int, generations: int) -> None:
 
 
 def take(picture: Picture, folder: Path, browser: str, path: Path) -> None:
-    """Starts TensorBoard, has the browser render a page of it, and keeps a part."""
+    """Starts TensorBoard, renders a page in the browser, and keeps a part of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,7 +85,7 @@ def take(picture: Picture, folder: Path, browser: str, path: Path) -> None:
 
 
 def _wait_for(address: str, seconds: float = 60) -> None:
-    """Until TensorBoard has found runs."""
+    """Waits until TensorBoard has found runs."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

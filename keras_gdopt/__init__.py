@@ -53,7 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    # Imported on first use: the package itself never imports its callbacks.
+    # The callbacks are imported on first use; the package itself never imports them.
     if name == "callbacks":
         return importlib.import_module("keras_gdopt.callbacks")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Constraints of weights that Keras does not have."""
+"""Weight constraints that Keras does not have."""
 
 from typing import Any
 
@@ -11,21 +11,22 @@ from keras_gdopt.tensor import Tensor
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class Bounds(keras.constraints.Constraint):
-    r"""Weights that stay within bounds.
+    r"""Keeps weights within bounds.
 
     $$w \leftarrow \min(\max(w, l), u)$$
 
-    Every first-order optimizer of this package obeys it after each update, and so do members
-    of a `Gadam`. `LBFGS` takes the bounds into account as it searches.
+    The first-order optimizers of this package, and the members of a `Gadam`, apply it after
+    each update. `LBFGS` respects the bounds during its search.
 
-    Keras has `NonNeg`, which is `Bounds(lower=0)`, and norms, but no bounds.
+    Keras has `NonNeg`, which is `Bounds(lower=0)`, and norm constraints, but no bounds.
 
     Args:
-        lower: l: a number, or an array that broadcasts to the weights. Defaults to `None`: none.
+        lower: l, a number or an array that broadcasts to the weights. Defaults to `None`: no
+            lower bound.
         upper: u, likewise.
 
     Raises:
-        ValueError: If there is neither, one is not a number, or they cross; in a call, if their
+        ValueError: If both are `None`, one is not a number, or they cross; in a call, if their
             shapes do not fit the weights.
 
     Example:
@@ -58,10 +59,10 @@ class Bounds(keras.constraints.Constraint):
             )
 
     def limits(self, shape: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Both bounds, infinite where there are none.
+        """Both bounds as arrays, infinite where there is none.
 
         Args:
-            shape: Of the weights. Defaults to `None`: as the bounds are.
+            shape: The shape of the weights. Defaults to `None`: each bound keeps its own shape.
 
         Raises:
             ValueError: If the shapes of the bounds do not fit the weights.
@@ -81,9 +82,9 @@ class Bounds(keras.constraints.Constraint):
         return arrays[0], arrays[1]
 
     def __call__(self, w: Tensor) -> Tensor:
-        """The weights within their bounds."""
+        """Clips the weights to the bounds."""
         w = ops.convert_to_tensor(w)
-        self.limits(tuple(w.shape))  # raises if they do not fit
+        self.limits(tuple(w.shape))  # raises if the bounds do not fit
         if self.lower is not None:
             w = ops.maximum(w, ops.convert_to_tensor(self.lower, w.dtype))
         if self.upper is not None:
@@ -96,7 +97,7 @@ class Bounds(keras.constraints.Constraint):
 
 
 def _checked(name: str, limit: Any) -> Any:
-    """A number or nested lists of numbers, as a config has them; or `None`."""
+    """A bound as a number or nested lists of numbers, as in a config; or `None`."""
     if limit is None:
         return None
     try:

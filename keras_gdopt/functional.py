@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import keras
 from keras.src.backend.common import global_state
 
-# Of operations such as `keras.random.normal(shape)`; nothing public tells of it.
+# For operations such as `keras.random.normal(shape)`; Keras has no public access to it.
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_gdopt.tensor import Tensor
 
 Data = dict[str, Any]
-"""The parts of a `Batch` that there are, by name: structures without `None`."""
+"""The parts of a `Batch` that are not `None`, by name."""
 
 
 class Batch(NamedTuple):
-    """What a model computes its loss from, each a tensor or a structure of tensors."""
+    """What a model computes its loss from; each part is a tensor or a structure of tensors."""
 
     x: Any
     y: Any = None
@@ -30,24 +30,24 @@ class Batch(NamedTuple):
 class ModelFunction:
     """The loss of a compiled model as a pure function of weights and state.
 
-    Neither reads nor changes a variable of the model; the layers' own losses, the
-    compiled loss and its weights are included, and so is a `compute_loss` of the model's
-    own.
+    It neither reads nor changes a variable of the model. It includes the layers' own
+    losses, the compiled loss and its weights, and a `compute_loss` that the model defines.
 
     Args:
         model: A built and compiled `keras.Model`.
-        variables: The weights, which must include all that are trainable. Defaults to those.
+        variables: The weights, which must include all trainable ones. Defaults to those.
 
     Raises:
         ValueError: If the model is not built.
 
     Attributes:
         is_frozen: For each weight, whether the model does not train it.
-        state_variables: The model's other variables, and then those that are none of its own
-            to Keras: in which layers remember the batch before (`stateful=True`), and the
-            state of the seed generator that random operations without a seed share.
-        loses_updates: Whether the last call of `loss` dropped an update of another variable of
-            Keras, which is neither a weight nor part of the state.
+        state_variables: The model's other variables, then two kinds that Keras does not list
+            among them: those in which layers remember the previous batch
+            (`stateful=True`), and the state of the seed generator that random operations
+            without a seed share.
+        loses_updates: Whether the last call of `loss` dropped an update of a Keras variable
+            that is neither a weight nor part of the state.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class ModelFunction:
         *,
         training: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of a batch, and the state after it.
+        """Computes the loss of a batch and the state after it.
 
         Args:
             weights: In the order of `trainable_variables`.
-            state: In the order of `state_variables`: statistics of batch normalization,
+            state: In the order of `state_variables`: batch normalization statistics,
                 seed generators, frozen weights, what layers remember.
             batch: Inputs, targets and sample weights.
             training: Whether layers behave as in training.
@@ -93,14 +93,14 @@ class ModelFunction:
         known = {id(variable) for variable, _ in mapping}
         known.update(id(v) for metric in self.model.metrics for v in metric.variables)
         self.loses_updates = any(changed not in known for changed in scope.state_mapping)
-        # In mixed precision a layer of Keras 3.11 leaves its state in half precision.
+        # In mixed precision, layers of Keras 3.11 leave their state in half precision.
         return loss, [
             keras.ops.cast(scope.get_current_value(variable), variable.dtype)
             for variable in self.state_variables
         ]
 
     def outputs(self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch) -> Any:
-        """What the model makes of a batch in training.
+        """Computes the model's outputs for a batch in training.
 
         Args:
             weights: As for `loss`.
@@ -111,7 +111,8 @@ class ModelFunction:
             A structure of tensors.
 
         Raises:
-            ValueError: If a layer adds a loss of its own, which is none of the outputs'.
+            ValueError: If a layer adds a loss of its own, which does not depend on the outputs
+                alone.
         """
         mapping = self._mapping(weights, state)
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
@@ -127,7 +128,7 @@ class ModelFunction:
     def loss_of_outputs(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch, outputs: Any
     ) -> Tensor:
-        """The loss as a function of what the model made of a batch, and of the regularizers.
+        """Computes the loss from the model's outputs, regularizers included.
 
         Args:
             weights: As for `loss`.
@@ -141,13 +142,13 @@ class ModelFunction:
 
     @property
     def is_regularized(self) -> bool:
-        """Whether the loss is more than a function of the outputs, by the weights' regularizers."""
+        """Whether weight regularizers add to the loss, which then depends on more than outputs."""
         return any(variable.regularizer is not None for variable in self.trainable_variables)
 
     def judged(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and the compiled metrics, as `evaluate` takes them of it alone.
+        """Computes the loss and the compiled metrics that `evaluate` gives for this batch alone.
 
         Args:
             weights: As for `loss`.
@@ -172,12 +173,13 @@ class ModelFunction:
 
 
 class ResidualFunction(ModelFunction):
-    """A compiled model whose loss is made of residuals: the sum of the mean square of each array.
+    """A compiled model whose loss is the sum of the mean squares of arrays of residuals.
 
     Args:
         model: As for `ModelFunction`.
         variables: As for `ModelFunction`.
-        residuals: Called as the model's `compute_loss` is; returns a structure of arrays.
+        residuals: Takes the arguments of the model's `compute_loss`; returns a structure of
+            arrays.
     """
 
     def __init__(
@@ -192,11 +194,11 @@ class ResidualFunction(ModelFunction):
 
     @property
     def is_regularized(self) -> bool:
-        """False: what regularizers add would have to be a residual."""
+        """False: a regularizer's term would have to be a residual."""
         return False
 
     def outputs(self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch) -> Any:
-        """The residuals of a batch.
+        """Computes the residuals of a batch.
 
         Args:
             weights: As for `loss`.
@@ -212,12 +214,12 @@ class ResidualFunction(ModelFunction):
     def loss_of_outputs(
         self, weights: Sequence[Tensor], state: Sequence[Tensor], batch: Batch, outputs: Any
     ) -> Tensor:
-        """The sum of mean squares of residuals.
+        """Computes the sum of the residuals' mean squares.
 
         Args:
-            weights: Of no influence.
-            state: Of no influence.
-            batch: Of no influence.
+            weights: Ignored.
+            state: Ignored.
+            batch: Ignored.
             outputs: As `outputs` returns them.
         """
         del weights, state, batch
@@ -225,30 +227,30 @@ class ResidualFunction(ModelFunction):
 
 
 def in_another_thread(function: Callable[[], Any]) -> Any:
-    """What a function returns in a thread of its own, where nothing is being traced.
+    """Calls a function in a new thread, where nothing is being traced; returns its result.
 
-    Keras's seed generator, of which each thread has one, is that of this thread.
+    Keras has one global seed generator per thread; the new thread uses the caller's.
     """
     generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
 
-    def called() -> Any:
+    def call() -> Any:
         global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
         return function()
 
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(called).result()
+        return thread.submit(call).result()
 
 
 def _other_state(model: keras.Model) -> list[keras.Variable]:
-    """The variables that a model's layers use and that it does not count among its own."""
-    # In which layers remember the batch before, as a `stateful` LSTM does.
+    """Finds variables that a model's layers use and that the model does not list as its own."""
+    # Those in which layers remember the previous batch, as a `stateful` LSTM does.
     states = [
         getattr(layer, "states", None)
         for layer in model._flatten_layers()
         if getattr(layer, "stateful", False)
     ]
     found = [part for part in keras.tree.flatten(states) if isinstance(part, keras.Variable)]
-    python_state = random.getstate()  # Keras draws the first seed from there
+    python_state = random.getstate()  # Keras draws the first seed from `random`
     try:
         with _outside_of_traces():
             found.append(global_seed_generator().state)
@@ -258,7 +260,7 @@ def _other_state(model: keras.Model) -> list[keras.Variable]:
 
 
 def _outside_of_traces() -> contextlib.AbstractContextManager[None]:
-    """Where a variable that is made has its value at once, even while a function is traced."""
+    """A scope in which a new variable has its value at once, even while a function is traced."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
@@ -267,25 +269,25 @@ def _outside_of_traces() -> contextlib.AbstractContextManager[None]:
 
 
 def loss_of(model: keras.Model, batch: Batch, *, training: bool) -> Tensor:
-    """The loss of a compiled model with the weights that it has, as Keras's `fit` takes it."""
+    """The loss that Keras's `fit` computes for a compiled model with its present weights."""
     return model._compute_loss(**_with_predictions(model, batch, training), training=training)
 
 
 def _with_predictions(model: keras.Model, batch: Batch, training: bool) -> dict[str, Any]:
-    """A batch and what the model makes of it, as `compute_loss` takes them."""
+    """The arguments of `compute_loss`: a batch and the model's predictions for it."""
     arguments = {"training": training} if model._call_has_training_arg else {}
     return {**batch._asdict(), "y_pred": model(batch.x, **arguments)}
 
 
 def check_is_trainable_by_its_loss(model: Any) -> None:
-    """Raises if a model's training cannot be told from its loss alone.
+    """Raises if its loss alone does not determine how a model is trained.
 
-    Of a model without a compiled loss it is not always known before its first step whether
-    its layers add one; then that step raises.
+    Without a compiled loss, it is not always known before the first step whether the layers
+    add one; then that step raises.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a `keras.Model`. Received: {model!r}")
-    own_step = vars(model).get("train_step")  # a closure optimizer's, until another `compile`
+    own_step = vars(model).get("train_step")  # a closure optimizer's, until the next `compile`
     if type(model).train_step is not keras.Model.train_step or getattr(
         own_step, "is_in_effect", own_step is not None
     ):
@@ -304,7 +306,7 @@ def check_is_trainable_by_its_loss(model: Any) -> None:
 
 
 def _has_no_loss(model: keras.Model) -> bool:
-    """Whether it is certain that a compiled model computes no loss."""
+    """Whether a compiled model certainly computes no loss."""
     if (
         getattr(model, "_compile_loss", None) is not None
         or type(model).compute_loss is not keras.Model.compute_loss
@@ -315,7 +317,7 @@ def _has_no_loss(model: keras.Model) -> bool:
 
 
 def _losses_of_a_call(model: keras.Model) -> int | None:
-    """How many losses a call adds, from tracing one; `None` if that needs data."""
+    """Traces a call to count the losses that it adds; `None` if that needs data."""
     inputs = getattr(model, "inputs", None)
     if not inputs or keras.backend.backend() != "tensorflow":
         return None

@@ -1,4 +1,4 @@
-"""Initializers: heuristics of Luo 2020, section 4, that Keras does not have."""
+"""Initializers that Keras does not have: heuristics of Luo 2020, section 4."""
 
 from typing import Any
 
@@ -19,28 +19,28 @@ class SparseNormal(keras.initializers.RandomNormal):
     $$W_{iu} = \begin{cases} z_{iu}, & i \in S_u \\ 0, & \text{else} \end{cases}
     \qquad |S_u| = k, \quad z_{iu} \sim N(0, \sigma^2)$$
 
-    where $S_u$ are k of the inputs of unit u, each choice being equally likely. A unit's
-    input then does not shrink or grow with the size of the layer before, and units differ
-    more than with dense weights.
+    where $S_u$ are k of the inputs of unit u, each choice being equally likely. The input
+    of a unit then does not grow or shrink with the size of the previous layer, and units
+    differ more than with dense weights.
 
-    The last axis of the kernel counts the units, all others together its inputs, as in
-    `Dense`, `EinsumDense` of two axes and all convolutions but the depthwise ones: there k
-    weights of each filter are not 0.
+    The last axis of the kernel counts the units, all other axes together their inputs.
+    This holds for `Dense`, `EinsumDense` with two axes and all convolutions except
+    depthwise ones; in a convolution, k weights of each filter are not 0.
 
-    Keras's initializers are all dense. `torch.nn.init.sparse_` takes the part of the
-    weights that are 0 instead of the number that are not.
+    Keras's initializers are all dense. `torch.nn.init.sparse_` takes the fraction of
+    zero weights instead of the number of non-zero ones.
 
     Args:
         non_zero: k, from 1 to the number of inputs.
-        stddev: σ of the weights that are not 0, above 0. Defaults to 1, for inputs of
-            about unit size and k around 15, as in Martens 2010.
+        stddev: σ of the non-zero weights, above 0. Defaults to 1, for inputs of about
+            unit size and k around 15, as in Martens 2010.
         seed: An integer or a `keras.random.SeedGenerator`. Defaults to `None`: a random
-            one. As with Keras's initializers, only a `SeedGenerator` gives other weights
-            with each call.
+            seed. As with Keras's initializers, only a `SeedGenerator` gives new weights
+            in each call.
 
     Raises:
-        ValueError: If an argument is out of range; in a call, if the shape is no kernel's
-            or has fewer than k inputs.
+        ValueError: If an argument is out of range; in a call, if the shape is not that of
+            a kernel or has fewer than k inputs.
 
     Example:
 
@@ -64,7 +64,7 @@ class SparseNormal(keras.initializers.RandomNormal):
         """Draws a kernel.
 
         Args:
-            shape: Of at least two axes, the last for the units.
+            shape: At least two axes; the last one counts the units.
             dtype: Defaults to Keras's `floatx`.
         """
         shape = tuple(shape)
@@ -76,8 +76,8 @@ class SparseNormal(keras.initializers.RandomNormal):
                 f"of the others of at least {self.non_zero}. Received: shape={shape}"
             )
         dtype = keras.backend.standardize_dtype(dtype or keras.backend.floatx())
-        # One draw for both, as two with an integer seed would be the same numbers; in full
-        # precision, as ties would favor the first inputs.
+        # One draw for both: with an integer seed, two draws would give the same numbers. In
+        # full precision: ties would favor the first inputs.
         drawn = keras.random.normal(
             (2, inputs, shape[-1]),
             seed=self.seed,
@@ -88,7 +88,7 @@ class SparseNormal(keras.initializers.RandomNormal):
         return ops.cast(ops.reshape(weights, shape), dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments."""
+        """The constructor's arguments, for `from_config`."""
         config = {**super().get_config(), "non_zero": self.non_zero}
         del config["mean"]
         return config
@@ -96,23 +96,23 @@ class SparseNormal(keras.initializers.RandomNormal):
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class ClassPriorBias(keras.initializers.Initializer):
-    r"""A bias with which an output layer starts at the frequencies of the classes.
+    r"""A bias that makes an output layer start by predicting the class frequencies.
 
     $$\operatorname{softmax}(b) = c \;\Leftarrow\; b_j = \ln c_j
     \qquad \operatorname{sigmoid}(b) = c \;\Leftrightarrow\; b_j = \ln \frac{c_j}{1 - c_j}$$
 
-    With a kernel of zeros, or small, the first predictions of the model are then c, and
-    training does not begin with learning how frequent the classes are. That counts most
-    where they are unequal.
+    If the kernel is zero or small, the model's first predictions are then c, and training
+    does not have to learn how frequent the classes are. This matters most when they are
+    unequal.
 
-    Keras has `Constant` alone, to which one would give these numbers.
+    Keras only has `Constant`, which takes these numbers precomputed.
 
     Args:
-        frequencies: c. For softmax one number for each class, above 0, of any sum: counts
-            are good too. For sigmoid the part of the samples in which a unit is 1, between
-            0 and 1, or one for each unit. A class that never occurs is refused, as its bias
-            would be -∞: count it once, `ClassPriorBias(counts + 1)`.
-        activation: What the layer, or a loss on its logits, makes of the bias:
+        frequencies: c. For softmax, one number above 0 for each class, with any sum, so
+            counts work too. For sigmoid, the fraction of samples in which a unit is 1,
+            between 0 and 1: one number, or one for each unit. A class that never occurs is
+            refused, as its bias would be -∞: count it once, `ClassPriorBias(counts + 1)`.
+        activation: The function that the layer, or a loss on its logits, applies:
             `"softmax"` or `"sigmoid"`. Defaults to `"softmax"`.
 
     Raises:
@@ -142,12 +142,12 @@ class ClassPriorBias(keras.initializers.Initializer):
     def from_labels(
         cls, labels: Any, num_classes: int | None = None, activation: str = "softmax"
     ) -> "ClassPriorBias":
-        """With the frequencies in a training set.
+        """Creates the initializer from the frequencies in a training set.
 
         Args:
-            labels: For softmax integers from 0 of shape `(B,)` or `(B, 1)`, or one-hot rows
-                of shape `(B, C)`. For sigmoid 0 and 1, of shape `(B,)` or `(B, units)`.
-            num_classes: C, for integers. Defaults to the largest label plus 1.
+            labels: For softmax, integers from 0 of shape `(B,)` or `(B, 1)`, or one-hot rows
+                of shape `(B, C)`. For sigmoid, 0 and 1 of shape `(B,)` or `(B, units)`.
+            num_classes: C, for integer labels. Defaults to the largest label plus 1.
             activation: See the class.
 
         Raises:
@@ -163,7 +163,7 @@ class ClassPriorBias(keras.initializers.Initializer):
                 f"Received: labels.shape={labels.shape}"
             )
         if activation == "softmax" and labels.shape[1:] in ((), (1,)):
-            return cls(_counted(labels.ravel(), num_classes), activation)
+            return cls(_count_classes(labels.ravel(), num_classes), activation)
         if np.any((labels != 0) & (labels != 1)):
             raise ValueError(
                 "Expected `labels` of 0 and 1, one-hot or for each sigmoid unit. "
@@ -178,10 +178,10 @@ class ClassPriorBias(keras.initializers.Initializer):
         return cls(columns.mean(axis=0, dtype="float64"), activation)
 
     def __call__(self, shape: Any, dtype: Any = None) -> Tensor:
-        """The bias.
+        """Computes the bias.
 
         Args:
-            shape: That of the frequencies.
+            shape: The shape of the frequencies.
             dtype: Defaults to Keras's `floatx`.
         """
         if tuple(shape) != (len(self.frequencies),):
@@ -194,12 +194,12 @@ class ClassPriorBias(keras.initializers.Initializer):
         return ops.convert_to_tensor(bias, dtype=dtype or keras.backend.floatx())
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments."""
+        """The constructor's arguments, for `from_config`."""
         return {"frequencies": self.frequencies, "activation": self.activation}
 
 
 def _checked_frequencies(frequencies: Any, activation: str) -> list[float]:
-    """The frequencies as a list of numbers, or raises."""
+    """Returns the frequencies as a list of numbers, or raises."""
     c = np.atleast_1d(np.asarray(frequencies, dtype="float64"))
     least = 2 if activation == "softmax" else 1
     below = np.inf if activation == "softmax" else 1.0
@@ -213,8 +213,8 @@ def _checked_frequencies(frequencies: Any, activation: str) -> list[float]:
     return c.tolist()
 
 
-def _counted(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
-    """How often each class occurs, or raises if the labels are no integers from 0."""
+def _count_classes(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
+    """Counts how often each class occurs; raises if the labels are not integers from 0."""
     classes = labels.astype("int64")
     if np.any(classes != labels) or np.any(classes < 0):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Losses: Zhang 2019, Eq. 3, which Keras does not have."""
+"""Losses that Keras does not have: Zhang 2019, Eq. 3."""
 
 from typing import Any
 
@@ -11,40 +11,40 @@ from keras_gdopt.tensor import Tensor
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class MulticlassHinge(keras.losses.Loss):
-    r"""Hinge loss of several classes, summed over all wrong ones.
+    r"""Multi-class hinge loss, summed over all wrong classes.
 
     $$\ell(\hat y, y) = \sum_{j \neq l_y} \max(0,\; \hat y_j - \hat y_{l_y} + m)$$
 
     where $l_y$ is the true class. The predictions may be probabilities, as in the
     paper, or scores of any range, for which a margin of 1 is usual.
 
-    `keras.losses.CategoricalHinge` takes only the largest of these terms, with a margin
-    of 1, and no integer labels.
+    `keras.losses.CategoricalHinge` takes only the largest of these terms, has a margin of
+    1 and does not accept integer labels.
 
-    The shape of the labels tells what they are. Predictions of shape `(..., C)`, with C at
-    least 2, go with
+    The shape of the labels tells which kind they are. For predictions of shape `(..., C)`,
+    with C at least 2, they are
 
     - integer labels of shape `(...)` or `(..., 1)`, from 0 to C - 1: any other value
       gives a loss of NaN;
-    - one-hot labels of shape `(..., C)`, of which the largest entry is the true class.
+    - one-hot labels of shape `(..., C)`, whose largest entry marks the true class.
 
-    Both give the same loss. Masks, sample weights and reductions are Keras's.
+    Both give the same loss. Keras handles masks, sample weights and reductions.
 
     Args:
-        margin: m, the lead that the true class needs over each other one; in units of
-            the predictions, above 0. Defaults to 1.
+        margin: m, the lead that the true class needs over every other class, in units of
+            the predictions; above 0. Defaults to 1.
         reduction: How the losses of the samples become one number: `"sum_over_batch_size"`,
-            `"mean"`, `"mean_with_sample_weight"`, `"sum"`, or `"none"` or `None` for a
-            loss of each sample. Defaults to `"sum_over_batch_size"`; the paper's Eq. 11
+            `"mean"`, `"mean_with_sample_weight"`, `"sum"`, or `"none"` or `None` for one
+            loss per sample. Defaults to `"sum_over_batch_size"`; the paper's Eq. 11
             is `"sum"`.
         name: Defaults to `"multiclass_hinge"`.
-        dtype: `"float32"` or `"float64"`, that the loss is computed in, also in mixed
-            precision. Defaults to Keras's `floatx`. Half precision is refused: Keras casts
-            the labels to this type too, and bfloat16 has no 257.
+        dtype: The dtype in which the loss is computed, also in mixed precision:
+            `"float32"` or `"float64"`. Defaults to Keras's `floatx`. Half precision is
+            refused: Keras casts the labels to this dtype too, and bfloat16 cannot hold 257.
 
     Raises:
-        ValueError: If an argument is out of range; in a call, if the labels' shape is
-            neither of both, or there are fewer than two classes.
+        ValueError: If an argument is out of range; in a call, if the labels have neither
+            of these shapes or there are fewer than two classes.
 
     Example:
 
@@ -78,14 +78,14 @@ class MulticlassHinge(keras.losses.Loss):
         self._dtype_asked_for = None if dtype is None else self.dtype
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """The loss of each sample.
+        """Computes the loss of each sample.
 
         Args:
             y_true: Labels, see the class.
             y_pred: Predictions of shape `(..., C)`.
 
         Returns:
-            Of shape `(...)`.
+            A tensor of shape `(...)`.
         """
         y_pred = ops.convert_to_tensor(y_pred)
         y_true = ops.convert_to_tensor(y_true)
@@ -96,12 +96,12 @@ class MulticlassHinge(keras.losses.Loss):
         return ops.where(ops.any(is_true, axis=-1), losses, float("nan"))
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments."""
+        """The constructor's arguments, for `from_config`."""
         config = {**super().get_config(), "margin": self.margin}
         return {**config, "dtype": self._dtype_asked_for}
 
     def _is_true_class(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """Where the true class of each sample is, of the predictions' shape."""
+        """A mask of the predictions' shape that marks each sample's true class."""
         shape, rank = tuple(y_true.shape), len(y_pred.shape)
         classes = y_pred.shape[-1] if rank else None
         if classes is None or classes < 2:

@@ -1,4 +1,4 @@
-"""What the optimizers that evaluate the loss themselves share."""
+"""Base class of the optimizers that evaluate the loss themselves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -54,56 +54,56 @@ _WHY_REFUSED = {
 class ClosureOptimizer(RecordingOptimizer):
     r"""An optimizer that evaluates the loss of the current batch as often as it needs.
 
-    `attach(model)`, once after `model.compile`, gives it that loss: from then on a
-    training step of the model is `iterations_per_step` iterations of the algorithm on the
-    step's batch, in one compiled loop.
+    Call `attach(model)` once, after `model.compile`. From then on each training step of the
+    model makes up to `iterations_per_step` iterations of the algorithm on the step's batch, in
+    one compiled loop.
 
-    A subclass states what it keeps (`memory_layout`), what an iteration is (`iterate`, a pure
-    function) and how it can end (`statuses`); this class does the rest. With a line search,
-    `LineSearchOptimizer` is the one to derive from.
+    A subclass defines the state it keeps (`memory_layout`), one iteration (`iterate`, a pure
+    function) and the ways an iteration can end (`statuses`); this class does the rest. Optimizers
+    with a line search derive from `LineSearchOptimizer`.
 
-    The loss is the compiled one, with sample weights and the layers' own losses. Random
-    layers keep one mask, and batch normalization the batch's statistics, all through a
-    step; the moving statistics move once, at the accepted weights. The loss that `fit`
-    shows is the one there.
+    The loss is the compiled one, with sample weights and the layers' own losses. Throughout a
+    step, random layers keep one mask and batch normalization uses the batch's statistics; the
+    moving statistics move once, at the accepted weights. `fit` shows the loss at these weights.
 
-    Full-batch training is `batch_size=len(x)`. With smaller batches each step minimizes the
-    loss of its own batch, `iterations_per_step` times: what is remembered of the last
-    batch still decides the first direction, so few iterations and large batches suit it.
+    For full-batch training, set `batch_size=len(x)`. With smaller batches each step minimizes
+    the loss of its own batch in up to `iterations_per_step` iterations. The first direction still
+    depends on the memory of the last batch, so use few iterations and large batches.
 
     Args:
-        learning_rate: Of the algorithm: a number above 0 or a schedule (of training steps).
-        iterations_per_step: Iterations in a training step, at most.
-        closure_chunks: In how many parts to go through a batch, for batches larger than
-            memory. Defaults to 1. Needs losses that are means over the samples, those that
-            layers add and a `compute_loss` of the model's own included; cannot be combined
-            with batch normalization or masks.
-        gradient_tolerance: Converged where no entry of the gradient is larger, in units of
-            the loss by those of the weights. Defaults to 0 (never).
-        relative_gradient_tolerance: Converged where no entry of the gradient is larger than
-            this part of the largest one where training began on these data. Defaults to
-            1e-9, and to 0 where `gradient_tolerance` is given, be it as 0.
-        change_tolerance: Converged where an iteration changes the loss by less than this
-            part of it. Defaults to 0: never.
+        learning_rate: Learning rate of the algorithm: a number above 0 or a schedule (of
+            training steps).
+        iterations_per_step: The most iterations in a training step.
+        closure_chunks: Number of parts that a batch is split into, for batches larger than
+            memory. Defaults to 1. Requires losses that are means over the samples, including
+            those that layers add and a model's own `compute_loss`; cannot be combined with
+            batch normalization or masks.
+        gradient_tolerance: A step has converged where no entry of the gradient is larger than
+            this, in units of the loss per unit of the weights. Defaults to 0 (never).
+        relative_gradient_tolerance: A step has converged where no entry of the gradient is
+            larger than this fraction of the largest entry at the start of training on these
+            data. Defaults to 1e-9, or to 0 if `gradient_tolerance` is given, even as 0.
+        change_tolerance: A step has converged where an iteration changes the loss by less than
+            this fraction of it. Defaults to 0 (never).
         jit_compile: Whether XLA compiles a step. Defaults to `"auto"`: if all layers support it
-            and the algorithm gains by it. (A model that is itself compiled with
-            `jit_compile=True` compiles the step in any case.)
+            and it makes the algorithm faster. (A model that is itself compiled with
+            `jit_compile=True` always compiles the step.)
         name: Defaults to the class's name in snake case.
 
     Raises:
-        ValueError: If an argument is out of range, or one of Keras's base class that makes
-            no sense here; in `attach`, if the model's loss is not all there is to its
-            training step; in a step without `attach`.
+        ValueError: If an argument is out of range, or belongs to Keras's base class and makes
+            no sense here; in `attach`, if the model's training step does more than minimize its
+            loss; in a step without `attach`.
     """
 
     hyperparameters: ClassVar[Sequence[str]] = ()
-    """Names of the constructor's own arguments, kept as attributes of that name."""
+    """Names of the constructor's own arguments; each is kept as an attribute of that name."""
 
     statuses: ClassVar[Sequence[str]] = ("accepted",)
-    """How an iteration can end: as it should at first."""
+    """How an iteration can end; the first entry means success."""
 
     takes_bounds: ClassVar[bool] = False
-    """Whether it keeps weights within bounds, as `NonNeg` and `constraints.Bounds` ask for."""
+    """Whether it supports the constraints `NonNeg` and `constraints.Bounds`."""
 
     own_metrics: ClassVar[Sequence[str]] = ()
     """Names of the scalars in the memory that are recorded as step metrics."""
@@ -144,14 +144,14 @@ class ClosureOptimizer(RecordingOptimizer):
         self.jit_compile = jit_compile
         self._memory: dict[str, Any] = {}
         self._progress: Any = None
-        # Without Keras's tracking: neither holds state that is saved.
+        # Bypass Keras's tracking: neither holds state that is saved.
         object.__setattr__(self, "_recorder", Recorder(records_all=True, dtype=tf.float64))
         object.__setattr__(self, "_outcome", None)
 
     # --- the algorithm -------------------------------------------------------
 
     def memory_layout(self, size: int) -> Mapping[str, tuple[tuple[int, ...], float | int]]:
-        """What the algorithm keeps: shapes, and the value that each entry starts from.
+        """The arrays the algorithm keeps: the shape and the initial value of each.
 
         Args:
             size: The number of weights.
@@ -166,14 +166,15 @@ class ClosureOptimizer(RecordingOptimizer):
         learning_rate: Tensor,
         loss: BatchLoss,
     ) -> Iteration:
-        """One iteration from a point; a pure function.
+        """Makes one iteration from a point; a pure function.
 
         Args:
             point: Where it begins.
-            memory: What the iteration before has left.
-            has_failed: Whether that one `failed`. After two in a row the step ends.
+            memory: The memory after the previous iteration.
+            has_failed: Whether the previous iteration `failed`. After two failures in a row the
+                step ends.
             learning_rate: A scalar.
-            loss: Of the batch.
+            loss: The loss of the batch.
         """
         raise NotImplementedError
 
@@ -187,18 +188,18 @@ class ClosureOptimizer(RecordingOptimizer):
         return True
 
     def check_size(self, size: int) -> None:
-        """Raises a `ValueError` if the algorithm is not for as many weights; before it has any.
+        """Raises a `ValueError` if there are too many weights; called before memory is made.
 
         Args:
             size: The number of weights.
         """
 
     def check_model(self, model: Any, loss: Callable[..., ModelFunction]) -> None:
-        """Raises a `ValueError` if the algorithm cannot train a model; part of `attach`.
+        """Raises a `ValueError` if the algorithm cannot train a model; `attach` calls it.
 
         Args:
-            model: Compiled with this optimizer.
-            loss: Makes its loss a function, from the model and its weights.
+            model: A model compiled with this optimizer.
+            loss: Makes the loss function from the model and its weights.
         """
 
     # --- the loss ------------------------------------------------------------
@@ -206,32 +207,32 @@ class ClosureOptimizer(RecordingOptimizer):
     def attach(self, model: keras.Model) -> None:
         """Makes the model's training steps minimize the loss with this optimizer.
 
-        Call it once, after `model.compile(optimizer=...)` and, for a model that was loaded,
-        after loading. The model stays what it was: its class, what is saved of it, its
-        `evaluate` and `predict`. Another `compile` undoes it.
+        Call it once, after `model.compile(optimizer=...)` and again after loading a model. The
+        model's class, its saved file, `evaluate` and `predict` do not change. Calling `compile`
+        again undoes it.
 
         Args:
-            model: Compiled with this optimizer.
+            model: A model compiled with this optimizer.
 
         Raises:
-            ValueError: If the model is not compiled with this optimizer or without a loss, has
-                a `train_step` of its own, no trainable weights, or some with a constraint that
-                the optimizer does not take, computes in half precision, or is distributed; if
-                the optimizer belongs to other weights. What cannot be known of a model that is
-                not built is checked in its first step.
+            ValueError: If the model is not compiled with this optimizer, is compiled without a
+                loss, has its own `train_step`, has no trainable weights or some with a
+                constraint that the optimizer does not support, computes in half precision, or
+                is distributed; or if the optimizer was built for other weights. What depends on
+                weights is checked in the first step if the model is not built.
         """
         self._attach(model, ModelFunction)
 
     def _attach(self, model: keras.Model, loss: Callable[..., ModelFunction]) -> None:
         if isinstance(getattr(model, "train_step", None), TrainStep):
-            del model.train_step  # of an earlier `attach`
+            del model.train_step  # set by an earlier `attach`
         check_model(self, model)
         self.check_model(model, loss)
         model.train_step = TrainStep(model, self, loss)
         model.train_function = None
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Raises: a gradient is not enough."""
+        """Raises a `ValueError`: this optimizer needs the loss, not only a gradient."""
         del grads, trainable_variables
         raise ValueError(
             f"{type(self).__name__} evaluates the loss itself, and has none. After "
@@ -239,53 +240,53 @@ class ClosureOptimizer(RecordingOptimizer):
             "`model.optimizer.attach(model)`. Received: gradients"
         )
 
-    # --- what came out -------------------------------------------------------
+    # --- results -------------------------------------------------------------
 
     @property
     def converged(self) -> bool:
-        """Whether the last step ended where there is no more to gain.
+        """Whether the last step ended at a minimum to within tolerance or rounding.
 
-        There the gradient, or the change of the loss, is within its tolerance, or rounding
-        keeps the loss from falling: two iterations in a row found no lower loss, or
+        It has converged if the gradient, or the change of the loss, is within its tolerance, or
+        if rounding keeps the loss from falling: two iterations in a row found no lower loss, or
         neither the loss nor the largest entry of its gradient fell by more than rounding in
-        20 iterations. `status` tells which. Steps that start there, on the same batch,
-        evaluate the loss once.
+        20 iterations. `status` tells which. Steps that start there, on the same batch, evaluate
+        the loss once.
         """
         return self._outcome is not None and bool(self._outcome.converged.numpy())
 
     @property
     def status(self) -> str:
-        """How the last iteration ended: `"accepted"`, or why not."""
+        """How the last iteration ended: `"accepted"`, or the reason why not."""
         if self._outcome is None or int(self._outcome.status.numpy()) < 0:
             return _NOT_STARTED
         return (*self.statuses, *STATUSES)[int(self._outcome.status.numpy())]
 
     @property
     def recorder(self) -> Recorder:
-        """Keeps what the last step was like; every step is recorded."""
+        """Holds the metrics of the last step; every step is recorded."""
         return self._recorder
 
     @property
     def step_metrics(self) -> dict[str, float]:
-        """The metrics of the last step; empty before there is one.
+        """The metrics of the last step; empty before the first one.
 
-        - `iterations`: the count of training steps,
+        - `iterations`: the number of training steps,
         - `learning_rate`,
-        - `grad_norm`: the norm of the gradient where the step ended, without what bounds hold
-          back,
+        - `grad_norm`: the norm of the gradient at the end of the step, without the entries that
+          push weights against their bounds,
         - `update_norm`: the norm of the change of all weights,
-        - `weight_norm`: the norm of all weights where it ended,
-        - `step_length`: of the last iteration, as a part of what the algorithm proposed,
-        - `evaluations`: of the loss and its gradient, those of trial steps included,
+        - `weight_norm`: the norm of all weights at the end of the step,
+        - `step_length`: the step of the last iteration, as a multiple of the proposed one,
+        - `evaluations`: evaluations of the loss and its gradient, including trial steps,
         - `steps_made`: iterations of the algorithm,
-        - what the algorithm has of its own.
+        - the algorithm's own metrics.
         """
         return super().step_metrics
 
     # --- what Keras calls ----------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Makes the memory and restores what was loaded before.
+        """Creates the memory and restores state that was loaded before.
 
         Args:
             variables: The model's trainable variables.
@@ -337,7 +338,7 @@ class ClosureOptimizer(RecordingOptimizer):
         return {**config, **{name: getattr(self, name) for name in own}}
 
     def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:
-        """See `SavedStateOptimizer.state_layout`; each array is for all weights together."""
+        """See `SavedStateOptimizer.state_layout`; each array covers all weights together."""
         made = {**self._memory, "progress": self._progress} if self.built else {}
         memory = self.memory_layout(_size(variables))
         arrays = {**memory, "progress": ((len(Progress._fields),), 0.0)}
@@ -349,7 +350,7 @@ class ClosureOptimizer(RecordingOptimizer):
 
     def _load(self, saved: dict[str, np.ndarray]) -> None:
         if any(f"{name}.0" in saved for name in self.memory_layout(0)):
-            # Version 0.1.0 saved none.
+            # Version 0.1.0 saved no progress.
             saved = {"progress.0": np.zeros(len(Progress._fields)), **saved}
         super()._load(saved)
 
@@ -358,15 +359,15 @@ class ClosureOptimizer(RecordingOptimizer):
     def minimize_on_batch(
         self, function: ModelFunction, data: Data, *, is_compiled: bool
     ) -> Tensor:
-        """Makes one training step on a batch; part of a compiled function.
+        """Makes one training step on a batch; runs inside a compiled function.
 
         Args:
             function: The model.
             data: The batch.
-            is_compiled: Whether XLA compiles it.
+            is_compiled: Whether XLA compiles the step.
 
         Returns:
-            The loss at the weights that the model then has.
+            The loss at the new weights.
         """
         loss = BatchLoss(function, Batch(**data), self.closure_chunks, is_compiled=is_compiled)
         start = loss.joined([v.value for v in function.trainable_variables])
@@ -393,13 +394,13 @@ class ClosureOptimizer(RecordingOptimizer):
             variable.assign(run.memory[name])
         saved = tf.stack(run.progress)
         self._progress.assign(tf.where(gave_up(run), tf.zeros_like(saved), saved))
-        # The end of data of unknown length is no step.
+        # Reaching the end of data of unknown length does not count as a step.
         with tf.control_dependencies([run.point.loss]):
             self._iterations.assign_add(1)
         self._record(run, start, learning_rate, loss)
         return run.point.loss
 
-    # --- what is recorded ----------------------------------------------------
+    # --- recording -----------------------------------------------------------
 
     def _record(self, run: Run, start: Tensor, learning_rate: Tensor, loss: BatchLoss) -> None:
         point = run.point
@@ -431,7 +432,7 @@ class ClosureOptimizer(RecordingOptimizer):
     # --- checks --------------------------------------------------------------
 
     def _refuse(self, arguments: Mapping[str, Any]) -> None:
-        """Raises for arguments of Keras's base class, and for unknown ones."""
+        """Raises for unknown arguments and for unsupported ones of Keras's base class."""
         for name, value in arguments.items():
             if name not in BASE_ARGUMENTS:
                 raise ValueError(
@@ -446,10 +447,10 @@ class ClosureOptimizer(RecordingOptimizer):
 
 
 class _Outcome(NamedTuple):
-    """Variables that tell how the last step ended."""
+    """Variables that record how the last step ended."""
 
     status: tf.Variable
-    """The place among all statuses; -1 before the first step."""
+    """The index among all statuses; -1 before the first step."""
     converged: tf.Variable
 
 

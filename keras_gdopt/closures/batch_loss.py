@@ -1,4 +1,4 @@
-"""The loss of one batch as a function of all weights, laid out as one vector."""
+"""The loss of one batch as a function of one vector of all weights."""
 
 import contextlib
 import threading
@@ -14,28 +14,28 @@ from keras_gdopt.tensor import Tensor
 
 
 class BatchLoss:
-    """A model's loss of one batch, its gradient and its Hessian's products.
+    """A model's loss on one batch, with its gradient and products of its Hessian.
 
-    The model's state, the seeds of its random layers included, is what it is when this is
-    made: every evaluation is of the same function. Batch normalization uses the batch's
+    The model's state, including the seeds of its random layers, is fixed when the object is
+    made, so every evaluation is of the same function. Batch normalization uses the batch's
     statistics, as in training.
 
     Args:
         function: The model.
         batch: Inputs, targets and sample weights.
-        chunks: In how many parts the batch is gone through, one after the other, so that
-            only one of them has to fit into memory.
-        is_compiled: Whether XLA compiles what this is used in.
-        state: The model's state. Defaults to what it is now.
+        chunks: Number of parts that the batch is split into. They are evaluated one after the
+            other, so that only one of them has to fit into memory.
+        is_compiled: Whether XLA compiles the function that uses the loss.
+        state: The model's state. Defaults to its current state.
 
     Attributes:
         function: The model.
         batch: The batch.
         state: The model's state, in the order of `function.state_variables`.
-        chunks: In how many parts the batch is gone through.
-        is_compiled: Whether XLA compiles what this is used in.
-        dtype: Of the vector of all weights.
-        box: The bounds of the weights, if there are some.
+        chunks: Number of parts that the batch is split into.
+        is_compiled: Whether XLA compiles the function that uses the loss.
+        dtype: Dtype of the vector of all weights.
+        box: The bounds of the weights, or `None` if they have none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class BatchLoss:
         self._sizes = [tf.TensorShape(shape).num_elements() for shape in self._shapes]
         self.dtype = tf.float64 if tf.float64 in self._dtypes else tf.float32
         self.box = box_of(function.trainable_variables, self._is_frozen, self.dtype)
-        # One trace each, wherever they are called from.
+        # Each is traced once, however many callers it has.
         self._value_and_gradient = tf.function(self._traced_value_and_gradient, autograph=False)
         self._product = tf.function(self._traced_product, autograph=False)
 
@@ -68,16 +68,16 @@ class BatchLoss:
 
     @property
     def size(self) -> int:
-        """How many weights there are."""
+        """The number of weights."""
         return sum(self._sizes)
 
     def joined(self, arrays: Sequence[Any]) -> Tensor:
-        """Arrays, one for each trainable variable, as one vector."""
+        """Flattens arrays, one for each trainable variable, to one vector."""
         flat = [tf.reshape(tf.cast(array, self.dtype), [-1]) for array in arrays]
         return tf.concat(flat, axis=0)
 
     def parted(self, vector: Tensor) -> list[Tensor]:
-        """The arrays that `joined` has made a vector of."""
+        """Splits a vector into one array for each trainable variable; the inverse of `joined`."""
         parts = tf.split(vector, self._sizes)
         return [
             tf.cast(tf.reshape(part, shape), dtype)
@@ -85,14 +85,14 @@ class BatchLoss:
         ]
 
     def trained(self, weights: Tensor) -> list[Tensor]:
-        """The arrays of a vector; no derivative goes through those that are frozen."""
+        """As `parted`, but no gradient flows through frozen arrays."""
         return [
             tf.stop_gradient(array) if is_frozen else array
             for array, is_frozen in zip(self.parted(weights), self._is_frozen, strict=True)
         ]
 
     def without_frozen(self, vector: Tensor) -> Tensor:
-        """The vector with 0 for the weights that are frozen."""
+        """The vector with 0 for frozen weights."""
         if not any(self._is_frozen):
             return vector
         parts = tf.split(vector, self._sizes)
@@ -105,21 +105,21 @@ class BatchLoss:
         )
 
     def projected(self, weights: Tensor) -> Tensor:
-        """The weights within their bounds."""
+        """The weights projected onto their bounds."""
         return weights if self.box is None else self.box.projected(weights)
 
     def inward(self, weights: Tensor, direction: Tensor) -> Tensor:
-        """A direction without what leads out of bounds at once."""
+        """A direction with 0 where it leads out of bounds at once."""
         return direction if self.box is None else self.box.inward(weights, direction)
 
     def free_gradient(self, weights: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient without what bounds hold back: 0 where the loss is lowest."""
+        """The gradient with 0 where it pushes against a bound, so that it is 0 at a minimum."""
         return -self.inward(weights, -gradient) if self.box else gradient
 
     # --- the function --------------------------------------------------------
 
     def value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient by the weights.
+        """The loss and its gradient by the weights.
 
         Args:
             weights: A vector.
@@ -127,10 +127,10 @@ class BatchLoss:
         return self._value_and_gradient(weights)
 
     def hessian_product(self, weights: Tensor, vector: Tensor) -> Tensor:
-        """The Hessian at `weights` times a vector: the derivative of the gradient's product."""
+        """The Hessian at `weights` times a vector: the derivative of gradient times vector."""
         try:
             return self._product(weights, vector)
-        except LookupError:  # of an operation that has no derivative
+        except LookupError:  # an operation has no derivative
             return self.apart(lambda loss: loss.hessian_product, weights, vector)
 
     def hessian(self, weights: Tensor) -> Tensor:
@@ -145,16 +145,16 @@ class BatchLoss:
         *vectors: Tensor,
         batch: Batch | None = None,
     ) -> Any:
-        """What a function of this loss gives, which is traced as if nothing else were.
+        """Calls a function of this loss that is traced by itself, outside the current trace.
 
-        While what XLA compiles is traced, TensorFlow makes operations, as for the derivative of
-        a slice, that can neither be differentiated again nor vectorized. (Eagerly, vectorizing
-        warns that it traces again and again.)
+        In a trace for XLA, TensorFlow makes operations (such as for the derivative of a slice)
+        that can neither be differentiated again nor vectorized. (In eager mode, vectorizing
+        warns about repeated tracing.)
 
         Args:
-            method: Makes the function of a loss.
-            vectors: What the function is called with.
-            batch: Another batch for the loss.
+            method: Makes the function from a loss.
+            vectors: The arguments of the function.
+            batch: The batch of the loss. Defaults to this loss's own.
         """
         batch = batch or self.batch
         parts = {name: part for name, part in batch._asdict().items() if part is not None}
@@ -182,8 +182,8 @@ class BatchLoss:
         return loss, gradient
 
     def _traced_product(self, weights: Tensor, vector: Tensor) -> Tensor:
-        # Reverse over reverse: forward over reverse, TensorFlow cannot differentiate loops
-        # that collect what they compute, such as an LSTM's.
+        # Reverse over reverse mode. With forward over reverse, TensorFlow cannot differentiate
+        # loops that accumulate their outputs, such as an LSTM's.
         def of_part(batch: Batch) -> tuple[Tensor]:
             with tf.GradientTape() as tape, _moments_for_second_derivatives():
                 tape.watch(weights)
@@ -210,12 +210,12 @@ class BatchLoss:
         shapes: Sequence[tuple[int, ...]],
         longest: int | None = None,
     ) -> Any:
-        """The mean of what all samples give, from means over parts of them.
+        """The means over all samples, computed from the means over parts of the batch.
 
         Args:
-            of_part: Gives a tuple of means over a part.
-            shapes: Of these means.
-            longest: How many samples a part may have. Defaults to as many as there are.
+            of_part: Returns a tuple of means over a part.
+            shapes: The shapes of these means.
+            longest: The most samples in a part. Defaults to the size of the batch.
         """
         if self.chunks == 1 and longest is None:
             return of_part(self.batch)
@@ -255,10 +255,11 @@ _MOMENTS, _MOMENTS_LOCK = tf.nn.moments, threading.RLock()
 
 @contextlib.contextmanager
 def _moments_for_second_derivatives() -> Iterator[None]:
-    """Within, `tf.nn.moments`, which Keras's normalization layers call, is right twice.
+    """Makes the second derivative of `tf.nn.moments` right within the context.
 
-    TensorFlow's own holds the mean in the variance fixed. That leaves the first derivative as
-    it is, for the deviations from a mean add up to 0, but not the second.
+    Keras's normalization layers call it. TensorFlow's version treats the mean in the variance
+    as a constant. The first derivative is still right, because deviations from a mean add up to
+    0, but the second is not.
     """
     with _MOMENTS_LOCK:
         tf.nn.moments = _moments

@@ -1,4 +1,4 @@
-"""BFGS with the whole inverse Hessian."""
+"""BFGS with a dense inverse Hessian."""
 
 from typing import Any
 
@@ -26,35 +26,35 @@ class BFGS(LineSearchOptimizer):
 
     $$\theta_{t+1} = \theta_t - \alpha_t H_t g_t$$
 
-    where H approximates the inverse Hessian. Each iteration, with $s = \theta_{t+1} - \theta_t$,
-    $y = g_{t+1} - g_t$ and $\rho = 1 / y^\top s$, improves it:
+    where H approximates the inverse Hessian. With $s = \theta_{t+1} - \theta_t$,
+    $y = g_{t+1} - g_t$ and $\rho = 1 / y^\top s$, each iteration updates it:
 
     $$H_{t+1} = (I - \rho s y^\top)\, \frac{H_t}{\tau}\, (I - \rho y s^\top) + \rho s s^\top, \qquad
     \tau = \min\left(1, \frac{y^\top s}{-\alpha_t\, s^\top g_t}\right)$$
 
-    τ compares the curvature along the step with the one that H foresaw, and enlarges H where
-    that was too large, which plain BFGS ($\tau = 1$) takes many iterations to forget. On
-    ill-conditioned losses, such as those of physics-informed networks, self-scaled BFGS reaches
-    much smaller losses. The first direction is $-g$, and
-    $H = (y^\top s / y^\top y)\, I$ before the first update, in which τ is 1.
+    τ is the ratio of the curvature along the step to the curvature that H predicted. Where the
+    prediction was too large, τ enlarges H; plain BFGS ($\tau = 1$) takes many iterations to
+    correct it. On ill-conditioned losses, such as those of physics-informed networks, self-scaled
+    BFGS reaches much smaller losses. The first direction is $-g$. Before the first update, in
+    which τ is 1, H is $(y^\top s / y^\top y)\, I$.
 
-    A pair s, y is left out where $s^\top y \le \varepsilon\, \|s\| \|y\|$ (ε the rounding of
-    the weights' dtype), for H would no longer be positive definite. H is of the batches seen so
-    far: train on all samples at once, `batch_size=len(x)`.
+    An iteration skips the update where $s^\top y \le \varepsilon\, \|s\| \|y\|$ (ε is the
+    machine epsilon of the weights' dtype), because H would no longer be positive definite. H
+    depends on all batches seen so far, so train on all samples at once, `batch_size=len(x)`.
 
-    H takes the square of the number of weights: 8 MB for 1,000 weights in float64, 512 MB for
-    8,192, the most that are allowed. Beyond some thousands `LBFGS` is faster.
+    The memory for H grows with the square of the number of weights: 8 MB for 1,000 weights in
+    float64, 512 MB for 8,192, the most allowed. Beyond a few thousand weights `LBFGS` is faster.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
-    after `compile`. Best in float64: in float32 rounding ends it early.
+    after `compile`. Use float64: in float32, rounding ends it early.
 
     Args:
-        learning_rate: The first trial step; along the first direction as a multiple of
+        learning_rate: The first trial step; along the first direction, a multiple of
             $\min(1, 1/\|g\|_1)$. Defaults to 1.0.
-        self_scaled: Whether τ is as above; `False` is plain BFGS, where τ is 1. Defaults to
-            True.
+        self_scaled: Whether to compute τ as above; `False` is plain BFGS, with τ = 1. Defaults
+            to True.
         line_search: `"wolfe"`, `"armijo"` or `"exact"`. Defaults to `"wolfe"`.
-        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+        iterations_per_step: The most iterations in a training step. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
             `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
@@ -62,8 +62,8 @@ class BFGS(LineSearchOptimizer):
         ValueError: If an argument is out of range or makes no sense here; in `build`, if the
             model has more than 8,192 weights.
 
-    Step metrics of its own: `updates` of H since it last began anew, and `scaling`, the τ of the
-    last.
+    Step metrics of its own: `updates`, the number of updates of H since it was last reset, and
+    `scaling`, the τ of the last update.
 
     Example:
 
@@ -102,7 +102,7 @@ class BFGS(LineSearchOptimizer):
         self.self_scaled = checked_flag("self_scaled", self_scaled)
 
     def check_size(self, size: int) -> None:
-        """Raises if there are too many weights for a matrix."""
+        """Raises if there are too many weights for a dense matrix."""
         if size > _MOST_WEIGHTS:
             raise ValueError(
                 f"BFGS is for at most {_MOST_WEIGHTS:,} weights. Use `LBFGS`, which needs no "
@@ -111,7 +111,7 @@ class BFGS(LineSearchOptimizer):
             )
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
-        """The inverse Hessian, how many updates it has, and the last one's τ."""
+        """The inverse Hessian, the number of its updates, and the τ of the last one."""
         return {
             "inverse_hessian": ((size, size), 0.0),
             "updates": ((), 0),
@@ -135,18 +135,18 @@ class BFGS(LineSearchOptimizer):
         return Proposal(direction, first, memory)
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
-        """The update, if it keeps H positive definite."""
+        """Updates H if it stays positive definite."""
         step, change = after.weights - before.weights, after.gradient - before.gradient
-        # H is the same for any multiple of a pair. With this one no product over- or underflows,
-        # and that of both is the cosine of their angle.
+        # Scaling a pair does not change H. With this scale no product over- or underflows, and
+        # the product of step and change is the cosine of the angle between them.
         unit = tf.sqrt(norm(step)) * tf.sqrt(norm(change))
         step, change = (tf.math.divide_no_nan(vector, unit) for vector in (step, change))
         curvature = tf.reduce_sum(step * change)
         kept = curvature > machine_epsilon(step.dtype)
 
-        def updated() -> tuple[Tensor, Tensor, Tensor]:
+        def update() -> tuple[Tensor, Tensor, Tensor]:
             is_first = tf.equal(memory["updates"], 0)
-            # s = α d, and B s = -α g where d = -H g.
+            # With B the inverse of H, s = α d and d = -H g give B s = -α g.
             length = norm(step) / norm(proposal.direction)
             foreseen = -length * tf.reduce_sum(step * before.gradient)
             scaling = tf.ones_like(curvature)
@@ -160,18 +160,18 @@ class BFGS(LineSearchOptimizer):
             )
             product = tf.linalg.matvec(scaled, change)
             rho = 1.0 / curvature
-            # s vᵀ + v sᵀ is symmetric to the last digit.
+            # As s vᵀ + v sᵀ, the update is exactly symmetric.
             other = 0.5 * rho * (rho * tf.reduce_sum(change * product) + 1.0) * step - rho * product
             outer = step[:, None] * other[None, :]
             return scaled + outer + tf.transpose(outer), memory["updates"] + 1, scaling
 
         inverse, updates, scaling = tf.cond(
             kept,
-            updated,
+            update,
             lambda: (memory["inverse_hessian"], memory["updates"], memory["scaling"]),
         )
         return {"inverse_hessian": inverse, "updates": updates, "scaling": scaling}
 
     def forget(self, memory: Memory) -> Memory:
-        """The next direction is the negative gradient."""
+        """Makes the next direction the negative gradient."""
         return {**memory, "updates": tf.zeros_like(memory["updates"])}

@@ -1,4 +1,4 @@
-"""Bounds of all weights, laid out as one vector."""
+"""Bounds of all weights, as vectors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from keras_gdopt.tensor import Tensor
 
 
 class Box:
-    """Where weights may be.
+    """Lower and upper bounds of the weights.
 
     Args:
         lower: A vector, -∞ where there is no bound.
-        upper: A vector, ∞ where there is none.
+        upper: A vector, ∞ where there is no bound.
     """
 
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
@@ -28,23 +28,23 @@ class Box:
         return tf.minimum(tf.maximum(weights, self._lower), self._upper)
 
     def leads_out(self, weights: Tensor, direction: Tensor) -> Tensor:
-        """For each weight, whether it stands at a bound and the direction leads beyond."""
+        """For each weight, whether it is at a bound and the direction leads beyond it."""
         return ((weights <= self._lower) & (direction < 0)) | (
             (weights >= self._upper) & (direction > 0)
         )
 
     def inward(self, weights: Tensor, direction: Tensor) -> Tensor:
-        """A direction without what leads out of the box at once."""
+        """A direction with 0 where it leads out of the box at once."""
         return tf.where(self.leads_out(weights, direction), tf.zeros_like(direction), direction)
 
 
 def is_box(constraint: Any) -> bool:
-    """Whether a variable's constraint is that of bounds."""
+    """Whether a variable's constraint bounds it, as `Bounds` and `NonNeg` do."""
     return isinstance(constraint, Bounds) or type(constraint) is keras.constraints.NonNeg
 
 
 def box_of(variables: Sequence[Any], is_frozen: Sequence[bool], dtype: Any) -> Box | None:
-    """The bounds of some variables, which have no other constraints; `None` if there are none."""
+    """The bounds of variables that have no other constraints; `None` if none has bounds."""
     constraints = [
         None if frozen else variable.constraint
         for variable, frozen in zip(variables, is_frozen, strict=True)

@@ -28,30 +28,30 @@ class ConjugateGradient(LineSearchOptimizer):
     $$\beta_t^{PR} = \frac{(g_t - g_{t-1})^\top g_t}{g_{t-1}^\top g_{t-1}}, \qquad
     \beta_t^{FR} = \frac{g_t^\top g_t}{g_{t-1}^\top g_{t-1}}, \qquad \beta_1 = 0$$
 
-    and α by line search. It goes on with $-g_t$ where β is negative, where the direction
-    does not descend, and after a line search that found nothing. Both gradients in β are of
-    one batch, the one of the iteration that ends at $\theta_t$.
+    where a line search finds α. The direction is $-g_t$ where β is negative, where the conjugate
+    direction does not descend, and after a line search that found no lower loss. Both gradients
+    in β are of the same batch, that of the iteration that ends at $\theta_t$.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
 
     Args:
-        learning_rate: The first trial step, as a multiple of the one at which the loss would
-            fall as much as in the iteration before (of $\min(1, 1/\|g\|_1)$ in the first
-            one). Defaults to 1.0.
+        learning_rate: The first trial step, as a multiple of the step at which the loss would
+            fall as much as in the previous iteration (in the first iteration, of
+            $\min(1, 1/\|g\|_1)$). Defaults to 1.0.
         beta: `"polak_ribiere"` or `"fletcher_reeves"`. Defaults to `"polak_ribiere"`.
         line_search: `"wolfe"`, `"armijo"` or `"exact"`. With `"exact"` a quadratic of n weights
-            is minimized in n iterations. `"armijo"` asks nothing of the slope where a step
-            ends, so directions are hardly conjugate: where features differ much in scale it is
+            is minimized in n iterations. `"armijo"` does not test the slope at the end of a
+            step, so directions are hardly conjugate: where features differ much in scale, it is
             as slow as steepest descent. Defaults to `"wolfe"`.
-        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+        iterations_per_step: The most iterations in a training step. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
             `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here.
 
-    Step metrics of its own: `beta`, for the next direction.
+    Step metrics of its own: `beta`, the β of the next direction.
 
     Example:
 
@@ -91,7 +91,7 @@ class ConjugateGradient(LineSearchOptimizer):
         self.beta = checked_choice("beta", beta, BETAS)
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
-        """The last direction, β for the next one, and how much the last step promised."""
+        """The last direction, β for the next one, and the fall of the loss to aim for next."""
         return {"direction": ((size,), 0.0), "beta": ((), 0.0), "descent": ((), 0.0)}
 
     def direction(
@@ -109,14 +109,15 @@ class ConjugateGradient(LineSearchOptimizer):
         return Proposal(direction, first, memory)
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
-        """β from the gradients at both ends of the iteration."""
+        """Computes β from the gradients at both ends of the iteration."""
         scale = norm(before.gradient)  # so that no square over- or underflows
         old, new = before.gradient / scale, after.gradient / scale
         change = new - old if self.beta == "polak_ribiere" else new
         beta = tf.reduce_sum(change * new)
         moved = after.weights - before.weights
         descent = tf.reduce_sum(moved * before.gradient)
-        # A search that only shortens steps accepts one that is far too short.
+        # A search that only shortens steps may accept one that is far too short, so aim for a
+        # longer one next time.
         steepness = tf.reduce_sum(moved * after.gradient) / descent
         longer = 1.0 / tf.maximum(1.0 - steepness, 0.1)
         return {
@@ -126,6 +127,6 @@ class ConjugateGradient(LineSearchOptimizer):
         }
 
     def forget(self, memory: Memory) -> Memory:
-        """The next direction is the negative gradient."""
+        """Makes the next direction the negative gradient."""
         zero = tf.zeros_like(memory["beta"])
         return {**memory, "beta": zero, "descent": zero}

@@ -1,4 +1,4 @@
-"""Systems of equations with a damped matrix of second derivatives."""
+"""Linear systems with a damped matrix of second derivatives."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -12,24 +12,24 @@ from keras_gdopt.tensor import Tensor
 
 
 class Solution(NamedTuple):
-    """Of a damped system."""
+    """The solution of a damped system."""
 
     vector: Tensor
     product: Tensor
-    """The matrix without damping, times the vector."""
+    """The undamped matrix times the vector."""
     iterations: Tensor
-    """Of conjugate gradients; int32."""
+    """Iterations of conjugate gradient; int32."""
 
 
 class DampedSystem(Protocol):
-    """A symmetric matrix that is at least semidefinite, however held, and a right-hand side."""
+    """A symmetric positive semidefinite matrix, in any representation, and a right-hand side."""
 
     @property
     def largest(self) -> Tensor:
         """The largest entry of the diagonal, or an estimate of it."""
 
     def solve(self, damping: Tensor) -> Solution:
-        """The solution with the matrix plus `damping` times the identity.
+        """Solves with the matrix plus `damping` times the identity.
 
         Args:
             damping: A scalar above 0.
@@ -42,9 +42,10 @@ def diagonal(matrix: Tensor) -> Tensor:
 
 
 def with_unit_diagonal(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The damped matrix in units of each weight's own curvature, and these units.
+    """The damped matrix scaled to a unit diagonal, and the scale of each weight.
 
-    What is rounding in it depends neither on the units of the loss nor on those of features.
+    The scaled matrix, and so its rounding, depends neither on the units of the loss nor on those
+    of the features.
     """
     damped = tf.linalg.set_diag(matrix, diagonal(matrix) + damping)
     curvatures = tf.abs(diagonal(damped))
@@ -53,11 +54,11 @@ def with_unit_diagonal(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]
 
 
 class DenseSystem:
-    """A matrix as it is.
+    """A system with a dense matrix.
 
-    Where the damping is less than rounding, it is of rounding's size in units of each weight's
-    own curvature. Where the damped matrix is not finite, or negative along the solution, the
-    solution is not finite.
+    If the damping is less than the rounding of the matrix scaled to a unit diagonal, it is raised
+    to that rounding. If the damped matrix is not finite, or its curvature along the solution is
+    not positive, the solution is NaN.
 
     Args:
         matrix: The matrix.
@@ -78,10 +79,10 @@ class DenseSystem:
         scaled, scale = with_unit_diagonal(self._matrix, damping)
         ridge = tf.maximum(_rounding(self._matrix) - damping / scale**2, 0.0)
         scaled = tf.linalg.set_diag(scaled, diagonal(scaled) + ridge)
-        scaled, is_finite = _finite(scaled)
+        scaled, is_finite = _replace_non_finite(scaled)
         right = self._right / scale
-        # Not by Cholesky: XLA's is slower than this on a CPU, and TensorFlow's raises an error
-        # where it fails.
+        # Not by Cholesky decomposition: XLA's is slower than this on a CPU, and TensorFlow's raises
+        # an error when it fails.
         solution = tf.linalg.solve(scaled, right[:, None])[:, 0]
         is_positive = is_finite & (tf.reduce_sum(right * solution) > 0)
         vector = tf.where(is_positive, solution / scale, np.nan)
@@ -89,7 +90,7 @@ class DenseSystem:
 
 
 class SystemOfRows:
-    r"""A matrix JᵀHJ of which J has fewer rows than columns, and a right-hand side Jᵀu.
+    r"""A matrix JᵀHJ, where J has fewer rows than columns, and a right-hand side Jᵀu.
 
     $$(J^\top H J + \lambda I)^{-1} J^\top u = J^\top (H J J^\top + \lambda I)^{-1} u$$
 
@@ -116,7 +117,7 @@ class SystemOfRows:
         least = _rounding(self._matrix) * tf.reduce_max(diagonal(self._matrix))
         ridge = tf.maximum(damping, least)
         damped = tf.linalg.set_diag(self._matrix, diagonal(self._matrix) + ridge)
-        damped, is_finite = _finite(damped)
+        damped, is_finite = _replace_non_finite(damped)
         coefficients = tf.linalg.solve(damped, self._right[:, None])
         coefficients = tf.where(is_finite, coefficients, np.nan)
         vector = tf.matmul(self._rows, coefficients, transpose_a=True)
@@ -131,16 +132,16 @@ class SystemOfRows:
 
 
 class SystemOfProducts:
-    """A matrix of which only products with vectors are known: by conjugate gradients.
+    """A matrix known only by its products with vectors; solved by conjugate gradient.
 
-    Where rounding hides the curvature along the right-hand side, the solution is not finite.
+    If rounding hides the curvature along the right-hand side, the solution is NaN.
 
     Args:
         product: The matrix times a vector.
         right: The right-hand side.
-        scale: About the diagonal of the matrix, which preconditions it.
-        tolerance: Of the residual, as a part of the right-hand side.
-        most: Iterations, at most.
+        scale: An approximate diagonal of the matrix, used as a preconditioner.
+        tolerance: The residual to stop at, as a fraction of the right-hand side.
+        most: The most iterations.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class SystemOfProducts:
 
     @property
     def largest(self) -> Tensor:
-        """About the largest entry of the diagonal."""
+        """An estimate of the largest entry of the diagonal."""
         return tf.reduce_max(self._scale)
 
     def solve(self, damping: Tensor) -> Solution:
@@ -185,21 +186,21 @@ def conjugate_gradient(
     tolerance: Any,
     most: int,
 ) -> tuple[Solution, Tensor]:
-    """Solves until the residual is small or the curvature along a search is not positive.
+    """Solves until the residual is small or the curvature along a direction is not positive.
 
     Args:
         product: The matrix times a vector.
         right: The right-hand side.
-        damping: This times the identity is added to the matrix.
-        scale: A diagonal that preconditions: about that of the damped matrix, or 1.
-        tolerance: Of the residual, as a part of the right-hand side.
-        most: Iterations, at most.
+        damping: The multiple of the identity that is added to the matrix.
+        scale: The diagonal of the preconditioner: about that of the damped matrix, or 1.
+        tolerance: The residual to stop at, as a fraction of the right-hand side.
+        most: The most iterations.
 
     Returns:
-        The solution, and whether the curvature along the first search, which is that of
-        steepest descent, is positive. Where it is not, the solution is this search.
+        The solution, and whether the curvature along the first search direction, that of
+        steepest descent, is positive. If it is not, the solution is this direction.
     """
-    # The solution is proportional to the right-hand side, so solve for one of length 1.
+    # The solution is proportional to the right-hand side, so solve with one of length 1.
     length = norm(right)
     right = tf.math.divide_no_nan(right, length)
     epsilon = machine_epsilon(right.dtype)
@@ -212,8 +213,8 @@ def conjugate_gradient(
         of_search = product(search)
         damped = of_search + damping * search
         square, curvature = tf.reduce_sum(residual**2 / scale), tf.reduce_sum(search * damped)
-        # By the angle, which depends on no units. A NaN is asked for by name: TensorFlow's graph
-        # optimizer turns `~(angle > epsilon)` into `angle <= epsilon`.
+        # The angle does not depend on units. NaN needs its own test: TensorFlow's graph optimizer
+        # turns `~(angle > epsilon)` into `angle <= epsilon`, which is false for NaN.
         angle = cosine(search * root, damped / root)
         is_flat = (angle <= epsilon) | tf.math.is_nan(angle)
         at_first = tf.equal(count, 0)
@@ -236,14 +237,14 @@ def conjugate_gradient(
     return Solution(length * vector, length * its_product, count), is_curved
 
 
-def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix that can be decomposed, and whether it is the one that was given."""
+def _replace_non_finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix, or the identity if it is not finite; and whether it is finite."""
     is_finite = tf.reduce_all(tf.math.is_finite(matrix))
     size = tf.shape(matrix)[0]
     return tf.where(is_finite, matrix, tf.eye(size, dtype=matrix.dtype)), is_finite
 
 
 def _rounding(matrix: Tensor) -> Tensor:
-    """Of a decomposition, beside a diagonal of 1."""
+    """The rounding of a decomposition of a matrix with a unit diagonal."""
     epsilon = machine_epsilon(matrix.dtype)
     return 4 * tf.cast(tf.shape(matrix)[0], matrix.dtype) * epsilon

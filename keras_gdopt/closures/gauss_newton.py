@@ -15,31 +15,31 @@ from keras_gdopt.tensor import Tensor
 
 Leaves = list[Tensor]
 
-_NEVER_IN_PARTS = 2048  # entries of the Jacobian for a sample
-_MOST_ENTRIES = 2**25  # of the Jacobian at a time, if a sample has more than that
+_NEVER_IN_PARTS = 2048  # entries of the Jacobian per sample
+_MOST_ENTRIES = 2**25  # of the Jacobian at a time, for samples with more entries than that
 _PROBES = 8
-_MOST_OUTPUTS = 16  # of a sample, for the diagonal as it is
+_MOST_OUTPUTS = 16  # of a sample, for the exact diagonal
 
 
 class Ways(NamedTuple):
-    """How to get the matrix: by which way each of the arrays of outputs goes.
+    """How to compute the matrix: the method for each array of outputs, by index.
 
-    For a loss that is not made of residuals all arrays go one way, as its second derivatives
-    may couple them.
+    If the loss is not made of residuals, all arrays use one method, because the second
+    derivatives of the loss may couple them.
     """
 
     by_samples: tuple[int, ...] = ()
-    """Those with a Jacobian whose rows are taken sample by sample, all at once."""
+    """Arrays whose Jacobian is computed for each sample by itself, for all samples at once."""
     by_rows: tuple[int, ...] = ()
-    """Those of residuals that have few rows, which are taken one by one."""
+    """Arrays of few residuals, whose rows of the Jacobian are computed one by one."""
     by_products: tuple[int, ...] = ()
-    """Those for which the matrix is multiplied with each unit vector."""
+    """Arrays for which the matrix is multiplied by each unit vector."""
     activations: tuple[str | None, ...] = ()
-    """By what an array of outputs is made of logits that Keras's losses take in its place."""
+    """For each array, the activation whose logits Keras's losses use in place of the array."""
 
 
 class JacobianBySamples(NamedTuple):
-    """What the matrix is made of where samples stand apart."""
+    """The parts of the matrix, where each output depends on its own sample alone."""
 
     rows: Tensor
     """The Jacobian: samples × outputs × weights."""
@@ -54,13 +54,14 @@ class GaussNewton:
 
     $$G = J_z^\top \left(\nabla_z^2 L\right) J_z + \nabla^2 R$$
 
-    with the model's outputs z, their Jacobian by the weights, the loss L as a function of them
-    and the regularizers R. For the mean squared error it is $\frac2n J^\top J$. Where the loss is
-    made of residuals, these are the outputs.
+    where z are the model's outputs, $J_z$ their Jacobian by the weights, L the loss as a function
+    of the outputs and R the regularizers. For the mean squared error it is $\frac2n J^\top J$. If
+    the loss is made of residuals, these take the place of the outputs.
 
     Args:
-        loss: Of the batch.
-        ways: How to get the matrix, as `ways_to_the_matrix` tells. Products need none.
+        loss: The loss of the batch.
+        ways: How to compute the matrix, as `ways_to_the_matrix` returns it. Products do not
+            need it.
     """
 
     def __init__(self, loss: BatchLoss, ways: Ways | None = None) -> None:
@@ -74,15 +75,15 @@ class GaussNewton:
         Args:
             weights: A vector.
             vector: A vector.
-            only: The places of some arrays of residuals, for the part of the matrix that is
-                theirs.
+            only: The indices of some arrays of residuals, to use only their part of the
+                matrix.
         """
         try:
             (product,) = self._loss.mean_over_chunks(
                 lambda batch: (self._product_of_part(batch, weights, vector, only),),
                 [(self._loss.size,)],
             )
-        except LookupError:  # of an operation that has no derivative
+        except LookupError:  # an operation has no derivative
             return self._loss.apart(
                 lambda loss: functools.partial(GaussNewton(loss, self._ways).product, only=only),
                 weights,
@@ -97,7 +98,7 @@ class GaussNewton:
         matrix = tf.zeros((size, size), dtype)
         if by_samples:
             (part,) = self._loss.mean_over_chunks(
-                lambda batch: (_joined(self._by_samples(batch, weights, by_samples)),),
+                lambda batch: (_assemble(self._by_samples(batch, weights, by_samples)),),
                 [(size, size)],
                 self._longest(weights),
             )
@@ -119,10 +120,10 @@ class GaussNewton:
         return matrix
 
     def diagonal(self, weights: Tensor) -> Tensor:
-        """The diagonal of the matrix at `weights`, or the norms of its rows, about.
+        """The diagonal of the matrix at `weights`, or an estimate of the norms of its rows.
 
-        The norms, where the Jacobian is not known by samples, are those of products with
-        vectors of random signs (as in AdaHessian, Yao et al. 2021, Eq. 9).
+        The norms are estimated from products with vectors of random signs (as in AdaHessian, Yao
+        et al. 2021, Eq. 9), where the diagonal does not come cheaply from the Jacobian by samples.
         """
         size, dtype = self._loss.size, self._loss.dtype
         by_samples, by_rows, by_products, _ = self._ways
@@ -143,11 +144,11 @@ class GaussNewton:
         return diagonal
 
     def jacobian(self, weights: Tensor) -> JacobianBySamples:
-        """What the matrix at `weights` is made of, if all of it is taken by samples."""
+        """The parts of the matrix at `weights`, if all of it is computed by samples."""
         return self._by_samples(self._loss.batch, weights, self._ways.by_samples)
 
     def rows(self, weights: Tensor) -> Tensor | None:
-        """How many rows the Jacobian has, if the matrix is made of them and nothing else."""
+        """The number of rows of the Jacobian; `None` if they do not give the whole matrix."""
         others = self._ways.by_rows or self._ways.by_products or self._loss.chunks > 1
         if others or self._loss.function.is_regularized:
             return None
@@ -155,7 +156,7 @@ class GaussNewton:
         return tf.shape(leaves[0])[0] * sum(_entries(leaf) for leaf in leaves)
 
     def product_by_jacobian(self, weights: Tensor, vector: Tensor) -> Tensor:
-        """As `product`, by the Jacobian by samples or by rows, for arrays that go that way."""
+        """As `product`, but from the Jacobian, for arrays computed by samples or by rows."""
         batch, (by_samples, by_rows, _, _) = self._loss.batch, self._ways
         product = tf.zeros_like(vector)
         if by_samples:
@@ -172,7 +173,7 @@ class GaussNewton:
         return product
 
     def activations(self, weights: Tensor) -> tuple[str | None, ...]:
-        """As `Ways` has them; not in a function that is traced."""
+        """See `Ways.activations`; works in eager mode only."""
         loss = self._loss
         arrays = loss.trained(weights)
         outputs = loss.function.outputs(arrays, loss.state, loss.batch)
@@ -192,7 +193,7 @@ class GaussNewton:
         )
 
     def curvature_near_targets(self, weights: Tensor, rng: np.random.Generator) -> np.ndarray:
-        """The curvature of the loss in outputs that are made up between 0.1 and 0.9."""
+        """The curvature of the loss at random outputs between 0.1 and 0.9."""
         batch = self._loss.batch
         leaves = [
             tf.constant(rng.uniform(0.1, 0.9, leaf.shape), leaf.dtype)
@@ -202,11 +203,11 @@ class GaussNewton:
         return np.concatenate([np.ravel(leaf) for leaf in curved])
 
     def shapes_of_outputs(self, weights: Tensor) -> list[tuple[int, ...]]:
-        """Of each array of outputs, or residuals; not in a function that is traced."""
+        """The shape of each array of outputs, or residuals; works in eager mode only."""
         return [tuple(leaf.shape) for leaf in self._leaves(self._loss.batch, weights)]
 
     def rows_one_by_one(self, weights: Tensor, places: Sequence[int]) -> Tensor:
-        """Of the Jacobian of some arrays: rows × weights."""
+        """The Jacobian of some arrays: rows × weights."""
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(weights)
             leaves = self._leaves(self._loss.batch, weights)
@@ -214,7 +215,7 @@ class GaussNewton:
         return tape.jacobian(some, weights, unconnected_gradients="zero")
 
     def rows_by_samples(self, weights: Tensor, places: Sequence[int]) -> Tensor:
-        """Of the Jacobian of some arrays: samples × outputs × weights."""
+        """The Jacobian of some arrays: samples × outputs × weights."""
 
         def of_one(sample: Data) -> Tensor:
             one = Batch(**tf.nest.map_structure(lambda array: array[None], sample))
@@ -238,7 +239,7 @@ class GaussNewton:
     def _product_of_part(
         self, batch: Batch, weights: Tensor, vector: Tensor, only: Sequence[int] | None
     ) -> Tensor:
-        # Reverse over reverse, as for the Hessian: J v is the derivative of uᵀ J v by u.
+        # Reverse over reverse mode, as for the Hessian: J v is the derivative of uᵀ J v by u.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(weights)
             leaves = self._leaves(batch, weights)
@@ -258,7 +259,7 @@ class GaussNewton:
         return product
 
     def _by_rows(self, batch: Batch, weights: Tensor, places: Sequence[int]) -> Tensor:
-        """Of arrays of residuals, whose second derivatives are diagonal."""
+        """The part of the matrix from residuals; their second derivatives are diagonal."""
         rows, shares = self._rows_and_shares(batch, weights, places)
         return tf.matmul(rows, shares[:, None] * rows, transpose_a=True)
 
@@ -313,26 +314,26 @@ class GaussNewton:
     # --- the model -----------------------------------------------------------
 
     def _longest(self, weights: Tensor) -> int | None:
-        """Of how many samples the Jacobian fits into memory."""
+        """The number of samples whose Jacobian fits into memory; `None` for no limit."""
         leaves = self._leaves(self._loss.batch, weights)
         entries = sum(_entries(leaves[place]) for place in self._ways.by_samples) * self._loss.size
         return None if entries <= _NEVER_IN_PARTS else max(1, _MOST_ENTRIES // entries)
 
     def _leaves(self, batch: Batch, weights: Tensor) -> Leaves:
-        """The arrays of outputs."""
+        """The arrays of outputs, or their logits where `Ways.activations` names an activation."""
         loss = self._loss
         outputs = loss.function.outputs(loss.trained(weights), loss.state, batch)
         self._structure = keras.tree.map_structure(lambda array: array.dtype, outputs)
         arrays = keras.tree.flatten(outputs)
         activations = self._ways.activations or [None] * len(arrays)
-        # Cut off: Keras's losses would look for the logits that an output was made of.
+        # `identity` drops the logits that Keras attaches to an output and its losses would use.
         return [
             tf.identity(tf.cast(array if activation is None else _logits_of(array), loss.dtype))
             for array, activation in zip(arrays, activations, strict=True)
         ]
 
     def _of_leaves(self, batch: Batch, weights: Tensor, leaves: Leaves) -> Tensor:
-        """The loss as a function of the arrays that `_leaves` has made last."""
+        """The loss as a function of arrays like those of the last call of `_leaves`."""
         loss = self._loss
         dtypes = keras.tree.flatten(self._structure)
         arrays = [tf.cast(leaf, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
@@ -350,7 +351,7 @@ _ACTIVATIONS = {"softmax": keras.activations.softmax, "sigmoid": keras.activatio
 
 
 def _logits_of(array: Any) -> Any:
-    """What Keras's activations note of their argument, for its cross entropies; or the array."""
+    """The logits that Keras's activations attach for its cross entropies; or the array itself."""
     return getattr(array, "_keras_logits", array)
 
 
@@ -362,7 +363,7 @@ def _activation_of(array: Any) -> str | None:
 
 
 def _second_derivative(function: Callable[[Any], Tensor], at: Any, vector: Any) -> Any:
-    """Of a function, times a vector."""
+    """The second derivative of a function, times a vector."""
     with tf.GradientTape() as outer:
         outer.watch(at)
         with tf.GradientTape() as inner:
@@ -372,8 +373,8 @@ def _second_derivative(function: Callable[[Any], Tensor], at: Any, vector: Any) 
     return outer.gradient(gradient, at, vector, unconnected_gradients="zero")
 
 
-def _joined(jacobian: JacobianBySamples) -> Tensor:
-    """The matrix, of its parts."""
+def _assemble(jacobian: JacobianBySamples) -> Tensor:
+    """The matrix, from its parts."""
     rows, blocks, _ = jacobian
     size = rows.shape[2]
     weighted = tf.einsum("nkl,nld->nkd", blocks, rows)
@@ -382,7 +383,7 @@ def _joined(jacobian: JacobianBySamples) -> Tensor:
 
 
 def _in_rows(leaves: Leaves, places: Sequence[int]) -> Tensor:
-    """Some arrays, all entries of a sample in a row."""
+    """Concatenates some arrays, with all entries of a sample in one row."""
     rows = [tf.reshape(leaves[place], [-1, _entries(leaves[place])]) for place in places]
     return tf.concat(rows, axis=1)
 

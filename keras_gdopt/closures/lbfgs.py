@@ -26,46 +26,46 @@ class LBFGS(LineSearchOptimizer):
 
     $$\theta_{t+1} = \theta_t - \alpha_t H_t g_t$$
 
-    where $H_t$ is the BFGS approximation of the inverse Hessian from the last m pairs
+    where $H_t$ approximates the inverse Hessian by BFGS updates with the last m pairs
 
     $$s_k = \theta_{k+1} - \theta_k, \qquad y_k = g_{k+1} - g_k, \qquad
     H_t^0 = \gamma_t I, \quad
     \gamma_t = \frac{s_{t-1}^\top y_{t-1}}{y_{t-1}^\top y_{t-1}}$$
 
-    in the two-loop recursion
+    The two-loop recursion computes $H_t g_t$:
 
     - $q = g_t$; for k from the newest pair to the oldest:
       $a_k = s_k^\top q / s_k^\top y_k$, $q \leftarrow q - a_k y_k$;
     - $r = \gamma_t q$; for k from the oldest to the newest:
       $r \leftarrow r + s_k (a_k - y_k^\top r / s_k^\top y_k)$; then $H_t g_t = r$.
 
-    A pair is left out where $s^\top y \le \varepsilon\, \|s\| \|y\|$ (ε the rounding of the
-    weights' dtype), for H would no longer be positive definite. That depends on the angle of
-    both only, not on the units of the loss or the weights. The gradients of a pair are of one
-    batch.
+    A pair is skipped where $s^\top y \le \varepsilon\, \|s\| \|y\|$ (ε is the machine epsilon
+    of the weights' dtype), because H would no longer be positive definite. The test depends only
+    on the angle between s and y, not on the units of the loss or the weights. Both gradients of a
+    pair are of the same batch.
 
-    Weights with the constraint `constraints.Bounds`, or Keras's `NonNeg`, stay within their bounds:
-    one that its gradient pushes against a bound is held there, H is that of the others, and the
-    line search follows $P(\theta_t - \alpha H_t g_t)$, projected onto the bounds. (L-BFGS-B
-    begins each direction at a generalized Cauchy point instead.)
+    Weights with the constraint `constraints.Bounds`, or Keras's `NonNeg`, stay within their bounds.
+    A weight that its gradient pushes against a bound is held there, H covers the other weights,
+    and the line search follows $P(\theta_t - \alpha H_t g_t)$, projected onto the bounds.
+    (L-BFGS-B begins each direction at a generalized Cauchy point instead.)
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
 
     Args:
-        learning_rate: The first trial step; while there is no pair yet, as a multiple of
+        learning_rate: The first trial step; while there is no pair yet, a multiple of
             $\min(1, 1/\|g\|_1)$. Defaults to 1.0.
-        memory: How many pairs m to keep; each takes twice the memory of the weights. Defaults
-            to 10.
+        memory: The number of pairs m to keep; each takes twice the memory of the weights.
+            Defaults to 10.
         line_search: `"wolfe"`, `"armijo"` or `"exact"`. Defaults to `"wolfe"`.
-        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+        iterations_per_step: The most iterations in a training step. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
             `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here.
 
-    Step metrics of its own: `memory_pairs`, how many there are.
+    Step metrics of its own: `memory_pairs`, the number of pairs in memory.
 
     Example:
 
@@ -105,7 +105,7 @@ class LBFGS(LineSearchOptimizer):
         self.memory = checked_count("memory", memory, minimum=1)
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
-        """The pairs, the product of each, how many there are, and where the next one goes."""
+        """The pairs, the product sᵀy of each, their number, and the row of the next one."""
         return {
             "steps": ((self.memory, size), 0.0),
             "changes": ((self.memory, size), 0.0),
@@ -117,7 +117,7 @@ class LBFGS(LineSearchOptimizer):
     def direction(
         self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
     ) -> Proposal:
-        """The two-loop recursion."""
+        """The quasi-Newton direction, by the two-loop recursion."""
         gradient = loss.free_gradient(point.weights, point.gradient)
         pairs = _Pairs.of(memory)
         if loss.box is not None:
@@ -130,11 +130,11 @@ class LBFGS(LineSearchOptimizer):
         return Proposal(direction, first, memory)
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
-        """One pair more, if it keeps H positive definite."""
+        """Adds a pair if H stays positive definite."""
         del proposal
         step, change = after.weights - before.weights, after.gradient - before.gradient
-        # H is the same for any multiple of a pair. With this one no product over- or underflows,
-        # and that of both is the cosine of their angle.
+        # Scaling a pair does not change H. With this scale no product over- or underflows, and
+        # the product of step and change is the cosine of the angle between them.
         scale = tf.sqrt(norm(step)) * tf.sqrt(norm(change))
         step, change = (tf.math.divide_no_nan(vector, scale) for vector in (step, change))
         product = tf.reduce_sum(step * change)
@@ -157,25 +157,26 @@ class LBFGS(LineSearchOptimizer):
         }
 
     def forget(self, memory: Memory) -> Memory:
-        """The next direction is the negative gradient."""
+        """Makes the next direction the negative gradient."""
         return {**memory, "memory_pairs": tf.zeros_like(memory["memory_pairs"])}
 
 
 class _Pairs(NamedTuple):
-    """What H is made of."""
+    """The pairs that define H, in a ring buffer."""
 
     steps: Tensor
     changes: Tensor
     products: Tensor
     known: Tensor
-    """How many there are."""
+    """The number of pairs in memory."""
     next: Tensor
-    """The place behind the newest."""
+    """The row after the newest pair."""
     count: Tensor
-    """Which of them count."""
+    """Which rows count."""
 
     @classmethod
     def of(cls, memory: Memory) -> "_Pairs":
+        """The pairs of a memory; all that are known count."""
         known, place = memory["memory_pairs"], memory["next_pair"]
         rows = (memory["steps"], memory["changes"], memory["products"])
         pairs = cls(*rows, known, place, count=tf.constant(True))
@@ -183,15 +184,15 @@ class _Pairs(NamedTuple):
 
     @property
     def age(self) -> Tensor:
-        """0 for the newest."""
+        """The age of each row: 0 for the newest."""
         size = self.products.shape[0]
         return (self.next - 1 - tf.range(size)) % size
 
     def of_free(self, is_held: Tensor) -> "_Pairs":
-        """Pairs of the weights that are not held by their bounds, for a step of those alone.
+        """The pairs restricted to the weights that no bound holds, for a step of those alone.
 
-        A pair counts if most of its curvature is theirs: the change of their gradient has a part
-        from the step of the others.
+        The change of their gradient is partly due to the step of the held weights, so a pair
+        counts only if more than a tenth of its product sᵀy comes from the free weights.
         """
         steps, changes = (
             tf.where(is_held, tf.zeros_like(rows), rows) for rows in (self.steps, self.changes)
@@ -206,12 +207,18 @@ class _Pairs(NamedTuple):
         )
 
     def newest(self) -> Tensor:
-        """The place of the newest that counts, if there is one."""
+        """The row of the newest pair that counts, if there is one."""
         return tf.argmin(tf.where(self.count, self.age, self.products.shape[0]))
 
 
 def _inverse_hessian_product(pairs: _Pairs, gradient: Tensor) -> Tensor:
-    """The two-loop recursion; a pair that does not count is 0 and changes nothing."""
+    """H times the gradient, by the two-loop recursion.
+
+    The first loop goes from the newest pair to the oldest, subtracts a y from the gradient and
+    keeps the factor a of each pair. The newest pair that counts then gives the scale γ. The second
+    loop goes from the oldest pair to the newest and adds s (a − yᵀr / sᵀy). A pair that does not
+    count is 0 and changes nothing.
+    """
     size = pairs.products.shape[0]
 
     def pair(age: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

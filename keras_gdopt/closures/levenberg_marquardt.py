@@ -1,4 +1,4 @@
-"""The method of Levenberg and Marquardt."""
+"""The Levenberg–Marquardt method."""
 
 import functools
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _MOST_EXACT = 8192
 _MOST_BY_DEFAULT = 4096
 _MOST_BY_PRODUCTS = 256
 _MOST_COMPILED = 128
-_FEW_WEIGHTS = 512  # a matrix of so many costs less than to compile another way
+_FEW_WEIGHTS = 512  # up to here, a matrix of weights costs less than compiling a second solver
 _TOLERANCE = 1e-3
 _MOST_INNER = 250
 _MOST_TRIES = 60
@@ -39,54 +39,57 @@ _ACCEPTED, _NO_DECREASE, _NOT_FINITE = range(3)
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class LevenbergMarquardt(ClosureOptimizer):
-    r"""Least squares, and other smooth convex losses of the outputs, to the last digits.
+    r"""Minimizes least squares, and other smooth convex losses of the outputs, to the last digits.
 
     $$\theta_{t+1} = \theta_t - (G_t + \lambda_t I)^{-1} g_t$$
 
-    where g is the gradient of the batch's loss and G its generalized Gauss–Newton matrix
-    $J_z^\top (\nabla_z^2 L) J_z$, with the Jacobian $J_z$ of the model's outputs: for the mean
-    squared error $\frac2n J^\top J$. The step is taken if it lowers the loss. By the gain ratio
+    where g is the gradient of the batch's loss, G its generalized Gauss–Newton matrix
+    $J_z^\top (\nabla_z^2 L) J_z$ and $J_z$ the Jacobian of the model's outputs. For the mean
+    squared error, G is $\frac2n J^\top J$. The step is accepted if it lowers the loss. With the
+    gain ratio
 
     $$\rho = \frac{L(\theta) - L(\theta + s)}{-g^\top s - \frac12 s^\top G s}$$
 
-    a step that is taken changes λ to $\lambda \max(\frac13, 1 - (2\rho - 1)^3)$; else λ grows by
-    2, 4, 8, … until one is. λ begins at `damping` times the largest diagonal entry of G, so that
-    neither the unit of the targets nor that of the loss matters.
+    an accepted step changes λ to $\lambda \max(\frac13, 1 - (2\rho - 1)^3)$; otherwise λ grows by
+    2, 4, 8, … until a step is accepted. λ begins at `damping` times the largest diagonal entry of
+    G, so the units of the targets and of the loss do not matter.
 
-    It is for all data in a batch (`batch_size=len(x)`).
+    Use it with all data in one batch (`batch_size=len(x)`).
 
-    - `solver="exact"` builds G, by samples where the outputs of a sample depend on that sample
-      alone and the layers can be vectorized (which is found out with made-up data), elsewhere by
-      a product for each weight; and solves the equations directly. With more than 512 weights
-      and fewer outputs than weights, and nothing but these outputs in the loss, it solves
+    - `solver="exact"` builds G and solves directly. It builds G by samples where the outputs of a
+      sample depend on that sample alone and the layers can be vectorized (it tests this with
+      random data), and elsewhere by one product for each weight. With more than 512 weights and
+      fewer outputs than weights, and if the loss depends on these outputs alone, it solves
       $(\nabla_z^2 L\, J_z J_z^\top + \lambda_t I)\, w = \nabla_z L$ instead and steps by
-      $-J_z^\top w$, which is the same.
-    - `solver="cg"` never builds G: conjugate gradient, preconditioned by about the diagonal, solves
-      until the residual is below a thousandth of the gradient, in at most 250 iterations.
+      $-J_z^\top w$, which is the same step.
+    - `solver="cg"` never builds G. Conjugate gradient, preconditioned with an estimate of the
+      diagonal, solves until the residual is below a thousandth of the gradient, in at most 250
+      iterations.
 
-    A model with a `compute_loss` of its own, as a physics-informed network has, needs its
-    residuals: `attach(model, residuals=function)`.
+    A model with its own `compute_loss`, such as a physics-informed network, needs its residuals:
+    `attach(model, residuals=function)`.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
 
     Args:
-        damping: Of the first step, above 0. Defaults to 1e-3.
+        damping: The damping of the first step, above 0, as a multiple of the largest diagonal
+            entry of G. Defaults to 1e-3.
         solver: `"exact"`, for at most 8,192 weights; `"cg"`; or `"auto"`, exact for at most 4,096
-            weights, or 256 where it takes a product for each. Defaults to `"auto"`.
-        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+            weights, or 256 where G takes one product for each. Defaults to `"auto"`.
+        iterations_per_step: The most iterations in a training step. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
             `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range or makes no sense here; in `attach`, if the
-            model has a `compute_loss` of its own without `residuals`, or batch normalization
-            that trains; in `build`, if it has too many weights for `solver="exact"`; in the first
-            step, if its loss has no curvature in the outputs (as `"mae"`), its layers add losses,
-            or residuals are not those of the loss.
+            model has its own `compute_loss` and no `residuals` are given, or has trainable batch
+            normalization; in `build`, if it has too many weights for `solver="exact"`; in the
+            first step, if its loss has no curvature in the outputs (such as `"mae"`), its layers
+            add losses, or the residuals do not match the loss.
 
     Step metrics of its own: `damping` (λ for the next iteration), `gain_ratio` (ρ) and
-    `inner_iterations` (of conjugate gradient in the last iteration; 0 for `"exact"`).
+    `inner_iterations` (of conjugate gradient, in the last iteration; 0 for `"exact"`).
 
     Example:
 
@@ -136,7 +139,7 @@ class LevenbergMarquardt(ClosureOptimizer):
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, for `from_config`."""
         config = super().get_config()
-        del config["learning_rate"]  # a step is as long as the damping makes it
+        del config["learning_rate"]  # the damping alone sets the length of a step
         return config
 
     def attach(self, model: keras.Model, residuals: Callable[..., Any] | None = None) -> None:
@@ -145,16 +148,16 @@ class LevenbergMarquardt(ClosureOptimizer):
         See `ClosureOptimizer.attach`.
 
         Args:
-            model: Compiled with this optimizer.
-            residuals: For a model with a `compute_loss` of its own: a function that is called as
-                that is, with `x`, `y`, `y_pred` and `sample_weight`, and returns an array, or a
-                structure of some, whose mean squares add up to the loss. The matrix is cheap for
-                an array whose entry i depends on sample i alone, and for one with few entries,
-                whatever the batch.
+            model: A model compiled with this optimizer.
+            residuals: For a model with its own `compute_loss`: a function with the same arguments
+                `x`, `y`, `y_pred` and `sample_weight` that returns an array, or a structure of
+                arrays, whose mean squares add up to the loss. The matrix is cheap for an array
+                whose entry i depends on sample i alone, and for one with few entries that do not
+                grow in number with the batch.
 
         Raises:
-            ValueError: As `ClosureOptimizer.attach`. In the first step, if the mean squares do
-                not add up to the loss.
+            ValueError: As in `ClosureOptimizer.attach`; in the first step, if the mean squares
+                do not add up to the loss.
         """
         loss: Callable[..., ModelFunction] = ModelFunction
         if residuals is not None:
@@ -162,7 +165,7 @@ class LevenbergMarquardt(ClosureOptimizer):
         self._attach(model, loss)
 
     def is_worth_compiling(self, size: int) -> bool:
-        """Few weights, or conjugate gradients: on a CPU, XLA decomposes large matrices slowly."""
+        """Whether XLA is faster: not with large dense matrices on a CPU, which it solves slowly."""
         is_dense = self.solver == "exact" or (self.solver == "auto" and size <= _MOST_BY_DEFAULT)
         on_gpu = bool(tf.config.list_physical_devices("GPU"))
         return on_gpu or not is_dense or size <= _MOST_COMPILED
@@ -178,7 +181,7 @@ class LevenbergMarquardt(ClosureOptimizer):
             )
 
     def check_model(self, model: Any, loss: Callable[..., ModelFunction]) -> None:
-        """Raises if the model's loss is no sum over functions of its outputs, or of residuals."""
+        """Raises if the loss is not a function of the model's outputs or of residuals."""
         has_own_loss = type(model).compute_loss is not keras.Model.compute_loss
         if has_own_loss and loss is ModelFunction:
             raise ValueError(
@@ -199,7 +202,7 @@ class LevenbergMarquardt(ClosureOptimizer):
             )
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
-        """λ (0 before the first step), by what it grows next, and what the metrics show."""
+        """λ (0 before the first step), its next growth factor, and the step metrics."""
         del size
         return {
             "damping": ((), 0.0),
@@ -216,14 +219,14 @@ class LevenbergMarquardt(ClosureOptimizer):
         learning_rate: Tensor,
         loss: BatchLoss,
     ) -> Iteration:
-        """A step with the least damping that lowers the loss.
+        """Makes a step, with more and more damping until it lowers the loss.
 
         Args:
             point: Where it begins.
             memory: λ, its growth and the last gain ratio.
-            has_failed: Of no influence.
-            learning_rate: Of no influence.
-            loss: Of the batch.
+            has_failed: Not used.
+            learning_rate: Not used.
+            loss: The loss of the batch.
         """
         del has_failed, learning_rate
         ways = ways_to_the_matrix(loss)
@@ -236,15 +239,15 @@ class LevenbergMarquardt(ClosureOptimizer):
                 tolerance=_TOLERANCE,
                 most=min(2 * loss.size, _MOST_INNER),
             )
-            return self._stepped(system, point, memory, loss)
+            return self._step_with(system, point, memory, loss)
 
         def by_the_matrix() -> Iteration:
             system = DenseSystem(matrix.matrix(point.weights), point.gradient)
-            return self._stepped(system, point, memory, loss)
+            return self._step_with(system, point, memory, loss)
 
         def by_the_rows() -> Iteration:
             system = SystemOfRows(*matrix.jacobian(point.weights))
-            return self._stepped(system, point, memory, loss)
+            return self._step_with(system, point, memory, loss)
 
         count = matrix.rows(point.weights)
         if count is None or loss.size <= _FEW_WEIGHTS:
@@ -256,16 +259,18 @@ class LevenbergMarquardt(ClosureOptimizer):
             return self.solver == "cg"
         return loss.size > (_MOST_BY_PRODUCTS if ways.by_products else _MOST_BY_DEFAULT)
 
-    def _stepped(
+    def _step_with(
         self, system: DampedSystem, point: Point, memory: Memory, loss: BatchLoss
     ) -> Iteration:
+        """Tries steps with growing damping until one lowers the loss or rounding hides a gain."""
         dtype = loss.dtype
         largest = system.largest
         least = machine_epsilon(dtype) ** 2
         at_first = self.damping * tf.where(largest > 0, largest, tf.ones_like(largest))
         damping = tf.where(memory["damping"] > 0, memory["damping"], at_first)
 
-        def tried(tries: _Tries) -> _Tries:
+        def try_step(tries: _Tries) -> _Tries:
+            """Solves with the present damping, evaluates the step and adapts the damping."""
             solution = system.solve(tries.damping)
             step = loss.without_frozen(-solution.vector)
             curved = tf.reduce_sum(solution.vector * solution.product)
@@ -296,7 +301,7 @@ class LevenbergMarquardt(ClosureOptimizer):
         nothing = tf.constant(False)
         (tries,) = tf.while_loop(
             lambda tries: ~tries.accepted & ~tries.is_rounding & (tries.count < _MOST_TRIES),
-            lambda tries: (tried(tries),),
+            lambda tries: (try_step(tries),),
             (
                 _Tries(
                     tf.constant(0), tf.constant(0), damping, memory["growth"], point,
@@ -325,14 +330,17 @@ class LevenbergMarquardt(ClosureOptimizer):
 
 
 class _Tries(NamedTuple):
-    """How far an iteration has come with its damping."""
+    """The state of the search for a damping with which a step lowers the loss."""
 
     count: Tensor
     inner: Tensor
+    """Iterations of conjugate gradient, in all tries."""
     damping: Tensor
+    """The damping of the next try."""
     growth: Tensor
     point: Point
-    """The one accepted, or where the iteration began."""
+    """The accepted point, or where the iteration began."""
     ratio: Tensor
     accepted: Tensor
     is_rounding: Tensor
+    """Whether a rejected step promised to lower the loss by no more than its rounding."""

@@ -1,16 +1,16 @@
-r"""How far to go along a direction: line searches as pure functions.
+r"""Line searches as pure functions: how far to go along a direction.
 
-Each looks for a step $\alpha > 0$ at which $\varphi(\alpha) = f(\theta + \alpha d)$ is low
-enough, given $\varphi(0)$ and $\varphi'(0) < 0$. They are made of TensorFlow operations
-with static shapes and one loop each, in which the loss is evaluated at one place, so that
-they compile. A trial whose loss or slope is not finite is a step that went too far.
+Each searches for a step $\alpha > 0$ at which $\varphi(\alpha) = f(\theta + \alpha d)$ is low
+enough, given $\varphi(0)$ and $\varphi'(0) < 0$. To compile well, each uses TensorFlow operations
+with static shapes and a single loop that evaluates the loss at one place. A trial whose loss or
+slope is not finite counts as a step that went too far.
 
-Near a minimum the decrease that a condition asks for is less than the rounding of the loss.
+Near a minimum the decrease that a condition requires is less than the rounding of the loss.
 There, and only there, a step is judged by its slope alone (the approximate Wolfe conditions of
 Hager and Zhang 2005, Eq. 4.1), as long as the loss rises by no more than its rounding.
 
-Losses, slopes and steps are compared and divided, but not multiplied with their own kind, so
-that nothing over- or underflows before they do themselves.
+The code compares and divides losses, slopes and steps but never multiplies two losses, two slopes
+or two steps, so that no result over- or underflows unless its operands do.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ STATUSES = (
     "no step along the direction lowers the loss by more than its rounding",
     "no step along the direction has a finite loss",
 )
-"""What a `Found.status` says."""
+"""What each `Found.status` means."""
 
-_SHRINK = 0.2  # a step whose loss is not finite
+_SHRINK = 0.2  # factor on a step whose loss is not finite
 _MOST_WOLFE, _MOST_ARMIJO, _MOST_EXACT = 25, 25, 60
 
 
 class Trial(NamedTuple):
-    """A step, and the loss there."""
+    """A step and the loss there."""
 
     step: Tensor
     loss: Tensor
@@ -46,22 +46,22 @@ class Trial(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a line search has found."""
+    """The result of a line search."""
 
     trial: Trial
-    """The one that was accepted, or the best one seen: of the lowest loss, and the flattest of
-    those whose loss is that one to rounding. Of step 0 where no step lowers the loss."""
+    """The accepted trial, or the best one seen: the one with the flattest slope among those whose
+    loss is the lowest to rounding. If no step lowers the loss, the trial at step 0."""
     evaluations: Tensor
-    """Of loss and gradient, without the one at step 0; int32."""
+    """Evaluations of the loss and its gradient, without the one at step 0; int32."""
     status: Tensor
-    """The place in `STATUSES`; int32."""
+    """The index in `STATUSES`; int32."""
 
 
 Evaluate = Callable[[Tensor], Trial]
 
 
 class _Bound(NamedTuple):
-    """An end of the interval that is searched."""
+    """An end of the search interval."""
 
     step: Tensor
     loss: Tensor
@@ -76,18 +76,18 @@ def strong_wolfe(
     sufficient_decrease: float = 1e-4,
     curvature: float = 0.9,
 ) -> Found:
-    r"""A step with enough decrease and a slope that is flat enough.
+    r"""Finds a step with enough decrease and a slope that is flat enough.
 
     $$\varphi(\alpha) \le \varphi(0) + c_1 \alpha \varphi'(0), \qquad
     |\varphi'(\alpha)| \le c_2 |\varphi'(0)|$$
 
-    The steps grow until they bracket such a one, which is then closed in by cubic
-    interpolation, with bisection where that does not shrink the bracket.
+    The steps grow until they bracket such a step. Cubic interpolation then shrinks the bracket,
+    with bisection where interpolation is too slow.
 
     Args:
         evaluate: φ as a function of a scalar step.
-        start: At step 0; its slope must be negative.
-        first_step: The first one tried.
+        start: The trial at step 0; its slope must be negative.
+        first_step: The first step to try.
         sufficient_decrease: $c_1$, in (0, 1).
         curvature: $c_2$, in ($c_1$, 1): the smaller, the more exact the search.
 
@@ -100,23 +100,23 @@ def strong_wolfe(
         flat = tf.abs(trial.slope) <= -curvature * start.slope
         return flat & enough, ~enough | _rises(trial, low, start)
 
-    return _closed_in(evaluate, start, first_step, judge, _WOLFE, _MOST_WOLFE)
+    return _bracket_and_shrink(evaluate, start, first_step, judge, _WOLFE, _MOST_WOLFE)
 
 
 def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
-    r"""The step at the minimum along the direction, to the machine's precision.
+    r"""Finds the minimum along the direction, to machine precision.
 
     $$\varphi'(\alpha) = 0$$
 
-    The steps grow until the slope is positive; the zero of the slope in between is then
-    closed in by secants, with bisection where they do not shrink the bracket. (By the
-    slope, for around a minimum the loss tells steps apart to half of its digits only.) It
-    ends where the slope is 0 to rounding, or where its sign changes from one step to the next.
+    The steps grow until the slope is positive and so bracket a zero of the slope. Secants then
+    shrink the bracket, with bisection where they are too slow. (Around a minimum the loss locates
+    the step to only half of its digits, so the search uses the slope.) It ends where the slope is
+    0 to rounding, or where its sign changes between two steps that are equal to rounding.
 
     Args:
         evaluate: φ as a function of a scalar step.
-        start: At step 0; its slope must be negative.
-        first_step: The first one tried.
+        start: The trial at step 0; its slope must be negative.
+        first_step: The first step to try.
     """
     flat = 4 * machine_epsilon(start.loss.dtype) * tf.abs(start.slope)
 
@@ -124,7 +124,7 @@ def exact(evaluate: Evaluate, start: Trial, first_step: Tensor) -> Found:
         rises = _rises(trial, low, start) | _rises(trial, start, start)
         return (tf.abs(trial.slope) <= flat) & ~rises, rises | (trial.slope > 0)
 
-    return _closed_in(
+    return _bracket_and_shrink(
         evaluate, start, first_step, judge, _exact_steps(start), _MOST_EXACT, to_the_last_digit=True
     )
 
@@ -136,41 +136,42 @@ def armijo(
     *,
     sufficient_decrease: float = 1e-4,
 ) -> Found:
-    r"""A step with enough decrease, by backtracking.
+    r"""Finds a step with enough decrease, by backtracking.
 
     $$\varphi(\alpha) \le \varphi(0) + c_1 \alpha \varphi'(0)$$
 
-    Each step tried is the minimum of the parabola through the last one, but between a
-    tenth and a half of it.
+    Each new step is the minimum of the parabola through the last trial, clipped to between a tenth
+    and a half of the last step.
 
     Args:
         evaluate: φ as a function of a scalar step.
-        start: At step 0; its slope must be negative.
-        first_step: The first one tried.
+        start: The trial at step 0; its slope must be negative.
+        first_step: The first step to try.
         sufficient_decrease: $c_1$, in (0, 1).
 
     Source: Armijo 1966; Nocedal and Wright 2006, Algorithm 3.1 and Eq. 3.58.
     """
 
     def body(search: _Search) -> _Search:
+        """Tries a step and shortens the next one."""
         trial = evaluate(search.step)
         accepted = _is_finite(trial) & _is_enough(trial, start, sufficient_decrease)
         promised = start.slope * trial.step
         parabola = -0.5 * promised / (trial.loss - start.loss - promised) * trial.step
-        closer = _clipped(parabola, 0.1 * trial.step, 0.5 * trial.step)
-        return _noted(search, trial, accepted)._replace(
+        closer = _clip(parabola, 0.1 * trial.step, 0.5 * trial.step)
+        return _record_trial(search, trial, accepted)._replace(
             step=tf.where(_is_finite(trial), closer, _SHRINK * trial.step),
             ended=accepted,
         )
 
-    return _found(_searched(body, start, first_step, _MOST_ARMIJO), start)
+    return _summarize(_run_search(body, start, first_step, _MOST_ARMIJO), start)
 
 
-# --- what a trial is judged by -----------------------------------------------------------
+# --- conditions on a trial ---------------------------------------------------------------
 
 
 def _is_enough(trial: Trial, start: Trial, sufficient_decrease: float) -> Tensor:
-    """Whether the loss has decreased enough or, where it does not tell, the slope is right."""
+    """Whether the loss fell enough or, where rounding hides that, the slope is right."""
     wanted = -sufficient_decrease * trial.step * start.slope
     rounding = rounding_of(start.loss)
     tells = (wanted > rounding) | (tf.abs(trial.loss - start.loss) > rounding)
@@ -179,10 +180,10 @@ def _is_enough(trial: Trial, start: Trial, sufficient_decrease: float) -> Tensor
 
 
 def _rises(trial: Trial, other: Any, start: Trial) -> Tensor:
-    """Whether the loss of a trial is above another one by more than rounding.
+    """Whether the loss of a trial is above that of another by more than rounding.
 
-    The loss may be a difference of numbers that are larger, so the rounding is not below that
-    of the loss at the start.
+    A loss may be the difference of larger numbers, so its rounding is taken to be at least that of
+    the loss at the start.
     """
     rounding = tf.maximum(rounding_of(start.loss), rounding_of(other.loss))
     return trial.loss > other.loss + rounding
@@ -192,29 +193,31 @@ def _rises(trial: Trial, other: Any, start: Trial) -> Tensor:
 
 
 class _Search(NamedTuple):
-    """What a search knows so far."""
+    """The state of a search."""
 
     step: Tensor
-    """To try next."""
+    """The next step to try."""
     low: _Bound
-    """The best end of the interval."""
+    """The better end of the interval."""
     high: _Bound
-    """The other end; at infinity until there is one."""
+    """The other end; infinite until the steps bracket a minimum."""
     width: Tensor
-    """Of the interval two trials ago."""
+    """The width of the interval two trials ago."""
     last_width: Tensor
+    """The width of the interval after the last trial."""
     best: Trial
     lowest: Tensor
-    """The lowest loss seen; the best trial's, to rounding."""
+    """The lowest loss seen; that of the best trial equals it to rounding."""
     accepted: Tensor
     any_finite: Tensor
     ended: Tensor
     evaluations: Tensor
 
 
-def _searched(
+def _run_search(
     body: Callable[[_Search], _Search], start: Trial, first_step: Tensor, most: int
 ) -> _Search:
+    """Repeats `body` until the search has ended or has made `most` evaluations."""
     infinity = tf.constant(float("inf"), start.loss.dtype)
     at_start = _Bound(start.step, start.loss, start.slope)
     no = tf.constant(False)
@@ -239,8 +242,8 @@ def _searched(
     return search
 
 
-def _noted(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
-    """What is known after a trial, but for where to go next."""
+def _record_trial(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
+    """Updates everything but the next step and the interval after a trial."""
     finite = _is_finite(trial)
     lowest = tf.where(finite, tf.minimum(trial.loss, search.lowest), search.lowest)
     most = lowest + rounding_of(lowest)
@@ -255,7 +258,7 @@ def _noted(search: _Search, trial: Trial, accepted: Tensor) -> _Search:
     )
 
 
-def _found(search: _Search, start: Trial) -> Found:
+def _summarize(search: _Search, start: Trial) -> Found:
     decreased = search.best.loss < start.loss - rounding_of(start.loss)
     status = tf.where(
         search.accepted,
@@ -266,7 +269,7 @@ def _found(search: _Search, start: Trial) -> Found:
     return Found(trial, search.evaluations, status)
 
 
-def _closed_in(
+def _bracket_and_shrink(
     evaluate: Evaluate,
     start: Trial,
     first_step: Tensor,
@@ -276,20 +279,29 @@ def _closed_in(
     *,
     to_the_last_digit: bool = False,
 ) -> Found:
-    """Brackets a step and closes it in.
+    """Brackets a step and shrinks the bracket until a trial is accepted.
 
     Args:
         evaluate: φ.
-        start: At step 0.
-        first_step: The first one tried.
-        judge: Whether a trial is accepted, and whether it went too far.
-        steps: Where to go next.
-        most: Evaluations.
-        to_the_last_digit: Whether to accept the best step where the slope's sign changes from
-            one step to the next.
+        start: The trial at step 0.
+        first_step: The first step to try.
+        judge: Tells whether a trial is accepted, and whether it went too far.
+        steps: Chooses the next step.
+        most: The most evaluations.
+        to_the_last_digit: Whether to accept the best step where the slope's sign changes between
+            two steps that are equal to rounding.
     """
 
     def body(search: _Search) -> _Search:
+        """Tries a step, updates the interval [low, high] and chooses the next step.
+
+        A trial that went too far becomes `high`. Any other becomes `low`; the old `low` becomes
+        `high` if the slope at the trial points back to it. While `high` is infinite, the step
+        grows (`steps.beyond`). After that the next step lies inside the interval: at
+        `steps.inside`; at the middle if the interval shrank by less than a third in two trials; or,
+        if the loss at `high` is not finite, at the middle or (from step 0) a fifth. The search
+        also ends once the ends of the interval are equal to rounding.
+        """
         low, high = search.low, search.high
         trial = evaluate(search.step)
         finite = _is_finite(trial)
@@ -301,7 +313,7 @@ def _closed_in(
             tf.where(finite, trial.loss, infinity),
             tf.where(finite, trial.slope, infinity),
         )
-        # Downhill from here lies the other end of the interval, or the low one.
+        # The minimum lies downhill of the trial: towards `high`, or back towards `low`.
         turned = tf.sign(trial.slope) * tf.sign(high.step - low.step) >= 0
         new_high = select(too_far, here, select(turned, low, high))
         new_low = select(too_far, low, here)
@@ -311,7 +323,7 @@ def _closed_in(
         width = tf.abs(distance)
         slow = tf.math.is_finite(search.width) & (width > 0.66 * search.width)
         part = tf.where(~slow, steps.inside(new_low, new_high), 0.5)
-        # The size of a first step may be wrong by far, but not that of one between two others.
+        # A first step may be far too long, so shrink it more than one between two finite trials.
         shrunk = tf.cast(tf.where(new_low.step > 0, 0.5, _SHRINK), part.dtype)
         part = tf.where(tf.math.is_finite(new_high.loss), part, shrunk)
         few_digits = 4 * machine_epsilon(width.dtype)
@@ -319,11 +331,11 @@ def _closed_in(
         grown = trial.step + (trial.step - low.step) * steps.beyond(low, here)
         grown = tf.maximum(grown, trial.step * (1 + few_digits))
         grown = tf.minimum(grown, grown.dtype.max)
-        noted = _noted(search, trial, accepted)
+        recorded = _record_trial(search, trial, accepted)
         if to_the_last_digit:
             is_zero = closed & (new_low.slope < 0) & (new_high.slope > 0)
-            accepted |= is_zero & tf.math.is_finite(new_high.loss) & (noted.best.step > 0)
-        return noted._replace(
+            accepted |= is_zero & tf.math.is_finite(new_high.loss) & (recorded.best.step > 0)
+        return recorded._replace(
             step=tf.where(bracketed, new_low.step + distance * part, grown),
             low=new_low,
             high=new_high,
@@ -333,75 +345,75 @@ def _closed_in(
             ended=accepted | closed,
         )
 
-    return _found(_searched(body, start, first_step, most), start)
+    return _summarize(_run_search(body, start, first_step, most), start)
 
 
 class _Steps(NamedTuple):
-    """Where to go next, in parts of the distance that there is."""
+    """How to choose the next step, as a fraction of the distance between two steps."""
 
     beyond: Callable[[_Bound, _Bound], Tensor]
-    """Of the step before and one that did not go far enough; from the latter."""
+    """From the previous step and one that did not go far enough: how far beyond the latter."""
     inside: Callable[[_Bound, _Bound], Tensor]
-    """Of the low and the high end of an interval; from the low one."""
+    """From the low and the high end of an interval: how far from the low one."""
 
 
 def _wolfe_beyond(before: _Bound, here: _Bound) -> Tensor:
-    return _clipped(_zero_beyond(before, here), 1.1, 4.0)
+    return _clip(_zero_beyond(before, here), 1.1, 4.0)
 
 
 def _wolfe_inside(low: _Bound, high: _Bound) -> Tensor:
-    """At the minimum of the cubic through both ends."""
+    """The minimum of the cubic through both ends."""
     rise = high.loss - low.loss
     one = low.slope + high.slope - 3 * rise / (high.step - low.step)
     scale = tf.maximum(tf.abs(one), tf.maximum(tf.abs(low.slope), tf.abs(high.slope)))
     root = (one / scale) ** 2 - (low.slope / scale) * (high.slope / scale)
     two = tf.sign(high.step - low.step) * scale * tf.sqrt(tf.maximum(root, 0.0))
     cubic = 1.0 - (high.slope + two - one) / (high.slope - low.slope + 2 * two)
-    # Where the losses say nothing, by the slopes.
+    # Where the losses differ by no more than rounding, use the slopes.
     rounding = tf.maximum(rounding_of(low.loss), rounding_of(high.loss))
     part = tf.where(tf.abs(rise) <= rounding, _zero_inside(low, high), cubic)
-    return _clipped(part, 0.01, 0.99)
+    return _clip(part, 0.01, 0.99)
 
 
 _WOLFE = _Steps(_wolfe_beyond, _wolfe_inside)
 
 
 def _exact_steps(start: Trial) -> _Steps:
-    # An end this flat is near the zero; another one may only seem so beside a steep one.
+    # An end this flat is near the zero. A steeper one may only seem so beside a much steeper end.
     flat = 0.01 * tf.abs(start.slope)
 
     def beyond(before: _Bound, here: _Bound) -> Tensor:
         part = _zero_beyond(before, here)
-        # Near the zero a little beyond it, to have it in between.
+        # Near the zero, step a little beyond it to bracket it.
         near = (part < 0.01) & (tf.abs(here.slope) < flat)
-        return tf.where(near, 2.0 * part, _clipped(part, 1.1, 100.0))
+        return tf.where(near, 2.0 * part, _clip(part, 1.1, 100.0))
 
     def inside(low: _Bound, high: _Bound) -> Tensor:
         part = _zero_inside(low, high)
         near_low = (part < 0.01) & (tf.abs(low.slope) < flat)
         near_high = (part > 0.99) & (tf.abs(high.slope) < flat)
         beyond_zero = tf.where(near_low, 2.0 * part, 2.0 * part - 1.0)
-        part = tf.where(near_low | near_high, beyond_zero, _clipped(part, 0.01, 0.99))
+        part = tf.where(near_low | near_high, beyond_zero, _clip(part, 0.01, 0.99))
         least = machine_epsilon(part.dtype) * tf.maximum(high.step / (high.step - low.step), 1.0)
-        return _clipped(part, least, 1.0 - least)
+        return _clip(part, least, 1.0 - least)
 
     return _Steps(beyond, inside)
 
 
 def _zero_beyond(before: _Bound, here: _Bound) -> Tensor:
-    """Where the slope is zero if it is a line; infinity if it does not become flatter."""
+    """The zero of the slope if it is linear; infinity if the slope does not become flatter."""
     part = here.slope / (before.slope - here.slope)
     return tf.where(here.slope > before.slope, part, tf.constant(float("inf"), part.dtype))
 
 
 def _zero_inside(low: _Bound, high: _Bound) -> Tensor:
-    """Where the slope is zero if it is a line between two ends; their middle if it is not."""
+    """The zero of the slope if it is linear between two ends; the middle if it has none."""
     opposite = tf.sign(low.slope) * tf.sign(high.slope) < 0
     return tf.where(opposite, low.slope / (low.slope - high.slope), 0.5)
 
 
-def _clipped(value: Tensor, least: Any, most: Any) -> Tensor:
-    """The value within its bounds; their middle for one that is no number."""
+def _clip(value: Tensor, least: Any, most: Any) -> Tensor:
+    """The value clipped to its bounds; the middle of the bounds for NaN."""
     least, most = tf.cast(least, value.dtype), tf.cast(most, value.dtype)
     middle = least + 0.5 * (most - least)
     value = tf.where(tf.math.is_nan(value), middle, value)
@@ -409,7 +421,7 @@ def _clipped(value: Tensor, least: Any, most: Any) -> Tensor:
 
 
 def select(condition: Tensor, one: Any, other: Any) -> Any:
-    """One structure or another; what is the same tensor in both stays as it is."""
+    """Chooses one of two structures; a tensor that both share is not touched."""
     return tf.nest.map_structure(
         lambda a, b: a if a is b else tf.where(condition, a, b), one, other
     )
@@ -420,5 +432,5 @@ def _is_finite(trial: Trial) -> Tensor:
 
 
 def rounding_of(loss: Tensor) -> Tensor:
-    """By how much two losses may differ that are the same but for rounding."""
+    """How much two equal losses may differ by rounding."""
     return 4 * machine_epsilon(loss.dtype) * tf.abs(loss)

@@ -1,4 +1,4 @@
-"""What the optimizers share that search along a direction."""
+"""Base class of the optimizers with a line search."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -17,27 +17,27 @@ LINE_SEARCHES = ("wolfe", "armijo", "exact")
 
 
 class Proposal(NamedTuple):
-    """Where an algorithm wants to go."""
+    """The direction that an algorithm proposes."""
 
     direction: Tensor
     first_step: Tensor
-    """The first that the line search tries."""
+    """The first step that the line search tries."""
     memory: Memory
 
 
 class LineSearchOptimizer(ClosureOptimizer):
-    r"""A closure optimizer each of whose iterations is a search along a direction.
+    r"""A closure optimizer that searches along one direction in each iteration.
 
     $$\theta_{k+1} = \theta_k + \alpha_k d_k$$
 
-    A subclass states what it keeps (`memory_layout`) and three pure functions, `direction`,
+    A subclass defines the state it keeps (`memory_layout`) and three pure functions, `direction`,
     `remember` and `forget`; this class and `ClosureOptimizer` do the rest.
 
     Args:
         learning_rate: The first trial step, as a multiple of the algorithm's own: a number
             above 0 or a schedule (of training steps).
         line_search: `"wolfe"` (strong Wolfe conditions), `"armijo"` (enough decrease, by
-            backtracking) or `"exact"` (the minimum along the direction, to the machine's
+            backtracking) or `"exact"` (the minimum along the direction, to machine
             precision).
         **kwargs: See `ClosureOptimizer`.
 
@@ -56,7 +56,7 @@ class LineSearchOptimizer(ClosureOptimizer):
 
     @property
     def line_search_status(self) -> str:
-        """How the last line search ended, as `status` says it."""
+        """How the last line search ended; the same as `status`."""
         return self.status
 
     # --- the algorithm -------------------------------------------------------
@@ -64,22 +64,22 @@ class LineSearchOptimizer(ClosureOptimizer):
     def direction(
         self, point: Point, memory: Memory, learning_rate: Tensor, loss: BatchLoss
     ) -> Proposal:
-        """Where to go from a point; a pure function."""
+        """Proposes a direction from a point; a pure function."""
         raise NotImplementedError
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
-        """What to keep of an iteration; a pure function.
+        """Updates the memory after an iteration; a pure function.
 
         Args:
-            memory: As the proposal left it.
+            memory: The memory of the proposal.
             before: Where the iteration started.
-            after: Where it ended: the same where the line search found nothing.
-            proposal: The direction that was taken.
+            after: Where it ended: the same point if the line search found no lower loss.
+            proposal: The direction that was searched.
         """
         raise NotImplementedError
 
     def forget(self, memory: Memory) -> Memory:
-        """A memory that no longer influences the next direction."""
+        """Resets the memory so that it no longer influences the next direction."""
         raise NotImplementedError
 
     # --- an iteration --------------------------------------------------------
@@ -92,20 +92,20 @@ class LineSearchOptimizer(ClosureOptimizer):
         learning_rate: Tensor,
         loss: BatchLoss,
     ) -> Iteration:
-        """A search along the direction; after one that found nothing, along another.
+        """Searches along the algorithm's direction; after a failure, forgets its memory first.
 
         Args:
             point: Where it begins.
-            memory: What the iteration before has left.
-            has_failed: Whether that one found no lower loss.
+            memory: The memory after the previous iteration.
+            has_failed: Whether the previous iteration found no lower loss.
             learning_rate: The first trial step, as a multiple of the algorithm's own.
-            loss: Of the batch.
+            loss: The loss of the batch.
         """
         known = select(has_failed, self.forget(memory), memory)
         proposal = self.direction(point, known, learning_rate, loss)
-        # What is remembered may be from before a layer was frozen.
+        # The memory may be from before a layer was frozen.
         direction = loss.inward(point.weights, loss.without_frozen(proposal.direction))
-        proposal, slope = self._descending(
+        proposal, slope = self._ensure_descent(
             point._replace(gradient=loss.free_gradient(point.weights, point.gradient)),
             proposal._replace(direction=direction),
             learning_rate,
@@ -125,8 +125,8 @@ class LineSearchOptimizer(ClosureOptimizer):
         after = Point(weights, trial.loss, trial.gradient)
         after = select(failed, point, after)
         remembered = self.remember(proposal.memory, point, after, proposal)
-        # After one failure the next direction begins anew; after two the memory is what it was,
-        # for a batch that it may suit.
+        # After one failure the next iteration begins with a forgotten memory. After two, keep the
+        # memory from before, which may suit another batch.
         kept = select(has_failed, memory, proposal.memory)
         return Iteration(
             point=after,
@@ -138,10 +138,10 @@ class LineSearchOptimizer(ClosureOptimizer):
             is_rounding=tf.equal(found.status, searches.NO_DECREASE),
         )
 
-    def _descending(
+    def _ensure_descent(
         self, point: Point, proposal: Proposal, learning_rate: Tensor
     ) -> tuple[Proposal, Tensor]:
-        """The proposal, or the gradient's direction where it does not descend; and its slope."""
+        """The proposal, or steepest descent if its slope is not negative; and the slope."""
         slope = _dot(point.gradient, proposal.direction)
         descends = tf.math.is_finite(slope) & (slope < 0)
         steepest = Proposal(
@@ -163,7 +163,7 @@ class LineSearchOptimizer(ClosureOptimizer):
 
 
 def first_step_downhill(gradient: Tensor, learning_rate: Tensor) -> Tensor:
-    """The first trial along the negative gradient: no weights move by more than 1 together."""
+    """The first trial step along the negative gradient: all moves add up to 1 at most."""
     return learning_rate * tf.minimum(1.0 / tf.reduce_sum(tf.abs(gradient)), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The loop that minimizes a batch's loss: a method, a loss, and when to stop."""
+"""The loop that minimizes a batch's loss with a method until it has converged."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,57 +16,58 @@ STATUSES = (
     "the loss or its gradient is not finite at the weights",
     "neither the loss nor its gradient falls by more than its rounding",
 )
-"""How a step can end that no method's own status tells."""
+"""How a step can end besides the method's own statuses."""
 
 _LOSS_NOT_FINITE, _STALLED = range(2)
 
 _RELATIVE_GRADIENT_TOLERANCE = 1e-9
 _MOST_FAILURES = 2
 _MOST_STALLED = 20
-_LESS = 0.9  # a gradient that is smaller by this factor is not so by rounding
+_LESS = 0.9  # a gradient smaller by this factor is smaller by more than rounding
 
 
 class Point(NamedTuple):
-    """Weights, and what the loss is there."""
+    """Weights, and the loss and its gradient there."""
 
     weights: Tensor
-    """All of them, as one vector."""
+    """All weights, as one vector."""
     loss: Tensor
     gradient: Tensor
 
 
 class Progress(NamedTuple):
-    """How near the iterations are to where rounding ends them; floating-point scalars."""
+    """Counts and values that tell when rounding stops progress; floating-point scalars."""
 
     failures: Tensor
-    """Iterations without a lower loss, one after the other."""
+    """Successive iterations without a lower loss."""
     stalled: Tensor
-    """Iterations since the lowest loss or the least gradient."""
+    """Iterations since the loss or the gradient last fell to a new minimum."""
     lowest_loss: Tensor
     least_gradient: Tensor
-    """Of the gradient, the largest entry."""
+    """The largest entry of the gradient, at its least."""
     loss: Tensor
-    """Where the last iteration ended."""
+    """The loss where the last iteration ended."""
     gradient: Tensor
+    """The largest entry of the gradient there."""
     first_gradient: Tensor
-    """Where the iterations began that the last step went on with."""
+    """The largest entry of the gradient where this series of iterations began."""
 
 
 class Iteration(NamedTuple):
-    """What came of one iteration of an algorithm."""
+    """The result of one iteration of an algorithm."""
 
     point: Point
-    """Where it ended: where it began, if it `failed`."""
+    """Where it ended; if it `failed`, where it began."""
     memory: Memory
     evaluations: Tensor
-    """Of the loss and its gradient; int32."""
+    """Evaluations of the loss and its gradient; int32."""
     step_length: Tensor
     status: Tensor
-    """The place in the class's `statuses`; int32."""
+    """The index in the class's `statuses`; int32."""
     failed: Tensor
     """Whether it found no lower loss."""
     is_rounding: Tensor
-    """Whether it failed because no loss near by is lower by more than rounding."""
+    """Whether it failed because no nearby loss is lower by more than rounding."""
 
 
 class Tolerances(NamedTuple):
@@ -86,7 +87,7 @@ class Tolerances(NamedTuple):
 
 
 class Run(NamedTuple):
-    """How far a training step has come."""
+    """The state of a training step."""
 
     iterations: Tensor
     evaluations: Tensor
@@ -112,22 +113,23 @@ def minimize(
     tolerances: Tolerances,
     own_statuses: int,
 ) -> Run:
-    """Iterates until the loss cannot be lowered, or as often as allowed; a pure function.
+    """Iterates until it has converged, or up to `iterations` times; a pure function.
 
     Args:
-        iterate: One iteration of the method.
+        iterate: Makes one iteration of the method.
         point: Where to begin.
-        memory: What the method kept from the step before.
-        saved: How near the step before was to where rounding ends it.
+        memory: The method's memory after the previous step.
+        saved: The progress after the previous step.
         learning_rate: A scalar.
-        loss: Of the batch.
+        loss: The loss of the batch.
         iterations: The most iterations.
         tolerances: When it has converged.
-        own_statuses: How many statuses the method has of its own; those in `STATUSES` are
-            numbered from there on.
+        own_statuses: The number of the method's own statuses; the numbers of those in `STATUSES`
+            follow.
 
     Returns:
-        How far it came. If the step before ended here, by rounding, it is converged at once.
+        The state at the end. If rounding ended the previous step at the same point, the step has
+        converged at once.
     """
 
     def iteration(run: Run) -> Run:
@@ -140,7 +142,7 @@ def minimize(
         change = tf.abs(after.loss - before.loss)
         most_change = tolerances.change * tf.maximum(tf.abs(after.loss), tf.abs(before.loss))
         converged = tolerances.is_flat(progress) | (~made.failed & (change < most_change))
-        # Steps to losses that are not finite may become shorter.
+        # Where losses are not finite, a shorter step may still succeed, so that is not convergence.
         rounded = made.failed & made.is_rounding & (progress.failures >= _MOST_FAILURES)
         has_stalled = stalled & ~made.failed & ~converged
         return Run(
@@ -183,14 +185,14 @@ def minimize(
 
 
 def gave_up(run: Run) -> Tensor:
-    """Whether a step ended at losses that are not finite, so that the next one tries again."""
+    """Whether losses that are not finite ended a step, so that the next one tries again."""
     return (run.progress.failures >= _MOST_FAILURES) & ~run.converged
 
 
 def _resume_progress(saved: Progress, point: Point, loss: BatchLoss) -> tuple[Progress, Tensor]:
-    """The saved progress if a step goes on where the last one ended; and if rounding ended it."""
+    """The progress, kept if a step begins where the last ended; and whether rounding ended that."""
     largest = _largest_entry(point, loss)
-    # Evaluated again, neither need be the same to the last bit.
+    # A second evaluation need not give the same loss or gradient to the last bit.
     same_loss = tf.abs(point.loss - saved.loss) <= rounding_of(saved.loss)
     same_gradient = tf.abs(largest - saved.gradient) <= (1 - _LESS) * saved.gradient
     goes_on = same_loss & same_gradient & (saved.gradient > 0)
@@ -215,5 +217,5 @@ def _update_progress(before: Progress, after: Point, largest: Tensor, failed: Te
 
 
 def _largest_entry(point: Point, loss: BatchLoss) -> Tensor:
-    """Of the gradient, without what bounds hold back."""
+    """The largest entry of the gradient, without those that push weights against bounds."""
     return tf.reduce_max(tf.abs(loss.free_gradient(point.weights, point.gradient)))

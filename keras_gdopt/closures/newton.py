@@ -33,22 +33,21 @@ class Newton(LineSearchOptimizer):
 
     $$\theta_{t+1} = \theta_t - \alpha_t (H_t + \lambda_t I)^{-1} g_t$$
 
-    where H is the Hessian of the batch's loss and α is found by line search.
+    where H is the Hessian of the batch's loss and a line search finds α.
 
-    - `solver="exact"` builds H and solves by Cholesky decomposition, with λ raised until
-      $H + \lambda I$ is positive definite; where it is only singular, $\sqrt\varepsilon$ of its
-      diagonal is added instead. In a step that is not compiled (`jit_compile=False`) it takes
-      the eigenvalues of H and, where H is singular, its pseudo-inverse. What is singular is
-      judged with H scaled to a unit diagonal, so that it does not depend on the features'
-      units.
-    - `solver="cg"` never builds H: conjugate gradient solves for the direction until the
-      residual is below $\eta_t \|g_t\|$ with
-      $\eta_t = 0.9\, (\|g_t\| / \|g_{t-1}\|)^{1.618}$ (and at most 0.5), or the curvature is
-      negative; then it goes on with what it has, at first with $-g$.
+    - `solver="exact"` builds H, raises λ until $H + \lambda I$ is positive definite, and solves by
+      Cholesky decomposition. If the matrix is only singular, it adds $\sqrt\varepsilon$ times the
+      diagonal instead. In a step that XLA does not compile (`jit_compile=False`), it uses the
+      eigenvalues of H and, where H is singular, its pseudo-inverse. H is scaled to a unit diagonal
+      before the test for singularity, so that the features' units do not matter.
+    - `solver="cg"` never builds H. Conjugate gradient solves for the direction until the residual
+      is below $\eta_t \|g_t\|$ with $\eta_t = 0.9\, (\|g_t\| / \|g_{t-1}\|)^{1.618}$ (at most
+      0.5), or until it meets negative curvature. Then it returns the direction found so far, which
+      is $-g$ if the first curvature is negative.
 
-    λ adapts: it falls by a factor of 10 after an iteration that lowered the loss about as the
-    quadratic model promised, and rises by 10 where it lowered it by less than a quarter of that
-    or not at all.
+    After each iteration λ adapts. It falls by a factor of 10 if the loss fell about as much as the
+    quadratic model predicted, and rises by a factor of 10 if the loss fell by less than a quarter
+    of that or not at all.
 
     Keras has no such optimizer. Use it as `ClosureOptimizer` describes: `attach(model)` once
     after `compile`.
@@ -57,9 +56,9 @@ class Newton(LineSearchOptimizer):
         learning_rate: The first trial step. Defaults to 1.0.
         solver: `"exact"`, for at most 8,192 weights; `"cg"`; or `"auto"`, exact for at most 256
             weights. Defaults to `"auto"`.
-        damping: The λ that it begins with, at least 0. Defaults to 0.
+        damping: The initial λ, at least 0. Defaults to 0.
         line_search: `"wolfe"`, `"armijo"` or `"exact"`. Defaults to `"wolfe"`.
-        iterations_per_step: Iterations in a training step, at most. Defaults to 1.
+        iterations_per_step: The most iterations in a training step. Defaults to 1.
         **kwargs: `closure_chunks`, `gradient_tolerance`, `relative_gradient_tolerance`,
             `change_tolerance`, `jit_compile` and `name`, see `ClosureOptimizer`.
 
@@ -68,7 +67,7 @@ class Newton(LineSearchOptimizer):
             model has too many weights for `solver="exact"`.
 
     Step metrics of its own: `damping` (λ for the next iteration) and `inner_iterations` (of
-    conjugate gradient in the last iteration; 0 for `"exact"`).
+    conjugate gradient, in the last iteration; 0 for `"exact"`).
 
     Example:
 
@@ -120,7 +119,7 @@ class Newton(LineSearchOptimizer):
             )
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
-        """λ, and what it and the tolerance of the next iteration depend on."""
+        """λ, and the numbers that set the next λ and the tolerance of conjugate gradient."""
         del size
         return {
             "damping": ((), float(self.damping)),
@@ -143,7 +142,7 @@ class Newton(LineSearchOptimizer):
             product = tf.linalg.matvec(hessian, direction)
         else:
             tolerance = _forcing_term(point.gradient, memory)
-            # Where the curvature along it is negative at first, that is the negative gradient.
+            # If the first curvature is negative, this is the negative gradient.
             (direction, product, memory["inner_iterations"]), _ = conjugate_gradient(
                 lambda vector: loss.hessian_product(point.weights, vector),
                 -point.gradient,
@@ -160,7 +159,7 @@ class Newton(LineSearchOptimizer):
         return Proposal(direction, learning_rate, memory)
 
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
-        """λ by how well the quadratic model has foretold the loss."""
+        """Adapts λ to how well the quadratic model predicted the loss."""
         del proposal
         step = after.weights - before.weights
         curvature, damping = memory["curvature"], memory["damping"]
@@ -170,19 +169,19 @@ class Newton(LineSearchOptimizer):
         kept = (after.loss - before.loss - rounding) / (promised - rounding)
         lowered = tf.where(damping > 1e-6 * tf.abs(curvature), 0.1 * damping, 0.0)
         damping = tf.where(kept > 0.75, lowered, damping)
-        return {**memory, "damping": tf.where(kept < 0.25, self._raised(memory), damping)}
+        return {**memory, "damping": tf.where(kept < 0.25, self._raise_damping(memory), damping)}
 
     def forget(self, memory: Memory) -> Memory:
-        """The next direction is nearer to the negative gradient, and about 1 long at most.
+        """Turns the next direction towards the negative gradient and limits its length to about 1.
 
-        Where the loss is almost flat along a direction, its curvature says nothing of how far
-        the gradient can be followed.
+        Where the loss is almost flat along a direction, its curvature does not tell how far the
+        gradient can be followed.
         """
-        damping = tf.maximum(self._raised(memory), memory["gradient_norm"])
+        damping = tf.maximum(self._raise_damping(memory), memory["gradient_norm"])
         return {**memory, "damping": damping}
 
     @staticmethod
-    def _raised(memory: Memory) -> Tensor:
+    def _raise_damping(memory: Memory) -> Tensor:
         return tf.maximum(10.0 * memory["damping"], 1e-3 * tf.abs(memory["curvature"]))
 
 
@@ -190,37 +189,37 @@ class Newton(LineSearchOptimizer):
 
 
 def _by_cholesky(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction, and the λ with which the Hessian is positive definite."""
+    """The direction, and the λ that makes the Hessian positive definite."""
     largest = tf.reduce_max(tf.abs(tf.linalg.diag_part(hessian)))
     epsilon = machine_epsilon(hessian.dtype)
-    # Pivots below the first are rounding; the other is half way between 1 and rounding.
+    # A pivot below `zero` is rounding; `half` is half way (in digits) between 1 and rounding.
     zero, half = hessian.shape[0] * epsilon, epsilon**0.5
 
-    def solved(damping: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(damping: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         matrix, scale = with_unit_diagonal(hessian, damping)
-        # Compiled, a decomposition that fails returns NaN.
+        # In a compiled step, a decomposition that fails returns NaN.
         factor = tf.linalg.cholesky(tf.linalg.set_diag(matrix, diagonal(matrix) + ridge))
         direction = -tf.linalg.cholesky_solve(factor, (gradient / scale)[:, None])[:, 0] / scale
         positive = tf.reduce_min(diagonal(factor) ** 2) > zero
         return direction, positive & tf.reduce_all(tf.math.is_finite(direction))
 
-    def raised(raises: Tensor, damping: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        # At first a part of the diagonal, which is enough for a singular Hessian.
+    def raise_damping(raises: Tensor, damping: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        # First add a fraction of the diagonal, which is enough for a singular Hessian.
         at_first = tf.equal(raises, 0)
         ridge = tf.where(at_first, tf.cast(half, damping.dtype), 0.0)
         damping = tf.where(at_first, damping, tf.maximum(10.0 * damping, half * largest))
-        return raises + 1, damping, *solved(damping, ridge)
+        return raises + 1, damping, *solve(damping, ridge)
 
     _, damping, direction, _ = tf.while_loop(
         lambda raises, _damping, _direction, positive: ~positive & (raises < _MOST_RAISES),
-        raised,
-        (tf.constant(0), damping, *solved(damping, tf.zeros_like(damping))),
+        raise_damping,
+        (tf.constant(0), damping, *solve(damping, tf.zeros_like(damping))),
     )
     return direction, damping
 
 
 def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_by_cholesky`; by the pseudo-inverse where the Hessian is singular."""
+    """As `_by_cholesky`, but with the pseudo-inverse where the Hessian is singular."""
     epsilon = machine_epsilon(hessian.dtype)
     zero = epsilon * hessian.shape[0]
     values, vectors = tf.linalg.eigh(hessian)
@@ -234,7 +233,7 @@ def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple
         return tf.linalg.matvec(vectors, parts / shifted)
 
     def by_the_pseudo_inverse() -> Tensor:
-        # Beside the largest, small eigenvalues may only seem to be rounding.
+        # Without scaling, small eigenvalues beside a large one may only look like rounding.
         matrix, scale = with_unit_diagonal(hessian, damping)
         values, vectors = tf.linalg.eigh(matrix)
         values = tf.abs(values)
@@ -247,7 +246,7 @@ def _by_eigenvalues(hessian: Tensor, gradient: Tensor, damping: Tensor) -> tuple
 
 
 def _forcing_term(gradient: Tensor, memory: Memory) -> Tensor:
-    """η of Eisenstat and Walker, choice 2, with their safeguard."""
+    """The η of Eisenstat and Walker, choice 2, with their safeguard."""
     before = memory["gradient_norm"]
     term = 0.9 * tf.math.divide_no_nan(norm(gradient), before) ** _GOLDEN
     safeguard = 0.9 * memory["tolerance"] ** _GOLDEN

@@ -1,4 +1,4 @@
-"""The training step of a model that a closure optimizer trains, and what it cannot train."""
+"""The training step of a model with a closure optimizer, and checks of the model."""
 
 import functools
 import math
@@ -17,14 +17,15 @@ from keras_gdopt.tensor import Tensor
 
 
 class TrainStep:
-    """A model's training step by a closure optimizer; belongs to the model.
+    """A model's training step with a closure optimizer; an attribute of the model.
 
-    Keeps neither the optimizer, which keeps the model's variables, nor the model alive.
+    It holds weak references only, so it keeps alive neither the model nor the optimizer, which
+    holds the model's variables.
 
     Args:
-        model: Compiled with the optimizer.
+        model: A model compiled with the optimizer.
         optimizer: A `ClosureOptimizer`.
-        loss: Makes the model's loss a function, from the model and its weights.
+        loss: Makes the loss function from the model and its weights.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class TrainStep:
 
     @functools.cached_property
     def _is_compiled(self) -> bool:
-        """Whether XLA compiles the step; known once the optimizer is built."""
+        """Whether XLA compiles the step; needs a built optimizer."""
         model, optimizer = self._both()
         if model.jit_compile or optimizer.jit_compile != "auto":
             return bool(model.jit_compile or optimizer.jit_compile)
@@ -49,13 +50,13 @@ class TrainStep:
         """A compiled function for each tier, as only its first trace may create variables."""
         if tier not in self._minimizers:
             self._minimizers[tier] = tf.function(
-                self._traced, jit_compile=self._is_compiled, autograph=False
+                self._minimize_on_batch, jit_compile=self._is_compiled, autograph=False
             )
         return self._minimizers[tier]
 
     @property
     def is_in_effect(self) -> bool:
-        """Whether the model has not been compiled anew, with another optimizer."""
+        """Whether the model is still compiled with the optimizer."""
         model, optimizer = self._both()
         return model.optimizer is optimizer
 
@@ -63,7 +64,7 @@ class TrainStep:
         """Makes one training step; returns the model's metrics.
 
         Args:
-            data: A batch, as Keras's data adapters make it.
+            data: A batch from Keras's data adapters.
         """
         model, optimizer = self._both()
         if not self.is_in_effect:
@@ -81,22 +82,22 @@ class TrainStep:
             trained=tuple(id(variable) for variable in model.trainable_variables),
         )
         arguments = {"training": True} if model._call_has_training_arg else {}
-        y_pred = model(x, **arguments)  # moves the model's state
-        # Moves what a loss tracks of itself, such as the loss of each output.
+        y_pred = model(x, **arguments)  # updates the model's state
+        # Updates the losses' own metrics, such as the loss of each output.
         model._compute_loss(x, y, y_pred, sample_weight, training=True)
         count = tf.shape(next(part for part in keras.tree.flatten(x) if part is not None))[0]
         model._loss_tracker.update_state(loss, sample_weight=count)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _traced(self, data: Data, *, trained: tuple[int, ...]) -> Tensor:
-        del trained  # another trace for each set of variables, which are read elsewhere
+    def _minimize_on_batch(self, data: Data, *, trained: tuple[int, ...]) -> Tensor:
+        del trained  # an argument only so that each set of variables has its own trace
         model, optimizer = self._both()
         optimizer.recorder.note_trace()
         function = self._loss(model, optimizer.recorder.variables)
         return optimizer.minimize_on_batch(function, data, is_compiled=self._is_compiled)
 
     def _both(self) -> tuple[Any, Any]:
-        """The model, which is alive as it makes a step, and the optimizer, if it still is."""
+        """The model, which is alive during its step, and the optimizer, or `None` if it is gone."""
         return self._model(), self._optimizer()
 
 
@@ -104,11 +105,11 @@ class TrainStep:
 
 
 def check_model(optimizer: Any, model: Any) -> None:
-    """Raises a `ValueError` for a model that no optimizer of this kind can train.
+    """Raises a `ValueError` for a model that no closure optimizer can train.
 
     Args:
         optimizer: A `ClosureOptimizer`.
-        model: The model, which may not be built.
+        model: The model; it need not be built.
     """
     name = type(optimizer).__name__
     check_is_trainable_by_its_loss(model)
@@ -151,7 +152,7 @@ def check_model(optimizer: Any, model: Any) -> None:
 
 
 def check_variables(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Raises a `ValueError` for variables that an optimizer cannot train, or was not built for.
+    """Raises a `ValueError` for variables that an optimizer cannot train or was not built for.
 
     Args:
         optimizer: A `ClosureOptimizer`.
@@ -196,7 +197,7 @@ def check_variables(optimizer: Any, variables: Sequence[Any]) -> None:
 
 
 def _check_chunks_add_up(model: keras.Model) -> None:
-    """Raises where a batch's loss is not the mean of its parts' losses."""
+    """Raises if a batch's loss is not the mean of its parts' losses."""
     names = [
         layer.name
         for layer in model._flatten_layers()

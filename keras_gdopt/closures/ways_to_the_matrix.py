@@ -1,4 +1,4 @@
-"""How the Gauss–Newton matrix of a model can be had, found out with made-up data."""
+"""Finds how to compute the Gauss–Newton matrix of a model, by tests with random data."""
 
 import math
 from typing import Any
@@ -11,26 +11,27 @@ from keras_gdopt.closures.gauss_newton import GaussNewton, Ways
 from keras_gdopt.functional import Batch, ModelFunction, ResidualFunction, in_another_thread
 from keras_gdopt.optimizers.arithmetic import machine_epsilon
 
-_SAMPLES, _OTHER_SAMPLES, _LENGTH = 3, 5, 4  # of made-up data, where shapes do not say
+_SAMPLES, _OTHER_SAMPLES, _LENGTH = 3, 5, 4  # sizes of random data, where shapes are unknown
 _MOST_ENTRIES_BY_ROWS = 2**25
-_UNKNOWN = Ways(by_products=(0,))  # for all arrays, as none goes another way
+_UNKNOWN = Ways(by_products=(0,))  # for all arrays, as no array uses another method
 
 
 def ways_to_the_matrix(loss: BatchLoss) -> Ways:
-    """By which way each array of outputs goes.
+    """Chooses a method for each array of outputs.
 
-    By samples go those of which a sample's part depends on that sample alone, in training too,
-    if the loss adds up over the samples and the layers can be vectorized; of residuals by rows
-    those that have as many rows whatever the batch, and no more than there are weights.
+    An array is computed by samples if the outputs of a sample depend on that sample alone, even
+    in training, the loss is a sum over the samples and the layers can be vectorized. An array of
+    residuals is computed by rows if its number of rows does not depend on the batch and is at most
+    the number of weights. All others are computed by products.
 
     Args:
-        loss: Of a batch, which may be one of a function that is being traced.
+        loss: The loss of a batch; its tensors may belong to a function that is being traced.
 
     Raises:
-        ValueError: If the loss has no curvature in the outputs, or residuals are not those of
+        ValueError: If the loss has no curvature in the outputs, or the residuals do not match
             the loss.
     """
-    ways = in_another_thread(lambda: _found_out(loss.function, loss.batch))
+    ways = in_another_thread(lambda: _find_ways(loss.function, loss.batch))
     if ways.by_samples:
         zeros = tf.zeros((loss.size,), loss.dtype)
         shapes = GaussNewton(loss, ways).shapes_of_outputs(zeros)
@@ -39,19 +40,19 @@ def ways_to_the_matrix(loss: BatchLoss) -> Ways:
     return ways
 
 
-def _found_out(function: ModelFunction, batch: Batch) -> Ways:
+def _find_ways(function: ModelFunction, batch: Batch) -> Ways:
     rng = np.random.default_rng(0)
     try:
-        loss = BatchLoss(function, _made_up(batch, rng, _SAMPLES))
+        loss = BatchLoss(function, _make_up_batch(batch, rng, _SAMPLES))
         weights = loss.joined([v.value for v in function.trainable_variables])
-        # Where weights begin at 0, samples may seem to be apart that are not.
+        # With weights that begin at 0, dependent samples may seem to be independent.
         weights += tf.constant(rng.normal(size=loss.size) * 0.1, weights.dtype)
         vector = tf.constant(rng.normal(size=loss.size), weights.dtype)
         expected = GaussNewton(loss).product(weights, vector).numpy()
         if isinstance(function, ResidualFunction):
-            sums = _loss_and_that_of_residuals(loss, weights)
+            sums = _loss_by_model_and_by_residuals(loss, weights)
             ways = _ways_of_residuals(loss, weights, vector, rng)
-    except Exception:  # whatever it is: such data may not suit the model
+    except Exception:  # of any type: random data may not suit the model
         return _UNKNOWN
     if isinstance(function, ResidualFunction):
         _check_residuals(function, *sums)
@@ -65,7 +66,7 @@ def _found_out(function: ModelFunction, batch: Batch) -> Ways:
     by_products = Ways(by_products=everything, activations=activations)
     if not np.any(expected):
         if np.any(system.curvature_near_targets(weights, rng)):
-            # Only flat far from its targets, as Huber's, so these data tell nothing.
+            # The loss is flat only far from its targets, as Huber's, so these data tell nothing.
             return by_products
         raise ValueError(
             "The loss has no curvature in the model's outputs, so there is no Gauss-Newton "
@@ -73,7 +74,7 @@ def _found_out(function: ModelFunction, batch: Batch) -> Ways:
             f"`LBFGS`. Received: the loss {function.model.loss!r}"
         )
     ways = Ways(by_samples=everything, activations=activations)
-    return ways if _gives(loss, ways, weights, vector, expected) else by_products
+    return ways if _is_right(loss, ways, weights, vector, expected) else by_products
 
 
 def _ways_of_residuals(
@@ -81,7 +82,7 @@ def _ways_of_residuals(
 ) -> Ways:
     system = GaussNewton(loss)
     shapes = system.shapes_of_outputs(weights)
-    larger = BatchLoss(loss.function, _made_up(loss.batch, rng, _OTHER_SAMPLES))
+    larger = BatchLoss(loss.function, _make_up_batch(loss.batch, rng, _OTHER_SAMPLES))
     shapes_of_larger = GaussNewton(larger).shapes_of_outputs(weights)
     by_samples: list[int] = []
     by_rows: list[int] = []
@@ -96,12 +97,12 @@ def _ways_of_residuals(
             alone, places = Ways(by_rows=(place,)), by_rows
         else:
             alone, places = Ways(by_products=(place,)), by_products
-        gives = _gives(loss, alone, weights, vector, expected)
-        (places if gives else by_products).append(place)
+        is_right = _is_right(loss, alone, weights, vector, expected)
+        (places if is_right else by_products).append(place)
     return Ways(tuple(by_samples), tuple(by_rows), tuple(by_products))
 
 
-def _loss_and_that_of_residuals(loss: BatchLoss, weights: Any) -> tuple[float, float]:
+def _loss_by_model_and_by_residuals(loss: BatchLoss, weights: Any) -> tuple[float, float]:
     function, arrays = loss.function, loss.trained(weights)
     residuals = function.outputs(arrays, loss.state, loss.batch)
     of_residuals = function.loss_of_outputs(arrays, loss.state, loss.batch, residuals)
@@ -117,16 +118,17 @@ def _check_residuals(function: ModelFunction, compiled: float, of_residuals: flo
         )
 
 
-def _gives(loss: BatchLoss, ways: Ways, weights: Any, vector: Any, expected: np.ndarray) -> bool:
+def _is_right(loss: BatchLoss, ways: Ways, weights: Any, vector: Any, expected: np.ndarray) -> bool:
+    """Whether the product of the matrix by some ways is the expected one."""
     try:
         product = GaussNewton(loss, ways).product_by_jacobian(weights, vector).numpy()
-    except Exception:  # whatever it is: not everything can be vectorized
+    except Exception:  # of any type: not everything can be vectorized
         return False
     error = np.linalg.norm(product - expected)
     return bool(error <= machine_epsilon(product.dtype) ** 0.5 * np.linalg.norm(expected))
 
 
-def _made_up(batch: Batch, rng: np.random.Generator, samples: int) -> Batch:
+def _make_up_batch(batch: Batch, rng: np.random.Generator, samples: int) -> Batch:
     def array_like(array: Any) -> Any:
         if array is None:
             return None
@@ -139,7 +141,7 @@ def _made_up(batch: Batch, rng: np.random.Generator, samples: int) -> Batch:
 
     parts = {name: part for name, part in batch._asdict().items() if part is not None}
     made_up = tf.nest.map_structure(array_like, parts)
-    if "sample_weight" in made_up:  # of which none is 0
+    if "sample_weight" in made_up:  # none may be 0
         made_up["sample_weight"] = tf.nest.map_structure(
             lambda array: array if array.dtype.is_floating else tf.ones_like(array),
             made_up["sample_weight"],

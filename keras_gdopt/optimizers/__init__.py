@@ -1,1 +1,1 @@
-"""First-order optimizers, one algorithm a file."""
+"""First-order optimizers, one algorithm per file."""

@@ -14,7 +14,7 @@ from keras_gdopt.tensor import Tensor
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class Adadelta(GradientOptimizer):
-    r"""Steps in the units of the weights, without a learning rate to choose.
+    r"""Takes steps in the units of the weights, so no learning rate needs to be chosen.
 
     $$\begin{aligned}
     G_t &= \rho\, G_{t-1} + (1 - \rho)\, g_t^2 \\
@@ -24,22 +24,22 @@ class Adadelta(GradientOptimizer):
     \theta_t &= \theta_{t-1} + \eta_t\, \Delta_t
     \end{aligned}$$
 
-    The first steps are small, of about $\sqrt{\epsilon_r / (1 - \rho)}$, and grow:
-    the epsilons set how fast.
+    The first steps are small, about $\sqrt{\epsilon_r / (1 - \rho)}$, and grow; the
+    epsilons set how fast.
 
-    Equals `keras.optimizers.Adadelta` with its epsilon (1e-7) as `epsilon_root`, but
-    for the learning rate, 0.001 there and 1 (no rate at all, as published) here, and
-    for repeated embedding rows, each of which Keras squares on its own.
+    Equals `keras.optimizers.Adadelta` with its epsilon (1e-7) as `epsilon_root`, with
+    two differences: the default learning rate is 0.001 there and 1 here (no rate at
+    all, as published), and Keras squares each repetition of an embedding row on its own.
 
     Args:
         learning_rate: A multiplier η of the steps: a non-negative number, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable without
             arguments. Defaults to 1.
         rho: The decay ρ of both averages, in [0, 1). Defaults to 0.95.
-        epsilon: Added to both roots, not negative. Defaults to 0. (Keras's
+        epsilon: Added to both roots, non-negative. Defaults to 0. (Keras's
             `epsilon` is under both roots: it is `epsilon_root` here.)
-        epsilon_root: Added under both roots, not negative. Defaults to 1e-6. At
-            least one of both epsilons must be above 0.
+        epsilon_root: Added under both roots, non-negative. Defaults to 1e-6. At
+            least one of the two epsilons must be above 0.
         lazy: Whether embedding rows absent from the batch, and their averages, are
             left alone. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
@@ -97,7 +97,10 @@ class Adadelta(GradientOptimizer):
     def effective_learning_rate(
         self, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Tensor | None:
-        """Of the next step's root, see `GradientOptimizer.effective_learning_rate`."""
+        """The rate times the ratio of roots that the next step takes.
+
+        See `GradientOptimizer.effective_learning_rate`.
+        """
         del step
         ratio = self._ratio_of_roots(slots["accumulated_delta_var"], slots["accumulated_grad"])
         return ops.cast(learning_rate, ratio.dtype) * ratio
@@ -105,5 +108,5 @@ class Adadelta(GradientOptimizer):
     def _ratio_of_roots(self, deltas: Tensor, squares: Tensor) -> Tensor:
         deltas, squares = deltas + self.epsilon_root, squares + self.epsilon_root
         if is_known(self.epsilon) and not self.epsilon:
-            return ops.sqrt(deltas / squares)  # with one rounding less
+            return ops.sqrt(deltas / squares)  # one rounding fewer
         return (ops.sqrt(deltas) + self.epsilon) / (ops.sqrt(squares) + self.epsilon)

@@ -22,23 +22,22 @@ class Adagrad(GradientOptimizer):
     \end{aligned}$$
 
     `keras.optimizers.Adagrad` starts its accumulator at 0.1, which damps the first
-    steps of small gradients, and has its epsilon (1e-7) under the root; with
-    `initial_accumulator_value=0.1, epsilon_root=1e-7` the rules are the same. It
-    squares each repetition of an embedding row on its own.
+    steps of small gradients, and adds its epsilon (1e-7) under the root. The rules are
+    the same with `initial_accumulator_value=0.1, epsilon_root=1e-7`, but Keras squares
+    each repetition of an embedding row on its own.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable without
             arguments. Defaults to 0.01.
-        initial_accumulator_value: Where each entry of G starts, not negative.
-            Defaults to 0.
-        epsilon: Added to the root, not negative. Defaults to 0. (Keras's
+        initial_accumulator_value: The value that each entry of G starts from,
+            non-negative. Defaults to 0.
+        epsilon: Added to the root, non-negative. Defaults to 0. (Keras's
             `epsilon` is under the root: it is `epsilon_root` here.)
-        epsilon_root: Added under the root, not negative. Defaults to 1e-8. At least
-            one of both epsilons must be above 0, unless G starts above 0.
-        lazy: Without effect on the rule, which leaves rows absent from the batch
-            alone in either case; decides whether weight decay does. Defaults to
-            False. See `GradientOptimizer`.
+        epsilon_root: Added under the root, non-negative. Defaults to 1e-8. At least
+            one of the two epsilons must be above 0, unless G starts above 0.
+        lazy: Whether weight decay leaves embedding rows absent from the batch alone;
+            the rule always does. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
 
     Raises:

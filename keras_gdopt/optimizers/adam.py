@@ -14,7 +14,7 @@ from keras_gdopt.tensor import Tensor
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class Adam(AdaptiveMoments):
-    r"""Adaptive moment estimation, with epsilon where the paper has it.
+    r"""Adaptive moment estimation, with epsilon in the same place as in the paper.
 
     $$\begin{aligned}
     m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, &
@@ -24,16 +24,16 @@ class Adam(AdaptiveMoments):
     \theta_t &= \theta_{t-1} - \eta_t\, \hat m_t / (\sqrt{\hat v_t + \epsilon_r} + \epsilon)
     \end{aligned}$$
 
-    With `amsgrad=True`, the largest second moment so far divides the step,
+    With `amsgrad=True`, the step is divided by the largest second moment so far:
     $v^{\max}_t = \max(v^{\max}_{t-1}, v_t)$ and
-    $\hat v_t = v^{\max}_t / (1 - \beta_2^t)$, corrected as Keras and torch do (the
-    paper has no bias correction).
+    $\hat v_t = v^{\max}_t / (1 - \beta_2^t)$. Keras and torch correct the bias in the same
+    way; the paper does not correct it.
 
-    `keras.optimizers.Adam` adds its epsilon (1e-7) to the root of $v_t$ *before*
-    the bias correction, which makes it larger by $1/\sqrt{1 - \beta_2^t}$, a factor
-    of 32 in the first step; squares each repetition of an embedding row on its own;
-    and computes $1 - \beta^t$ in float32, which costs the first step dozens of
-    units in the last place.
+    `keras.optimizers.Adam` differs in three ways. It adds its epsilon (1e-7) to the root
+    of $v_t$ *before* the bias correction, which enlarges it by
+    $1/\sqrt{1 - \beta_2^t}$, a factor of 32 in the first step. It squares each
+    repetition of an embedding row on its own. It computes $1 - \beta^t$ in float32,
+    which costs the first step dozens of units in the last place.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
@@ -41,9 +41,9 @@ class Adam(AdaptiveMoments):
             arguments. Defaults to 0.001.
         beta_1: The decay β₁ of the first moment, in [0, 1). Defaults to 0.9.
         beta_2: The decay β₂ of the second moment, in [0, 1). Defaults to 0.999.
-        epsilon: Added to the root, not negative. Defaults to 1e-8.
-        epsilon_root: Added under the root, not negative. Defaults to 0. At least
-            one of both epsilons must be above 0.
+        epsilon: Added to the root, non-negative. Defaults to 1e-8.
+        epsilon_root: Added under the root, non-negative. Defaults to 0. At least
+            one of the two epsilons must be above 0.
         amsgrad: Whether to divide by the largest second moment so far. Defaults to
             False.
         lazy: Whether embedding rows absent from the batch, and their moments, are
@@ -108,7 +108,7 @@ class Adam(AdaptiveMoments):
     def effective_learning_rate(
         self, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Tensor | None:
-        """Over the root that the step takes, see `GradientOptimizer.effective_learning_rate`."""
+        """The rate over the step's root, see `GradientOptimizer.effective_learning_rate`."""
         if self.amsgrad:
             slots = {"velocity": slots["velocity_hat"]}
         return super().effective_learning_rate(slots, learning_rate, step)

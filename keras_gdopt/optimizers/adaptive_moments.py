@@ -18,7 +18,7 @@ from keras_gdopt.tensor import Tensor
 
 
 class AdaptiveMoments(GradientOptimizer):
-    """Keeps moving averages of the gradient and of its square, `momentum` and `velocity`."""
+    """Keeps moving averages of the gradient (`momentum`) and of its square (`velocity`)."""
 
     hyperparameters: ClassVar[Sequence[str]] = ("beta_1", "beta_2", "epsilon", "epsilon_root")
     evolvable = {
@@ -57,17 +57,17 @@ class AdaptiveMoments(GradientOptimizer):
         return ops.cast(learning_rate, v.dtype) / root
 
     def _moments(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Both moving averages, without their bias corrections."""
+        """Both new moving averages, without bias correction."""
         m = moving_average(slots["momentum"], gradient, self.beta_1)
         return m, moving_average(slots["velocity"], ops.square(gradient), self.beta_2)
 
     def _bias_corrected(self, learning_rate: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""A rate and both epsilons with which the raw moments give what is published.
+        r"""A rate and two epsilons with which the raw moments give the published step.
 
         With $c_1 = 1 - \beta_1^t$ and $c_2 = 1 - \beta_2^t$,
         $\eta (m / c_1) / (\sqrt{v / c_2 + \epsilon_r} + \epsilon)$ equals
         $(\eta \sqrt{c_2} / c_1)\, m / (\sqrt{v + c_2 \epsilon_r} + \sqrt{c_2} \epsilon)$:
-        the corrections cost one rounding, and not one for each entry.
+        the corrections cost one rounding in all instead of one for each entry.
 
         Returns:
             Rate, epsilon and epsilon_root, in the dtype of `step`.
@@ -81,7 +81,7 @@ class AdaptiveMoments(GradientOptimizer):
         return rate, epsilon * root, epsilon_root * correction
 
     def _root(self, v: Tensor, epsilon: Tensor, epsilon_root: Tensor) -> Tensor:
-        """The root of the second moment with its epsilons."""
+        """The root of the second moment, with both epsilons added."""
         if not is_known(self.epsilon_root) or self.epsilon_root:
             v = v + ops.cast(epsilon_root, v.dtype)
         return ops.sqrt(v) + ops.cast(epsilon, v.dtype)

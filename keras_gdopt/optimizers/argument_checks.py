@@ -1,4 +1,4 @@
-"""Range checks of constructor arguments, with Keras's form of error message."""
+"""Range checks of constructor arguments, with error messages in Keras's form."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-# A thousandth of it, as a bias correction leaves, is still normal in float32.
+# Bias correction leaves a thousandth of it, which is still a normal number in float32.
 _SMALLEST_EPSILON = 1e-30
 
 BASE_ARGUMENTS: dict[str, Any] = {
@@ -22,7 +22,7 @@ BASE_ARGUMENTS: dict[str, Any] = {
     "loss_scale_factor": None,
     "gradient_accumulation_steps": None,
 }
-"""The arguments of Keras's base class, besides the rate, and their defaults."""
+"""The arguments of Keras's base class, except the learning rate, and their defaults."""
 
 
 def checked_number(
@@ -45,7 +45,7 @@ def checked_number(
         most: If given, the largest value allowed.
 
     Raises:
-        ValueError: If `value` is no real number, is not finite or lies outside.
+        ValueError: If `value` is not a real number, not finite or out of range.
     """
     bounds = f"above {above:g}" if above is not None else f"of at least {minimum:g}"
     if below is not None:
@@ -71,7 +71,7 @@ def checked_number(
 
 
 def checked_fraction(name: str, value: Any) -> float:
-    """Returns `value` as a float in [0, 1), the range of decay rates, or raises."""
+    """Returns `value` as a float, or raises if it is outside [0, 1), the range of decay rates."""
     return checked_number(name, value, below=1.0)
 
 
@@ -83,10 +83,10 @@ def checked_epsilons(
     Args:
         epsilon: Added to the root.
         epsilon_root: Added under the root.
-        under_the_root: What else is under it from the first step, by its name.
+        under_the_root: Other terms that are under the root from the first step on, by name.
 
     Raises:
-        ValueError: If one is no finite number or negative, or all are too small.
+        ValueError: If one is negative or not a finite number, or all are too small.
     """
     epsilon = checked_number("epsilon", epsilon)
     epsilon_root = checked_number("epsilon_root", epsilon_root)
@@ -112,7 +112,7 @@ def checked_flag(name: str, value: Any) -> bool:
 
 
 def checked_count(name: str, value: Any, *, minimum: int) -> int:
-    """Returns `value` as an int of at least `minimum`, or raises."""
+    """Returns `value` as an int, or raises if it is not an integer of at least `minimum`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(
             f"Argument `{name}` must be an integer of at least {minimum}. "
@@ -126,11 +126,11 @@ def check_is_floating(owner: str, path: str, dtype: Any) -> None:
 
     Args:
         owner: Name of the optimizer's class, for the message.
-        path: Of the variable, for the message.
-        dtype: Of the variable.
+        path: The variable's path, for the message.
+        dtype: The variable's dtype.
 
     Raises:
-        ValueError: If the dtype is not floating: complex, integer or boolean.
+        ValueError: If the dtype is complex, integer or boolean.
     """
     name = keras.backend.standardize_dtype(dtype)
     if keras.backend.is_float_dtype(name):
@@ -145,10 +145,10 @@ def check_is_floating(owner: str, path: str, dtype: Any) -> None:
 
 
 def check_tensorflow(owner: str) -> None:
-    """Raises where Keras's backend is another one than TensorFlow.
+    """Raises if Keras's backend is not TensorFlow.
 
     Args:
-        owner: What needs it, for the message.
+        owner: What needs TensorFlow, for the message.
     """
     backend = keras.backend.backend()
     if backend != "tensorflow":
@@ -169,7 +169,7 @@ def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 def checked_learning_rate(value: Any) -> Any:
     """Returns a learning rate that Keras accepts, or raises.
 
-    Numbers become floats (Keras takes no ints); schedules and callables pass.
+    Numbers become floats, as Keras accepts no ints; schedules and callables stay as they are.
     """
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return value
@@ -193,8 +193,8 @@ def checked_base_arguments(owner: str, arguments: dict[str, Any]) -> dict[str, A
         arguments: The keyword arguments that the class did not take itself.
 
     Raises:
-        ValueError: If a name is unknown to Keras's base class, or its value is
-            one that Keras would take in silence and ignore.
+        ValueError: If Keras's base class does not know a name, or would silently
+            ignore its value.
     """
     unknown = sorted(set(arguments) - set(BASE_ARGUMENTS))
     if unknown:

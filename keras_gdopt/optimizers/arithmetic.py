@@ -1,4 +1,4 @@
-"""Arithmetic that update rules share, and the dtype it is done in."""
+"""Arithmetic that update rules share, and the dtypes they compute in."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,21 +13,21 @@ from keras_gdopt.tensor import Tensor
 _SMALLEST_PART, _MOST_PARTS = 2**15, 8
 
 Number = Any
-"""A hyper-parameter: a Python number, or for a member of a population a scalar tensor."""
+"""A hyper-parameter: a Python number, or a scalar tensor for a member of a population."""
 
 
 def is_known(number: Number) -> bool:
-    """Whether a hyper-parameter has its value already where a step is traced."""
+    """Whether a hyper-parameter already has its value when a step is traced."""
     return isinstance(number, (int, float))
 
 
 def in_dtype(number: Number, dtype: Any) -> Number:
-    """A hyper-parameter that can be combined with tensors of a dtype."""
+    """Makes a hyper-parameter usable with tensors of a dtype."""
     return number if is_known(number) else ops.cast(number, dtype)
 
 
 def one_minus_power(base: Number, exponent: Tensor) -> Tensor:
-    """`1 - base**exponent` without the cancellation that the formula suffers near 1.
+    """Computes `1 - base**exponent` without the cancellation when the power is near 1.
 
     Args:
         base: In [0, 1).
@@ -44,14 +44,14 @@ def one_minus_power(base: Number, exponent: Tensor) -> Tensor:
 
 
 def moving_average(average: Tensor, value: Tensor, decay: Number) -> Tensor:
-    """`decay * average + (1 - decay) * value`, with an operation less where that is exact."""
+    """`decay * average + (1 - decay) * value`, with one operation fewer where that is exact."""
     if not is_known(decay) or decay < 0.5:  # the difference would swallow a small value
         return decay * average + (1 - decay) * value
     return average + (1 - decay) * (value - average)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together, which may differ in dtype."""
+    """The Euclidean norm of all tensors together; their dtypes may differ."""
     dtype = common_dtype(tensors)
     return ops.sqrt(sum(sum_of_squares(ops.cast(tensor, dtype)) for tensor in tensors))
 
@@ -59,9 +59,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """The sum of a tensor's squared entries.
 
-    On a CPU, XLA sums in one thread, and slowly where there are several axes; so a
-    large tensor's parts are first added to one another entry by entry, which XLA does
-    in all threads.
+    On a CPU, XLA sums in a single thread, and slowly over several axes. A large tensor
+    is therefore cut into parts that are first added entry by entry, which XLA does in
+    all threads.
     """
     size = math.prod(tensor.shape) if None not in tuple(tensor.shape) else 0
     parts = min(size // _SMALLEST_PART, _MOST_PARTS)
@@ -74,7 +74,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
 
 
 def common_dtype(arrays: Iterable[Any]) -> str:
-    """What several tensors or variables are computed with together in: float64 or float32."""
+    """The dtype for computing with several arrays: float64 if one of them is, else float32."""
     dtypes = {keras.backend.standardize_dtype(array.dtype) for array in arrays}
     return "float64" if "float64" in dtypes else "float32"
 
@@ -91,5 +91,5 @@ def machine_epsilon(dtype: Any) -> float:
 
 
 def constrain(constraint: Callable[[Tensor], Tensor] | None, value: Tensor) -> Tensor:
-    """A value as a constraint leaves it, if there is one."""
+    """Applies a constraint to a value, if there is one."""
     return value if constraint is None else constraint(value)

@@ -1,4 +1,4 @@
-"""From a pure update rule to a Keras optimizer."""
+"""The base class that turns a pure update rule into a Keras optimizer."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -25,67 +25,67 @@ from keras_gdopt.tensor import Tensor
 class GradientOptimizer(RecordingOptimizer):
     r"""Turns a pure update rule into a Keras optimizer.
 
-    A subclass states its slots, its hyper-parameters and one pure function,
+    A subclass declares its slots, its hyper-parameters and one pure function,
 
     $$(\Delta\theta_t,\ \text{slots}_t) = \text{update\_rule}(g_t,\
     \text{slots}_{t-1},\ \eta_t,\ t), \qquad \theta_t = \theta_{t-1} + \Delta\theta_t$$
 
-    and this class does the rest. With TensorFlow, one step updates all dense
-    variables as *one* XLA cluster (clipping, weight decay, the rule, the moving
-    average of the weights and Keras's own constraints in it), also where Keras
-    leaves the train function uncompiled, as it does on a CPU. (With fewer than 65,536
-    entries, where the launch of a cluster costs more than the update, one step is a
-    graph of plain operations, unless the train function is compiled.) Gradients of
-    embeddings have their repeated rows summed before anything else happens to
-    them. Under a distribution strategy the gradients are summed over the replicas
-    first, and each device then runs the same step by itself, so that clipping,
-    accumulation and the step metrics mean the same on any number of devices. With
-    the JAX and torch backends the rule runs through Keras's own path.
+    and this class does the rest. With TensorFlow, *one* compiled step updates all
+    dense variables: XLA compiles clipping, weight decay, the rule, the moving average
+    of the weights and Keras's own constraints together, even where Keras leaves the
+    train function uncompiled, as it does on a CPU. (With fewer than 65,536 entries,
+    launching a compiled step costs more than the update; the step is then a graph of
+    plain operations, unless the train function is compiled.) In gradients of
+    embeddings, repeated rows are summed before anything else. Under a distribution
+    strategy, the gradients are first summed over the replicas; each device then runs
+    the same step by itself, so that clipping, accumulation and the step metrics mean
+    the same on any number of devices. With the JAX and torch backends, the rule runs
+    through Keras's own code.
 
     Args:
         learning_rate: A non-negative number, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a callable
             without arguments that returns the rate.
-        lazy: What happens to the rows of an embedding that are absent from the
-            batch. `False` (the default) gives what the dense gradient would give:
-            their slots decay and, if the rule says so, the rows move. `True`
-            leaves the rows and their slots alone, weight decay included, and costs
-            time in proportion to the rows in the batch. Needs the TensorFlow
-            backend; cannot be combined with `gradient_accumulation_steps`, whose
-            accumulators are dense. `use_ema` and constraints concern the whole
+        lazy: What happens to embedding rows that are absent from the batch. With
+            `False` (the default), the same as with a dense gradient: their slots decay
+            and, if the rule says so, the rows move. With `True`, the rows and their
+            slots stay as they are, weight decay included, and the time of a step is
+            proportional to the number of rows in the batch. `True` needs the TensorFlow
+            backend and cannot be combined with `gradient_accumulation_steps`, whose
+            accumulators are dense. `use_ema` and constraints apply to the whole
             variable in either case.
         **kwargs: The arguments of Keras's base class, with its defaults:
 
             - `weight_decay` (`None`): each step subtracts
               `weight_decay * learning_rate * variable`, before the rule's change.
-            - `clipnorm`, `clipvalue`, `global_clipnorm` (`None`): at most one of
-              them; clips each gradient's norm, each entry, or the norm of all
-              gradients together. Under a strategy the sum over the replicas is
-              clipped (Keras's own optimizers clip each replica's share of it).
+            - `clipnorm`, `clipvalue`, `global_clipnorm` (`None`): clip each gradient's
+              norm, each entry, or the norm of all gradients together; at most one may
+              be set. Under a strategy, the sum over the replicas is clipped (Keras's
+              own optimizers clip each replica's share of it).
             - `use_ema` (`False`), `ema_momentum` (0.99) and
               `ema_overwrite_frequency` (`None`): keep a moving average of the
-              weights, and write it to the weights every so many steps and at the
-              end of `fit`.
-            - `loss_scale_factor` (`None`): the loss is multiplied by it, the
-              gradients are divided by it.
-            - `gradient_accumulation_steps` (`None`): an update every so many
-              steps, with the mean of their gradients. Bias corrections count
-              updates; schedules and the moving average count steps, as in Keras, so
-              with n steps an update a schedule needs n times its number of steps.
+              weights, and overwrite the weights with it every
+              `ema_overwrite_frequency` steps and at the end of `fit`.
+            - `loss_scale_factor` (`None`): multiplies the loss, and divides the
+              gradients.
+            - `gradient_accumulation_steps` (`None`): the number of steps per update,
+              which uses the mean of their gradients. Bias corrections count updates.
+              Schedules and the moving average count steps, as in Keras, so with n
+              steps per update a schedule needs n times as many steps.
             - `name`: defaults to the class's name in snake case.
 
     Raises:
         ValueError: If an argument is unknown, has the wrong type or is out of
-            range; in `build`, if a variable is in float16 (an epsilon of 1e-8 is 0
-            there: use the `mixed_float16` policy, which keeps the weights in
-            float32); in `apply`, if a gradient does not fit its variable, is for one of a
-            complex or integer dtype, or the optimizer was not built for a variable.
+            range; in `build`, if a variable is in float16 (where an epsilon of 1e-8 is
+            0: use the `mixed_float16` policy, which keeps the weights in float32); in
+            `apply`, if a gradient does not fit its variable, a variable has a complex or
+            integer dtype, or the optimizer was not built for a variable.
 
     Variables in bfloat16 are updated in float32; their slots, moving averages and
     accumulators are in float32.
 
-    The arguments are kept as attributes. A change takes effect where a step is traced
-    anew, as with Keras's optimizers; in eager steps, from the next one on. (A new
+    The arguments become attributes. A changed attribute takes effect when a step is
+    traced again, as with Keras's optimizers, or from the next eager step on. (A new
     `learning_rate` takes effect at once everywhere.)
 
     Example:
@@ -112,24 +112,25 @@ class GradientOptimizer(RecordingOptimizer):
     """
 
     hyperparameters: ClassVar[Sequence[str]] = ()
-    """Names of the constructor's own arguments, kept as attributes of that name."""
+    """Names of the class's own constructor arguments, which are attributes too."""
 
     @property
     def evolvable(self) -> Mapping[str, str]:
         """Hyper-parameters that may differ between members of a population.
 
-        `Gadam(evolve=...)` hands `update_rule` a scalar tensor of the gradient's dtype in place
-        of the number, so a rule that declares one neither branches on it nor needs it as a
-        Python number. By name: `"positive"` for one that is above 0 and moves by factors,
-        `"fraction"` for one in [0, 1) whose distance from 1 does, as a momentum's. A class
-        attribute will do, unless other hyper-parameters decide. The learning rate and
-        `weight_decay` need no declaration.
+        Maps each name to its kind: `"positive"` for a number above 0 that mutates by factors;
+        `"fraction"` for a number in [0, 1), such as a momentum, whose distance from 1 does.
+
+        `Gadam(evolve=...)` gives `update_rule` a scalar tensor of the gradient's dtype in place
+        of the number, so the rule must neither branch on it nor need a Python number. A class
+        attribute is enough, unless the mapping depends on other hyper-parameters. The learning
+        rate and `weight_decay` need no declaration.
         """
         return {}
 
     zero_gradient_changes_nothing: ClassVar[bool] = False
-    """Whether an entry whose gradient is 0 keeps its value and its slots. Then
-    `lazy=False`, too, costs time in proportion to the rows in the batch."""
+    """Whether an entry whose gradient is 0 keeps its value and its slots. Then the time of a
+    step is proportional to the number of rows in the batch with `lazy=False`, too."""
 
     def __init__(
         self,
@@ -157,7 +158,7 @@ class GradientOptimizer(RecordingOptimizer):
         self.lazy = lazy
         self._slots: dict[str, list[Any]] = {}
         self._excluded_from_weight_decay: dict[str, list[Any]] = {}
-        # Without Keras's tracking: neither holds state that is saved.
+        # Bypasses Keras's tracking: neither holds state that is saved.
         uses_tensorflow = keras.backend.backend() == "tensorflow"
         object.__setattr__(self, "_recorder", Recorder() if uses_tensorflow else None)
         object.__setattr__(self, "_tensorflow_step", self._new_tensorflow_step())
@@ -166,15 +167,15 @@ class GradientOptimizer(RecordingOptimizer):
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """Slot names and the value that each entry starts from.
+        """Slot names, each with the initial value of its entries.
 
-        A class attribute will do, unless hyper-parameters decide which there are.
+        A class attribute is enough, unless the slots depend on hyper-parameters.
         """
         return {}
 
     scalar_slots: ClassVar[Mapping[str, float]] = {}
-    """Slots that hold one number for a whole variable, and where it starts from. Where
-    variables are updated by rows (see `lazy`), it is one number a row."""
+    """Slots that hold one number for a whole variable, each with its initial value. For
+    variables updated by rows (see `lazy`), they hold one number per row."""
 
     def update_rule(
         self,
@@ -195,8 +196,8 @@ class GradientOptimizer(RecordingOptimizer):
                 with TensorFlow) or an array that broadcasts against the gradient.
 
         Returns:
-            The change to add to the variable, and the new slots by name. Of a scalar
-            slot, a scalar will do.
+            The change to add to the variable, and the new slots by name. For a scalar
+            slot, a scalar is enough.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `update_rule`.")
 
@@ -206,7 +207,7 @@ class GradientOptimizer(RecordingOptimizer):
         learning_rate: Tensor,
         step: Tensor,
     ) -> dict[str, Tensor]:
-        """Scalars of the algorithm's own to record with the step metrics.
+        """Additional scalars to record with the step metrics.
 
         Args:
             slots: The new slots of all variables, lists by slot name.
@@ -214,7 +215,7 @@ class GradientOptimizer(RecordingOptimizer):
             step: As for `update_rule`.
 
         Returns:
-            Scalar tensors by metric name. Nothing, by default.
+            Scalar tensors by metric name; none by default.
         """
         del slots, learning_rate, step
         return {}
@@ -222,17 +223,17 @@ class GradientOptimizer(RecordingOptimizer):
     def effective_learning_rate(
         self, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Tensor | None:
-        """What each entry's gradient, or its average where the rule has one, is multiplied by.
+        """The factor of each entry's gradient, or of its average if the rule keeps one.
 
-        Quantiles of it are recorded with the step metrics.
+        Its quantiles are recorded with the step metrics.
 
         Args:
-            slots: New slots, vectors of the same entries.
+            slots: New slots, as vectors of the same entries.
             learning_rate: As for `update_rule`.
             step: As for `update_rule`.
 
         Returns:
-            A vector; `None`, by default, where all entries have the learning rate.
+            A vector; `None`, the default, if the factor is the learning rate for all entries.
         """
         del slots, learning_rate, step
         return None
@@ -240,7 +241,7 @@ class GradientOptimizer(RecordingOptimizer):
     # --- what Keras calls ----------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Creates the slots and restores what was loaded before.
+        """Creates the slots and restores state that was loaded before.
 
         Args:
             variables: The model's trainable variables.
@@ -264,7 +265,7 @@ class GradientOptimizer(RecordingOptimizer):
         self._find_excluded_from_weight_decay(variables)
         super().build(variables)
         self._slots = {
-            name: self.add_optimizer_variables(variables, name, functools.partial(_filled, initial))
+            name: self.add_optimizer_variables(variables, name, functools.partial(_fill, initial))
             for name, initial in {**self.slots, **self.scalar_slots}.items()
         }
         if self._recorder is not None:
@@ -272,12 +273,12 @@ class GradientOptimizer(RecordingOptimizer):
         self._restore_loaded_state()
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
-        """Updates one variable and its slots: Keras's hook for strategies and loops.
+        """Updates one variable and its slots. Keras calls it in strategies and loops.
 
         Args:
-            gradient: Dense, or a `tf.IndexedSlices` that may repeat rows.
-            variable: A variable the optimizer was built with.
-            learning_rate: Scalar.
+            gradient: A dense tensor, or a `tf.IndexedSlices` that may repeat rows.
+            variable: A variable that the optimizer was built with.
+            learning_rate: A scalar.
 
         Raises:
             ValueError: If the variable is of a complex or integer dtype.
@@ -301,13 +302,13 @@ class GradientOptimizer(RecordingOptimizer):
     def apply(
         self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
     ) -> None:
-        """Updates the variables by their gradients.
+        """Updates the variables with their gradients; builds the optimizer on the first call.
 
         Args:
-            grads: One gradient for each variable: dense, a `tf.IndexedSlices`, or
-                `None` for a variable that the loss does not depend on.
+            grads: One gradient for each variable: a dense tensor, a `tf.IndexedSlices`,
+                or `None` for a variable that the loss does not depend on.
             trainable_variables: The variables; may be left out once the optimizer
-                is built. Builds the optimizer on the first call.
+                is built.
 
         Raises:
             ValueError: If a gradient does not fit its variable, is for a variable of a
@@ -330,7 +331,7 @@ class GradientOptimizer(RecordingOptimizer):
         variables = list(trainable_variables)
         _check_gradients_fit(grads, variables)
         for gradient, variable in zip(grads, variables, strict=True):
-            if gradient is not None:  # one that the loss does not depend on stays as it is
+            if gradient is not None:  # a variable without a gradient stays as it is
                 check_is_floating(type(self).__name__, variable_path(variable), variable.dtype)
         if not self.built:
             with keras.name_scope(self.name, caller=self):
@@ -349,8 +350,8 @@ class GradientOptimizer(RecordingOptimizer):
         with keras.name_scope(self.name, caller=self), after(grads):
             grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
-            # By index and in its order: neither the order of the arguments nor raw
-            # variables in place of Keras's make another compiled step.
+            # Sorted by index, so that another order of the arguments, or raw variables in
+            # place of Keras's, do not require another compiled step.
             indices = map(self._get_variable_index, variables)
             gradients = dict(sorted(zip(indices, grads, strict=True), key=lambda pair: pair[0]))
             if gradients:
@@ -381,7 +382,7 @@ class GradientOptimizer(RecordingOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "GradientOptimizer":
-        """An optimizer with the arguments of `config`, and without state."""
+        """Creates an optimizer with the arguments of `config`, without state."""
         config = dict(config)
         excluded = config.pop("exclude_from_weight_decay", None)
         optimizer = super().from_config(config, custom_objects=custom_objects)
@@ -395,17 +396,17 @@ class GradientOptimizer(RecordingOptimizer):
     ) -> None:
         """Excludes variables from weight decay; call it before `build`.
 
-        Unlike Keras's, the exclusions are part of the config, so they hold in a
-        model that was saved and loaded.
+        Unlike in Keras, the exclusions are part of the config, so they persist when a
+        model is saved and loaded.
 
         Args:
             var_list: Variables to exclude.
-            var_names: Regular expressions; a variable whose path (such as
-                `sequential/dense/bias`) holds a match of one of them is excluded.
+            var_names: Regular expressions; a variable is excluded if one of them
+                matches a part of its path (such as `sequential/dense/bias`).
 
         Raises:
-            ValueError: If the optimizer is built already; in `build`, if a loaded
-                config excludes a variable that cannot be told among the model's.
+            ValueError: If the optimizer is already built; in `build`, if a variable that
+                a loaded config excludes cannot be identified among the model's.
         """
         if self.built:
             raise ValueError(
@@ -423,34 +424,33 @@ class GradientOptimizer(RecordingOptimizer):
 
     @property
     def recorder(self) -> Recorder | None:
-        """What decides which steps are recorded and keeps the last record; TensorFlow only."""
+        """Decides which steps are recorded and keeps the last record; TensorFlow only."""
         return self._recorder
 
     @property
     def step_metrics(self) -> dict[str, float]:
         """The metrics of the last recorded step; empty before there is one.
 
-        - `iterations`: the count of updates when they were recorded,
+        - `iterations`: the count of updates at the recorded step,
         - `learning_rate`,
         - `grad_norm`: the norm of all gradients together, before clipping; under a
-          strategy of their sum over the replicas,
-        - `clipped_grad_norm`: the same after clipping, where the optimizer clips,
-        - `update_norm`: the norm of the rule's change of all weights, without
+          strategy, of their sum over the replicas,
+        - `clipped_grad_norm`: the same after clipping, if the optimizer clips,
+        - `update_norm`: the norm of the rule's change to all weights, without
           weight decay,
-        - `weight_norm`: the norm of all weights with the change made, before
-          constraints,
-        - what the algorithm adds in `rule_metrics`,
+        - `weight_norm`: the norm of all weights after the change, before constraints,
+        - the metrics that the algorithm adds in `rule_metrics`,
         - `effective_learning_rate_p10`, `_p50` and `_p90`: quantiles of
-          `effective_learning_rate` over a fixed sample of at most 4,096 entries, where
-          it differs between them.
+          `effective_learning_rate` over a fixed sample of at most 4,096 entries, if it
+          differs between entries.
         """
         return super().step_metrics
 
-    # --- what a step asks for ------------------------------------------------
+    # --- what a step needs ---------------------------------------------------
 
     @property
     def step_settings(self) -> StepSettings:
-        """What the optimizer does around its rule, from its arguments."""
+        """What the optimizer does around its rule, as its arguments say."""
         return StepSettings(
             learning_rate=self._learning_rate,
             clipnorm=self.clipnorm,
@@ -465,7 +465,7 @@ class GradientOptimizer(RecordingOptimizer):
 
     @property
     def step_variables(self) -> StepVariables:
-        """The variables that a step reads and writes; of a built optimizer."""
+        """The variables that a step reads and writes; the optimizer must be built."""
         return StepVariables(
             trainable=self._trainable_variables,
             slots=self._slots,
@@ -475,10 +475,10 @@ class GradientOptimizer(RecordingOptimizer):
         )
 
     def uses_weight_decay(self, variable: Any) -> bool:
-        """Whether weight decay, if there is any, applies to a variable.
+        """Whether a variable takes part in weight decay, if there is any.
 
         Args:
-            variable: One that the optimizer was built with.
+            variable: A variable that the optimizer was built with.
         """
         return self._use_weight_decay(variable)
 
@@ -521,15 +521,15 @@ class GradientOptimizer(RecordingOptimizer):
         """Calls `update_rule` in the dtype that it computes in, and checks what it returns.
 
         Args:
-            gradient: Of one variable, or of some of its rows.
+            gradient: The gradient of one variable, or of some of its rows.
             slots: As for `update_rule`.
             learning_rate: A scalar.
             step: The 1-based count of updates.
-            hyperparameters: Scalars in place of the optimizer's own numbers, by name.
+            hyperparameters: Scalars that replace the optimizer's own numbers, by name.
             variable_dtype: The dtype of the variable.
 
         Returns:
-            The change and the new slots by name.
+            The change, and the new slots by name.
         """
         dtype = computation_dtype(variable_dtype)
         step_dtype = "float64" if keras.backend.backend() == "tensorflow" else "float32"
@@ -551,7 +551,7 @@ class GradientOptimizer(RecordingOptimizer):
         return change, new_slots
 
     def _with(self, hyperparameters: Mapping[str, Tensor]) -> "GradientOptimizer":
-        """The optimizer, or if there are any, one for a trace alone that has other values."""
+        """The optimizer itself, or a copy with other values that serves one trace only."""
         if not hyperparameters:
             return self
         other = object.__new__(type(self))
@@ -565,7 +565,7 @@ class GradientOptimizer(RecordingOptimizer):
         return other
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """With `use_ema`, puts the averages into the model, within the weights' constraints.
+        """With `use_ema`, puts the averages, within the weights' constraints, into the model.
 
         Args:
             var_list: The model's trainable variables.
@@ -577,14 +577,14 @@ class GradientOptimizer(RecordingOptimizer):
                     variable.assign(constrain(variable.constraint, variable.value))
 
     def finalize_weight(self, weight: Any, slots: Slots) -> Update:
-        """The weight that training ends with, and the slots that go with it; a pure function.
+        """The weight that training ends with, and its slots; a pure function.
 
         Args:
             weight: A weight during training.
             slots: Its slots by name.
 
         Returns:
-            Both as they are, by default.
+            Both, unchanged by default.
         """
         return weight, dict(slots)
 
@@ -619,7 +619,7 @@ class GradientOptimizer(RecordingOptimizer):
         return pattern is None or pattern.search(variable_path(own)) is None
 
     def _find_excluded_from_weight_decay(self, variables: Sequence[Any]) -> None:
-        """Finds the excluded variables of a config among those the optimizer will have."""
+        """Finds the variables that a config excludes among those the optimizer is built for."""
         excluded = self._excluded_from_weight_decay
         if not excluded or self._exclude_from_weight_decay:
             return
@@ -638,19 +638,19 @@ class GradientOptimizer(RecordingOptimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # A compiled step has the arguments built in. (The learning rate is an input.)
+        # The arguments are constants in a compiled step. (The learning rate is an input.)
         is_built_in = not name.startswith("_") and name != "learning_rate"
         if is_built_in and getattr(self, "_tensorflow_step", None) is not None:
             object.__setattr__(self, "_tensorflow_step", self._new_tensorflow_step())
 
 
-def _filled(value: float, shape: Sequence[int], dtype: Any = None) -> Tensor:
-    """An initializer that, unlike Keras's `Constant`, keeps float64 precise."""
+def _fill(value: float, shape: Sequence[int], dtype: Any = None) -> Tensor:
+    """An initializer with one value that, unlike Keras's `Constant`, is exact in float64."""
     return ops.full(shape, ops.convert_to_tensor(value, dtype), dtype=dtype)
 
 
 def _index_of_path(path: str, paths: Sequence[str]) -> int:
-    """Where a variable's path is; the outermost part may have come or gone by loading."""
+    """The index of a path; loading may have added or removed the path's outermost part."""
     for same in (
         lambda other: other == path,
         lambda other: f"/{other}".endswith(f"/{path}") or f"/{path}".endswith(f"/{other}"),

@@ -1,4 +1,4 @@
-"""How the functions of a step are compiled, and in which order graphs run them."""
+"""Compiles the functions of a step, and orders operations in graphs."""
 
 import contextlib
 import functools
@@ -11,49 +11,49 @@ import tensorflow as tf
 
 from keras_gdopt.optimizers.dense_step import is_sparse
 
-# Entries. Smaller steps are plain operations: to launch a compiled one costs more than it
-# saves (`benchmarks.fit_step mlp-51k` with 0 here).
+# In entries. Smaller steps run as plain operations: launching a compiled step costs more than
+# it saves (measure with `benchmarks.fit_step mlp-51k` and 0 here).
 SMALLEST_COMPILED = 2**16
 
 
 def after(tensors: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-    """A scope in whose graph nothing happens before the tensors are there.
+    """A scope whose operations wait, in a graph, until the tensors are computed.
 
-    Where data of unknown length ends, the iterator of a train function raises, but operations
-    that do not need its data still run: they would count a step that was not made.
+    When data of unknown length ends, the iterator of a train function raises, but operations
+    that do not need its data would still run and count a step that did not take place.
 
     Args:
-        tensors: Dense or `tf.IndexedSlices`; `None` for what is not there.
+        tensors: Dense tensors or `tf.IndexedSlices`; `None` is skipped.
     """
     parts = [t.values if is_sparse(t) else t for t in tensors if t is not None]
     return tf.control_dependencies(parts)
 
 
 def compiled(function: Callable[..., Any], tensors: Iterable[Any]) -> Callable[..., Any]:
-    """A function that XLA compiles wherever it is called.
+    """Wraps a function so that XLA compiles it wherever it is called.
 
-    To launch compiled code costs more than it saves where there is little to compute; such a
-    function runs as plain operations, unless it is called from compiled code.
+    A function with little to compute runs as plain operations, unless compiled code calls it,
+    since launching compiled code would cost more than it saves.
 
     Args:
-        function: Of tensors and variables.
-        tensors: What it computes on, for its size.
+        function: A function of tensors and variables.
+        tensors: What it computes on; their size decides.
     """
     return tf.function(function, jit_compile=is_worth_compiling(tensors), autograph=False)
 
 
 def is_worth_compiling(tensors: Iterable[Any]) -> bool:
-    """Whether a function of tensors is large enough to be compiled, see `compiled`."""
+    """Whether the tensors are so large that compiling a function of them pays, see `compiled`."""
     large = sum(math.prod(tensor.shape) for tensor in tensors) >= SMALLEST_COMPILED
     return large and xla_is_available()
 
 
 @functools.cache
 def xla_is_available() -> bool:
-    """Whether TensorFlow can compile with XLA here: not on the GPU of a Mac."""
+    """Whether TensorFlow can compile with XLA on this machine: not on the GPU of a Mac."""
     return platform.system() != "Darwin" or not tf.config.list_physical_devices("GPU")
 
 
 def constraint_compiles(constraint: Any) -> bool:
-    """Whether a constraint is known to compile: Keras's own and `Bounds`, but not a user's."""
+    """Whether a constraint is known to compile: true for Keras's and `Bounds`, not for a user's."""
     return type(constraint).__module__.startswith(("keras.", "keras_gdopt."))

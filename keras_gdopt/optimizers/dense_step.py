@@ -1,7 +1,7 @@
 """The order of a training step, as pure functions: clip, decay, rule, average, constraint.
 
-`tensorflow_step.py` reads and writes variables around them, `pure_step.py` passes them the
-weights of a population's member.
+`tensorflow_step.py` reads and writes variables around them; `pure_step.py` passes them the
+weights of a population member.
 """
 
 import functools
@@ -28,8 +28,8 @@ from keras_gdopt.tensor import Tensor
 
 
 def trained_variables(optimizer: RuleOptimizer) -> list[TrainedVariable]:
-    """What a step must know of each variable of an optimizer that is built."""
-    # Traced once for each shape, however many variables have it.
+    """What a step must know about each variable of a built optimizer."""
+    # A rule is traced once for each shape, however many variables share it.
     rules: dict[str, Callable[..., Update]] = {}
 
     def trained(variable: Any) -> TrainedVariable:
@@ -49,16 +49,16 @@ def trained_variables(optimizer: RuleOptimizer) -> list[TrainedVariable]:
 
 
 class DenseStep(NamedTuple):
-    """The result of a step, by the index of the variable."""
+    """The result of a step, by variable index."""
 
     changes: dict[int, Tensor]
-    """What the rule adds to weights, without weight decay."""
+    """What the rule adds to the weights, without weight decay."""
     moved: dict[int, Tensor]
     """Weights after decay and the rule, in the dtype that the rule computes in."""
     slots: dict[int, dict[str, Tensor]]
     averages: dict[int, Tensor]
     weights: dict[int, Tensor]
-    """Weights at the end of the step: overwritten by averages if due, and constrained."""
+    """Weights at the end of the step: overwritten by the averages if due, then constrained."""
 
 
 def take_step(
@@ -76,21 +76,21 @@ def take_step(
     hyperparameters: Mapping[str, Tensor] | None = None,
     due: Tensor | None = None,
 ) -> DenseStep:
-    """One step of an optimizer.
+    """Computes one step of an optimizer.
 
     Args:
-        variables: All of the optimizer's.
-        gradients: Dense gradients by the index of the variable, not scaled by a loss scale.
-        weights: Of each variable with a gradient, an average or a constraint, by index.
-        slots: Of each variable with a gradient, by index and by name.
-        averages: The moving averages of weights, by index.
+        variables: All variables of the optimizer.
+        gradients: Dense gradients by variable index, without the loss scale.
+        weights: Weights by index, for each variable with a gradient, average or constraint.
+        slots: Slots by index and name, for each variable with a gradient.
+        averages: Moving averages of the weights, by index.
         learning_rate: A scalar.
         step: The 1-based count of updates, a scalar.
         settings: What the optimizer does around its rule.
         constrained: The indices of the variables whose constraints are applied.
-        norm: The norm for `global_clipnorm`, if `gradients` are not all there are.
-        hyperparameters: Scalars in place of the optimizer's own numbers, by name.
-        due: Whether the gradients move weights and slots in this step; `None`: they do.
+        norm: The norm for `global_clipnorm`, if there are gradients besides `gradients`.
+        hyperparameters: Scalars that replace the optimizer's own numbers, by name.
+        due: Whether the gradients move weights and slots in this step; `None` if they always do.
     """
     own = dict(hyperparameters or {})
     weight_decay = own.pop("weight_decay", settings.weight_decay)
@@ -129,7 +129,7 @@ def take_step(
 
 
 def unscale(gradient: Any, settings: StepSettings) -> Any:
-    """A gradient of the scaled loss as one of the loss itself; a sparse one stays sparse."""
+    """Removes the loss scale from a gradient; a sparse gradient stays sparse."""
     factor = settings.loss_scale_factor
     return gradient if factor is None else scale(gradient, 1.0 / factor)
 
@@ -140,10 +140,10 @@ def accumulate(total: Any, gradient: Tensor, count: int) -> tuple[Tensor, Tensor
     Args:
         total: The sum so far.
         gradient: The gradient of this step.
-        count: How many steps an update has.
+        count: The number of steps per update.
 
     Returns:
-        The new sum, and the mean gradient if this step makes an update.
+        The new sum, and the mean gradient, which is valid if this step makes an update.
     """
     total = tf.cast(total, gradient.dtype) + gradient
     return total, total / count
@@ -152,13 +152,13 @@ def accumulate(total: Any, gradient: Tensor, count: int) -> tuple[Tensor, Tensor
 def clip(
     gradients: Sequence[Any], settings: StepSettings, norm_dtype: Any, norm: Tensor | None = None
 ) -> list[Any]:
-    """Gradients clipped as Keras clips them; sparse ones stay sparse.
+    """Clips gradients as Keras does; sparse gradients stay sparse.
 
     Args:
         gradients: Dense gradients, or `tf.IndexedSlices` without repeated rows.
-        settings: Of which `clipnorm`, `clipvalue` and `global_clipnorm` are read.
+        settings: `clipnorm`, `clipvalue` and `global_clipnorm` are read.
         norm_dtype: The dtype in which the norm of all gradients is computed.
-        norm: The norm for `global_clipnorm`, if `gradients` are not all there are.
+        norm: The norm for `global_clipnorm`, if there are gradients besides `gradients`.
     """
     if settings.clipnorm:
         return [tf.clip_by_norm(gradient, settings.clipnorm) for gradient in gradients]
@@ -176,8 +176,8 @@ def clip(
 
 
 def decayed_part(learning_rate: Any, weight_decay: Any, dtype: tf.DType) -> Tensor:
-    """The part of a weight that weight decay subtracts in a step."""
-    if is_known(weight_decay):  # in float32 it would lose digits on its way to float64
+    """The fraction of a weight that weight decay subtracts in a step."""
+    if is_known(weight_decay):  # a detour through float32 would cost float64 digits
         weight_decay = tf.constant(weight_decay, dtype)
     return tf.cast(learning_rate, dtype) * tf.cast(weight_decay, dtype)
 
@@ -185,22 +185,22 @@ def decayed_part(learning_rate: Any, weight_decay: Any, dtype: tf.DType) -> Tens
 def move_average(
     average: Any, weight: Any, variable_dtype: Any, step: Tensor, settings: StepSettings
 ) -> tuple[Tensor, Tensor | None]:
-    """Moves the moving average of a weight.
+    """Updates the moving average of a weight.
 
     Args:
         average: The average so far.
         weight: The new weight.
         variable_dtype: The dtype of the variable.
         step: The 1-based count of updates, in an integer dtype.
-        settings: Of which `ema_momentum` and `ema_overwrite_frequency` are read.
+        settings: `ema_momentum` and `ema_overwrite_frequency` are read.
 
     Returns:
-        The new average, and the weight with the average in its place in every n-th step;
-        `None` instead if averages never overwrite it.
+        The new average, and the weight, replaced by the average in every n-th step; `None`
+        instead of the weight if averages never overwrite it.
     """
     dtype = computation_dtype(variable_dtype)
     value = tf.cast(weight, dtype)
-    if not value.dtype.is_floating:  # no gradient ever moves it
+    if not value.dtype.is_floating:  # gradients never move it
         return value, None
     # The first average is the weight itself.
     momentum = tf.constant(settings.ema_momentum, dtype) * tf.cast(step > 1, dtype)
@@ -215,21 +215,21 @@ def move_average(
 
 
 def is_sparse(gradient: Any) -> bool:
-    """Whether a gradient holds only some rows of its variable."""
+    """Whether a gradient is given for some rows of its variable only."""
     return isinstance(gradient, tf.IndexedSlices)
 
 
 def scale(gradient: Any, factor: Any) -> Any:
-    """A gradient times a scalar; a sparse one stays sparse."""
+    """Multiplies a gradient by a scalar; a sparse gradient stays sparse."""
     if is_sparse(gradient):
         return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
     return gradient * factor
 
 
 def squares(tensors: Mapping[int, Any], dtype: Any) -> dict[int, Tensor]:
-    """The squared Euclidean norms of tensors by index; sparse ones without repeated rows."""
+    """The squared Euclidean norms of tensors by index; sparse ones must not repeat rows."""
     return {
-        # The number of rows differs from step to step.
+        # Not traced by shape: the number of rows differs from step to step.
         index: tf.reduce_sum(tf.square(tf.cast(tensor.values, dtype)))
         if is_sparse(tensor)
         else _sum_of_squares(tf.cast(tensor, dtype))

@@ -15,20 +15,19 @@ class GradientDescent(GradientOptimizer):
 
     $$\theta_t = \theta_{t-1} - \eta_t\, g_t$$
 
-    Vanilla, stochastic and mini-batch descent differ only in the batch:
-    `batch_size=len(x)`, `1` and anything between.
+    Vanilla, stochastic and mini-batch descent differ only in the batch size: `len(x)`,
+    1 and anything in between.
 
-    Differs from `keras.optimizers.SGD` without momentum in nothing but repeated
-    embedding rows under clipping and `loss_scale_factor`, where Keras clips each
-    repetition on its own and refuses, in that order.
+    Equals `keras.optimizers.SGD` without momentum, except for repeated embedding rows:
+    under clipping, Keras clips each repetition on its own; with `loss_scale_factor`, it
+    refuses them.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable without
             arguments. Defaults to 0.01.
-        lazy: Without effect on the rule, which leaves rows absent from the batch
-            alone in either case; decides whether weight decay does. Defaults to
-            False. See `GradientOptimizer`.
+        lazy: Whether weight decay leaves embedding rows absent from the batch alone;
+            the rule always does. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
 
     Raises:

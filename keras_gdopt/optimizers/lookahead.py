@@ -31,27 +31,27 @@ class Lookahead(WrappingOptimizer):
     `finalize_variable_values`, called by Keras at the end of `fit`, puts into the
     model; the next `fit` begins a new cycle.
 
-    The whole inner optimizer runs in each step: its clipping, weight decay, moving
-    average and accumulation (k counts updates, not batches) are its own arguments.
-    Constraints hold for both, θ and φ. `learning_rate`, `iterations` and
-    `exclude_from_weight_decay` are the inner optimizer's; so are the step metrics,
-    besides `slow_fast_distance`, the norm of θ − φ before a synchronization, and `syncs`,
-    their number since φ began. Around `NAG`, the fast weights are its look-ahead points.
+    Each step runs the whole inner optimizer, whose arguments set clipping, weight decay,
+    the moving average and accumulation (k counts updates, not batches). Constraints
+    apply to both θ and φ. `learning_rate`, `iterations` and `exclude_from_weight_decay`
+    are the inner optimizer's. So are the step metrics, except `slow_fast_distance`, the
+    norm of θ − φ before a synchronization, and `syncs`, the number of synchronizations
+    since φ began. Around `NAG`, the fast weights are its look-ahead points.
 
     While `fit` runs, the model holds the fast weights: validation and `ModelCheckpoint`
-    see them. `train_on_batch`, and a `fit` that an exception ends (Ctrl-C), do not
-    finalize; there, and in a loop of one's own, call
+    see them. Neither `train_on_batch` nor a `fit` that an exception ends (Ctrl-C)
+    finalizes; there, and in your own training loop, call
     `optimizer.finalize_variable_values(model.trainable_variables)` at the end. With
-    `use_ema` inside, φ is put into the model after the average, so the average is seen
-    through `ema_overwrite_frequency` and `keras.callbacks.SwapEMAWeights` only. Weights
-    that are set by hand within a cycle are drawn to the φ from before at its end.
+    `use_ema` inside, φ replaces the average in the model, so only
+    `ema_overwrite_frequency` and `keras.callbacks.SwapEMAWeights` show the average. If
+    you set weights by hand within a cycle, its end pulls them towards the φ from before.
 
-    Keras has no such optimizer. TF-Addons' starts its slow weights from the weights
-    at the time it is built, and leaves the fast weights in the model.
+    Keras has no such optimizer. That of TF-Addons starts its slow weights from the
+    weights at the time it is built, and leaves the fast weights in the model.
 
     Args:
         optimizer: The inner optimizer: an instance (of this package or of Keras), its
-            config, or the name of one of Keras's own.
+            config, or the name of a Keras optimizer.
         sync_period: The number k of inner updates between synchronizations, at least
             1. Defaults to 5.
         slow_step_size: The step α of the slow weights, above 0 and at most 1.
@@ -60,12 +60,11 @@ class Lookahead(WrappingOptimizer):
 
     Raises:
         ValueError: If an argument has the wrong type or is out of range, or the inner
-            optimizer evaluates the loss itself, as `LBFGS` does; when state
-            is loaded into an inner optimizer of Keras that is not built, for Keras
-            would drop it.
+            optimizer evaluates the loss itself, as `LBFGS` does; when state is loaded
+            into an inner Keras optimizer that is not built, since Keras would drop it.
 
-    Slots: `slow` (φ), and the count `fast_updates` since φ began. The inner optimizer
-    keeps its own.
+    Slots: `slow` (φ), and `fast_updates`, the count of updates since φ began. The inner
+    optimizer keeps its own slots.
 
     Example:
 
@@ -98,7 +97,7 @@ class Lookahead(WrappingOptimizer):
         self._fast_updates = self.add_variable(
             (), "zeros", dtype="int", aggregation="only_first_replica", name="fast_updates"
         )
-        # Without Keras's tracking: it holds no state that is saved.
+        # Bypasses Keras's tracking: it holds no state that is saved.
         object.__setattr__(self, "_tensorflow_sync", self._new_tensorflow_sync())
 
     # --- the algorithm -------------------------------------------------------
@@ -106,7 +105,7 @@ class Lookahead(WrappingOptimizer):
     def apply(
         self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
     ) -> None:
-        """A step of the inner optimizer, and every k updates one of the slow weights.
+        """Makes a step of the inner optimizer and, every k updates, one of the slow weights.
 
         Args:
             grads: One gradient for each variable, as the inner optimizer takes them.
@@ -123,7 +122,7 @@ class Lookahead(WrappingOptimizer):
                 self.inner_optimizer.apply(grads, trainable_variables)
             return
         self._start(ops.equal(self._fast_updates, 0))
-        updates_before = self.iterations + 0  # a value, which the step does not change
+        updates_before = self.iterations + 0  # copies the value, which the step changes
         self.inner_optimizer.apply(grads, trainable_variables)
         updates = self.iterations - updates_before
         self._fast_updates.assign(self._fast_updates + updates)
@@ -140,7 +139,7 @@ class Lookahead(WrappingOptimizer):
             self.assign(slow, start_slow_weight(weight, ops.convert_to_tensor(slow), where))
 
     def _synchronize(self, where: Any = True) -> None:
-        """Moves the slow weights towards the weights, and sets the weights to them.
+        """Moves the slow weights towards the weights, then sets the weights to them.
 
         Args:
             where: Whether to do so.
@@ -168,12 +167,12 @@ class Lookahead(WrappingOptimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # What was compiled has the arguments built in.
+        # The arguments are constants in the compiled functions.
         if name in self.hyperparameters and hasattr(self, "_tensorflow_sync"):
             object.__setattr__(self, "_tensorflow_sync", self._new_tensorflow_sync())
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
-        """Weights and slow weights; without integers, which no gradient ever moves."""
+        """Pairs of weight and slow weight, without integers, which gradients never move."""
         pairs = zip(self._trainable_variables, self._slots.get("slow", ()), strict=True)
         is_float = keras.backend.is_float_dtype
         return (pair for pair in pairs if pair[1] is not None and is_float(pair[1].dtype))
@@ -185,7 +184,7 @@ class Lookahead(WrappingOptimizer):
 
     @property
     def cycle_variables(self) -> dict[str, Any]:
-        """The slow weights, and the count of updates since they began."""
+        """The slow weights and the count of updates since they began."""
         return {"slow": list(self._slots["slow"]), "fast_updates": self._fast_updates}
 
     def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:

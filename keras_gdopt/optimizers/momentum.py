@@ -21,7 +21,7 @@ class Momentum(GradientOptimizer):
     \theta_t &= \theta_{t-1} - \eta_t\, v_t
     \end{aligned}$$
 
-    With `classical=True`, the heavy ball of Polyak, whose velocity holds steps
+    With `classical=True`, it is Polyak's heavy ball, whose velocity accumulates steps
     instead of gradients:
 
     $$\begin{aligned}
@@ -29,10 +29,10 @@ class Momentum(GradientOptimizer):
     \theta_t &= \theta_{t-1} + v_t
     \end{aligned}$$
 
-    At a constant learning rate the classical form with η(1 - ρ) takes the same
+    At a constant learning rate, the classical form with η(1 - ρ) takes the same
     steps as the default form with η. When the rate changes, the default form
-    applies the new rate to the whole average at once; the classical one keeps the
-    steps it has gathered.
+    applies the new rate to the whole average at once; the classical form keeps the
+    steps it has accumulated.
 
     `classical=True` equals `keras.optimizers.SGD(momentum=...)`; Keras has no
     counterpart of the default form.
@@ -50,7 +50,7 @@ class Momentum(GradientOptimizer):
     Raises:
         ValueError: If an argument is unknown, of the wrong type or out of range.
 
-    Slots: `velocity`. Step metric of its own: `velocity_norm`, the norm of all
+    Slots: `velocity` (v). Additional step metric: `velocity_norm`, the norm of all
     velocities together.
 
     Example:

@@ -24,10 +24,10 @@ class Nadam(AdaptiveMoments):
     \left(\beta_1 \hat m_t + \frac{1 - \beta_1}{1 - \beta_1^t}\, g_t\right)
     \end{aligned}$$
 
-    `keras.optimizers.Nadam` is another rule: it lets the first decay follow the
-    schedule $\mu_t = \beta_1 (1 - 0.5 \cdot 0.96^t)$ and looks one step further ahead
-    in the correction of the first moment; so does torch's, with $0.96^{t/250}$. Both
-    also add epsilon (1e-7, 1e-8) to the root of $\hat v_t$, as here.
+    `keras.optimizers.Nadam` follows a different rule: its first decay follows the
+    schedule $\mu_t = \beta_1 (1 - 0.5 \cdot 0.96^t)$, and its correction of the first
+    moment looks one step further ahead. torch's does the same with $0.96^{t/250}$. As
+    here, both add epsilon (1e-7 in Keras, 1e-8 in torch) to the root of $\hat v_t$.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
@@ -35,9 +35,9 @@ class Nadam(AdaptiveMoments):
             arguments. Defaults to 0.001.
         beta_1: The decay β₁ of the first moment, in [0, 1). Defaults to 0.9.
         beta_2: The decay β₂ of the second moment, in [0, 1). Defaults to 0.999.
-        epsilon: Added to the root, not negative. Defaults to 1e-8.
-        epsilon_root: Added under the root, not negative. Defaults to 0. At least
-            one of both epsilons must be above 0.
+        epsilon: Added to the root, non-negative. Defaults to 1e-8.
+        epsilon_root: Added under the root, non-negative. Defaults to 0. At least
+            one of the two epsilons must be above 0.
         lazy: Whether embedding rows absent from the batch, and their moments, are
             left alone. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
@@ -83,8 +83,8 @@ class Nadam(AdaptiveMoments):
         """The rule above, see `GradientOptimizer.update_rule`."""
         m, v = self._moments(gradient, slots)
         rate, *epsilons = self._bias_corrected(learning_rate, step)
-        # rate * (beta_1 * m + (1 - beta_1) * gradient), from the old moment and with its
-        # factors in two scalars: two roundings less.
+        # rate * (beta_1 * m + (1 - beta_1) * gradient), written with the old moment and one
+        # scalar factor for each term: two roundings fewer.
         square = in_dtype(self.beta_1, rate.dtype) ** 2
         ahead = ops.cast(rate * square, m.dtype) * slots["momentum"]
         ahead += ops.cast(rate * (1 - square), m.dtype) * gradient

@@ -15,7 +15,7 @@ from keras_gdopt.tensor import Tensor
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class NAG(GradientOptimizer):
-    r"""Momentum whose gradient is taken where the velocity is about to lead.
+    r"""Momentum whose gradient is taken at the point where the velocity is about to lead.
 
     $$\begin{aligned}
     \hat\theta_t &= \theta_{t-1} - c_{t-1} v_{t-1}, \qquad c_{t-1} = \eta_{t-1}\, \rho \\
@@ -23,7 +23,7 @@ class NAG(GradientOptimizer):
     \theta_t &= \theta_{t-1} - \eta_t\, v_t
     \end{aligned}$$
 
-    With `classical=True`, the velocity holds steps instead of gradients:
+    With `classical=True`, the velocity accumulates steps instead of gradients:
 
     $$\begin{aligned}
     \hat\theta_t &= \theta_{t-1} + \rho\, v_{t-1} \\
@@ -31,20 +31,20 @@ class NAG(GradientOptimizer):
     \theta_t &= \theta_{t-1} + v_t
     \end{aligned}$$
 
-    The gradient is that of the model's weights, so while `fit` runs, *the model holds
-    the look-ahead point* $\hat\theta_{t+1}$: validation, `ModelCheckpoint`, moving
+    Keras computes the gradient at the model's weights, so while `fit` runs, *the model
+    holds the look-ahead point* $\hat\theta_{t+1}$: validation, `ModelCheckpoint`, moving
     averages and constraints see it, and `EarlyStopping(restore_best_weights=True)`
-    restores one. $\theta_t$ itself, which follows the rule exactly at any schedule of
-    the rate, is put there, within its constraints, by `finalize_variable_values`, which
-    Keras calls at the end of `fit`; the first step after that takes its gradient at
+    restores one. At the end of `fit`, Keras calls `finalize_variable_values`, which puts
+    $\theta_t$ itself, within its constraints, into the model; $\theta_t$ follows the rule
+    exactly under any learning rate schedule. The next step takes its gradient at
     $\theta_t$. Neither `train_on_batch` nor a `fit` that an exception ends (Ctrl-C)
-    finalizes. There, and in a loop of one's own, call
-    `optimizer.finalize_variable_values(model.trainable_variables)` before the weights
-    are used; training goes on from either point.
+    finalizes; there, and in your own training loop, call
+    `optimizer.finalize_variable_values(model.trainable_variables)` before you use the
+    weights. Training can continue from either point.
 
     `keras.optimizers.SGD(nesterov=True)` takes the same look-ahead points as
-    `classical=True`, but leaves the last of them in the model, where this class
-    leaves $\theta_t$. Keras has no counterpart of the default form.
+    `classical=True`, but leaves the last one in the model, while this class leaves
+    $\theta_t$. Keras has no counterpart of the default form.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
@@ -59,9 +59,9 @@ class NAG(GradientOptimizer):
     Raises:
         ValueError: If an argument is unknown, of the wrong type or out of range.
 
-    Slots: `velocity` (v) and, one number a variable, `look_ahead`, how many velocities
-    the model is ahead: the last rate times ρ (ρ in the classical form), and 0 after
-    finalizing. Step metric of its own: `velocity_norm`, the norm of all velocities
+    Slots: `velocity` (v) and `look_ahead`, one number per variable: how many velocities
+    the model is ahead. It is the last rate times ρ (ρ in the classical form), and 0 after
+    finalizing. Additional step metric: `velocity_norm`, the norm of all velocities
     together.
 
     Example:
@@ -105,7 +105,7 @@ class NAG(GradientOptimizer):
     def update_rule(
         self, gradient: Tensor, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Update:
-        """From one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
+        """Moves one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
         del step
         rho, ahead, old_velocity = self.momentum, slots["look_ahead"], slots["velocity"]
         if self.classical:
@@ -113,8 +113,8 @@ class NAG(GradientOptimizer):
         else:
             velocity = rho * old_velocity + (1 - rho) * gradient
         if is_known(rho) and rho > 0.0:
-            # What was looked ahead, `ahead` old velocities, is written with the new one, so
-            # that XLA need not keep the old one while it overwrites it.
+            # The old look-ahead, `ahead` old velocities, is expressed by the new velocity, so
+            # that XLA can overwrite the old one without keeping a copy.
             ahead = ahead / rho
             if self.classical:
                 change = (1 + rho - ahead) * velocity - ahead * learning_rate * gradient
@@ -129,7 +129,7 @@ class NAG(GradientOptimizer):
         return change, {"velocity": velocity, "look_ahead": look_ahead}
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Puts the weights themselves where the look-ahead point is.
+        """Replaces the look-ahead point in the model by the weights themselves.
 
         Args:
             var_list: The model's trainable variables.

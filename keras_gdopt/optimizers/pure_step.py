@@ -20,23 +20,23 @@ from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
 from keras_gdopt.tensor import Tensor
 
 State = Any
-"""What an optimizer keeps, as a structure of tensors."""
+"""The state of an optimizer, as a structure of tensors."""
 
 Hyperparameters = Mapping[str, Tensor]
-"""Scalars in place of an optimizer's own numbers, by name."""
+"""Scalars that replace an optimizer's own numbers, by name."""
 
 
 class PureStep:
     """The step of a `GradientOptimizer` as a pure function of weights and state.
 
-    Accumulation, clipping, decay, rule, moving averages and constraints, as in `apply`; reads
-    and changes no variable.
+    It accumulates, clips, decays, and applies the rule, moving averages and constraints, as
+    `apply` does, but neither reads nor changes a variable.
 
     Args:
         optimizer: A built optimizer.
 
     Raises:
-        ValueError: If the optimizer does what only variables can.
+        ValueError: If the optimizer does something that needs variables.
 
     Attributes:
         trainable: The optimizer's variables.
@@ -84,25 +84,25 @@ class PureStep:
         return {**others, "slots": slots}
 
     def load(self, state: State, batches: Tensor) -> None:
-        """Gives the optimizer a state, and how many batches it has seen."""
+        """Loads a state into the optimizer, and the number of batches it has seen."""
         _assign(self.variables(), state)
         self._optimizer.step_variables.iterations.assign(batches)
 
     def learning_rates(self) -> list[float | None]:
-        """The learning rate; `None` where there is a schedule."""
+        """The learning rate; `None` if it follows a schedule."""
         if self._optimizer.step_settings.schedule is not None:
             return [None]
         return [float(keras.ops.convert_to_numpy(self._optimizer.learning_rate))]
 
     def set_learning_rates(self, rates: Sequence[float | None]) -> None:
-        """Gives the optimizer what `learning_rates` returned."""
+        """Sets the learning rate that `learning_rates` returned."""
         (rate,) = rates
         if rate is not None and self._optimizer.step_settings.has_fixed_learning_rate:
             self._optimizer.learning_rate = rate
 
     @property
     def evolvable(self) -> dict[str, str]:
-        """The hyper-parameters that a step takes, see `GradientOptimizer.evolvable`."""
+        """The hyper-parameters that a step accepts, see `GradientOptimizer.evolvable`."""
         is_fixed = self._optimizer.step_settings.has_fixed_learning_rate
         rate = {"learning_rate": "positive"} if is_fixed else {}
         classes = type(self._optimizer).__mro__
@@ -110,17 +110,17 @@ class PureStep:
             next(place for place, cls in enumerate(classes) if name in vars(cls))
             for name in ("update_rule", "evolvable")
         )
-        # What another rule declares, of which this one is a subclass, is not said of this one.
+        # A subclass with a rule of its own does not inherit what its parent's rule declares.
         declared = self._optimizer.evolvable if declaration <= rule else {}
         return {**rate, "weight_decay": "positive", **declared}
 
     def check_hyperparameters(self, values: Mapping[str, float]) -> None:
-        """Raises as the optimizer's class does for numbers that it does not take."""
+        """Raises the error of the optimizer's class if it does not accept the numbers."""
         config = {**self._optimizer.get_config(), "learning_rate": 0.001, **values}
         type(self._optimizer).from_config(config)
 
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
-        """Gives the optimizer numbers in place of its own."""
+        """Replaces the optimizer's own numbers."""
         for name, value in values.items():
             setattr(self._optimizer, name, value)
 
@@ -131,7 +131,7 @@ class PureStep:
         return self._optimizer.scale_loss(loss)
 
     def makes_update(self, batches: Tensor) -> Tensor:
-        """Whether the step after that many batches moves the weights."""
+        """Whether the step after this many batches moves the weights."""
         return tf.equal((batches + 1) % self._batches_per_update, 0)
 
     def __call__(
@@ -143,16 +143,17 @@ class PureStep:
         batches: Tensor,
         hyperparameters: Hyperparameters | None = None,
     ) -> tuple[list[Tensor], State]:
-        """One step.
+        """Makes one step.
 
         Args:
-            grads: Dense, of the scaled loss, in the order of the optimizer's variables. `None`
-                for weights that the loss does not depend on, which stay as they are.
-            weights: In the same order.
-            state: The state before.
-            learning_rates: One scalar, which counts where there is no schedule.
-            batches: How many steps were made before, in an integer dtype.
-            hyperparameters: In place of the optimizer's own, `learning_rates` included.
+            grads: Dense gradients of the scaled loss, in the order of the optimizer's
+                variables. `None` for weights that the loss does not depend on, which stay as
+                they are.
+            weights: The weights, in the same order.
+            state: The state before the step.
+            learning_rates: One scalar, which a schedule overrides.
+            batches: The number of earlier steps, in an integer dtype.
+            hyperparameters: Replace the optimizer's own numbers, and `learning_rates` too.
 
         Returns:
             The new weights, in their dtypes, and the new state.
@@ -244,30 +245,30 @@ class PureLookahead:
         return {"inner": self._inner.initial_state(), **zeros}
 
     def load(self, state: State, batches: Tensor) -> None:
-        """Gives the optimizer a state, and how many batches it has seen."""
+        """Loads a state into the optimizer, and the number of batches it has seen."""
         own = {name: value for name, value in self.variables().items() if name != "inner"}
         _assign(own, {name: state[name] for name in own})
         self._inner.load(state["inner"], batches)
 
     def learning_rates(self) -> list[float | None]:
-        """The inner optimizer's, see `PureStep.learning_rates`."""
+        """The inner optimizer's rates, see `PureStep.learning_rates`."""
         return self._inner.learning_rates()
 
     def set_learning_rates(self, rates: Sequence[float | None]) -> None:
-        """Gives the inner optimizer what `learning_rates` returned."""
+        """Sets the rates that `learning_rates` returned."""
         self._inner.set_learning_rates(rates)
 
     @property
     def evolvable(self) -> dict[str, str]:
-        """Those of the inner optimizer."""
+        """The hyper-parameters of the inner optimizer's step."""
         return self._inner.evolvable
 
     def check_hyperparameters(self, values: Mapping[str, float]) -> None:
-        """Raises as the inner optimizer's class does."""
+        """Raises the error of the inner optimizer's class if it does not accept the numbers."""
         self._inner.check_hyperparameters(values)
 
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
-        """Gives the inner optimizer numbers in place of its own."""
+        """Replaces the inner optimizer's own numbers."""
         self._inner.set_hyperparameters(values)
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -275,7 +276,7 @@ class PureLookahead:
         return self._inner.scaled(loss)
 
     def makes_update(self, batches: Tensor) -> Tensor:
-        """Whether the step after that many batches moves the weights."""
+        """Whether the step after this many batches moves the weights."""
         return self._inner.makes_update(batches)
 
     def __call__(
@@ -287,7 +288,7 @@ class PureLookahead:
         batches: Tensor,
         hyperparameters: Hyperparameters | None = None,
     ) -> tuple[list[Tensor], State]:
-        """A step of the inner optimizer, and where it is due one of the slow weights."""
+        """Makes a step of the inner optimizer and, if it is due, one of the slow weights."""
         count, alpha = state["fast_updates"], self._optimizer.slow_step_size
         slow = [
             start_slow_weight(weight, value, count == 0)
@@ -322,14 +323,14 @@ class PureLookahead:
 class PureMultiOptimizer:
     """The step of a `keras.optimizers.MultiOptimizer` around optimizers of this package.
 
-    See `PureStep`. The state is a list of theirs, without those that have no variables.
+    See `PureStep`. The state is a list of the states of those optimizers that have variables.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         named: list[Any] = getattr(optimizer._optimizer_map, "values", list)()
         if len(named) != len({id(each) for each in named}):
-            # Its copies, of which a population has many, would have one for each key.
+            # A copy, as populations make many, would have one optimizer for each key.
             raise ValueError(
                 "Expected an optimizer of its own for each key of a `MultiOptimizer`. Received: "
                 "one for several keys; let one regular expression match their variables"
@@ -349,31 +350,31 @@ class PureMultiOptimizer:
         return [step.initial_state() for step in self._steps]
 
     def load(self, state: State, batches: Tensor) -> None:
-        """Gives the optimizers a state, and how many batches they have seen."""
+        """Loads states into the optimizers, and the number of batches they have seen."""
         for step, own in zip(self._steps, state, strict=True):
             step.load(own, batches)
         self._optimizer.iterations.assign(batches)
 
     def learning_rates(self) -> list[float | None]:
-        """The learning rates; `None` for a schedule."""
+        """The learning rates; `None` for each that follows a schedule."""
         return [rate for step in self._steps for rate in step.learning_rates()]
 
     def set_learning_rates(self, rates: Sequence[float | None]) -> None:
-        """Gives the optimizers what `learning_rates` returned."""
+        """Sets the rates that `learning_rates` returned."""
         for step, rate in zip(self._steps, rates, strict=True):
             step.set_learning_rates([rate])
 
     @property
     def evolvable(self) -> dict[str, str]:
-        """Nothing: a name does not say which of the optimizers it is of."""
+        """Empty: a name does not tell which of the optimizers it belongs to."""
         return {}
 
     def check_hyperparameters(self, values: Mapping[str, float]) -> None:
-        """There are none to check."""
+        """Does nothing: there are none to check."""
         del values
 
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
-        """There are none to set."""
+        """Does nothing: there are none to set."""
         del values
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -381,7 +382,7 @@ class PureMultiOptimizer:
         return self._optimizer.scale_loss(loss)
 
     def makes_update(self, batches: Tensor) -> Tensor:
-        """Whether a step counts as an update, as a `MultiOptimizer` counts each."""
+        """True: a `MultiOptimizer` counts each step as an update."""
         return tf.ones_like(batches, tf.bool)
 
     def __call__(
@@ -393,7 +394,7 @@ class PureMultiOptimizer:
         batches: Tensor,
         hyperparameters: Hyperparameters | None = None,
     ) -> tuple[list[Tensor], State]:
-        """A step of each optimizer."""
+        """Makes a step of each optimizer."""
         del hyperparameters
         weights, new = list(weights), []
         for step, places, own, rate in zip(
@@ -424,13 +425,13 @@ AnyPureStep = PureStep | PureLookahead | PureMultiOptimizer
 
 
 def pure_step(optimizer: keras.optimizers.Optimizer) -> AnyPureStep:
-    """The step of one of our optimizers as a pure function.
+    """The step of an optimizer of this package as a pure function.
 
     Args:
         optimizer: A built optimizer of this package, or a `MultiOptimizer` around some.
 
     Raises:
-        ValueError: If it is none of ours, or does what only variables can.
+        ValueError: If it is not one of these, or does something that needs variables.
     """
     if isinstance(optimizer, GradientOptimizer):
         return PureStep(optimizer)
@@ -450,7 +451,7 @@ def pure_step(optimizer: keras.optimizers.Optimizer) -> AnyPureStep:
     )
 
 
-# Of Keras's optimizers, the class of this package with the same rule.
+# For each Keras optimizer, the class of this package with the same rule.
 _SAME_RULE = {
     "SGD": "GradientDescent, Momentum or NAG",
     "Adam": "Adam",
@@ -460,7 +461,7 @@ _SAME_RULE = {
 
 
 def _check_step_is_inherited(optimizer: Any, *bases: type) -> None:
-    """Raises if a subclass makes its step in another way than the class that is known."""
+    """Raises if a subclass replaces the step of the class that is known here."""
     for name in ("apply", "finalize_variable_values"):
         if all(getattr(type(optimizer), name) is not getattr(base, name) for base in bases):
             raise ValueError(

@@ -20,10 +20,10 @@ from keras_gdopt.tensor import Tensor
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class RAdam(AdaptiveMoments):
-    r"""Adam whose adaptive rate waits until its variance can be rectified.
+    r"""Adam that adapts its rate only once the variance of the rate can be rectified.
 
     With the moments and corrections of `Adam`, and the length of the simple moving
-    average that the second moment amounts to,
+    average that the second moment is equivalent to,
 
     $$\rho_\infty = \frac{2}{1 - \beta_2} - 1, \qquad
     \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t},$$
@@ -36,14 +36,14 @@ class RAdam(AdaptiveMoments):
     \end{cases} \qquad r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2)\, \rho_\infty}
     {(\rho_\infty - 4)(\rho_\infty - 2)\, \rho_t}}$$
 
-    At β₂ = 0.999 steps are rectified from the fifth on (from the sixth on with
-    `sma_threshold=5`); those before it follow the first moment alone. With β₂ of 0.6
-    or less no step is ever rectified.
+    At β₂ = 0.999, steps are rectified from the fifth on (from the sixth on with
+    `sma_threshold=5`); earlier steps follow the first moment alone. With β₂ of 0.6
+    or less, no step is ever rectified.
 
-    Keras has no RAdam. `torch.optim.RAdam` and TF-Addons switch at a threshold of 5;
-    so does `sma_threshold=5.0` here. The warm-up that TF-Addons builds in is a
-    schedule of the learning rate. (With another backend than TensorFlow, $\rho_t$ is
-    computed in float32, and is exact to about $10^{-7} \rho_\infty$.)
+    Keras has no RAdam. `torch.optim.RAdam` and TF-Addons switch at a threshold of 5,
+    which is `sma_threshold=5.0` here. For the warm-up that TF-Addons builds in, use a
+    learning rate schedule. (With a backend other than TensorFlow, $\rho_t$ is computed
+    in float32 and is exact to about $10^{-7} \rho_\infty$.)
 
     Args:
         learning_rate: The rate η: a non-negative number, a
@@ -51,11 +51,11 @@ class RAdam(AdaptiveMoments):
             arguments. Defaults to 0.001.
         beta_1: The decay β₁ of the first moment, in [0, 1). Defaults to 0.9.
         beta_2: The decay β₂ of the second moment, in [0, 1). Defaults to 0.999.
-        epsilon: Added to the root, not negative. Defaults to 1e-8.
-        epsilon_root: Added under the root, not negative. Defaults to 0. At least
-            one of both epsilons must be above 0.
+        epsilon: Added to the root, non-negative. Defaults to 1e-8.
+        epsilon_root: Added under the root, non-negative. Defaults to 0. At least
+            one of the two epsilons must be above 0.
         sma_threshold: The length of the moving average above which a step is
-            rectified, at least 4, where the rectification begins. Defaults to 4.
+            rectified; at least 4, where rectification becomes possible. Defaults to 4.
         lazy: Whether embedding rows absent from the batch, and their moments, are
             left alone. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
@@ -116,7 +116,7 @@ class RAdam(AdaptiveMoments):
     def rule_metrics(
         self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
     ) -> dict[str, Tensor]:
-        r"""$\rho_t$, and $r_t$ or 0 where the step is not rectified.
+        r"""$\rho_t$, and $r_t$ (0 if the step is not rectified).
 
         See `GradientOptimizer.rule_metrics`.
         """
@@ -126,7 +126,7 @@ class RAdam(AdaptiveMoments):
     def effective_learning_rate(
         self, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Tensor | None:
-        """Rectified, or the rate itself, see `GradientOptimizer.effective_learning_rate`."""
+        """Adam's, rectified, or the rate; see `GradientOptimizer.effective_learning_rate`."""
         _, rectified, rectification = self._rectification(step)
         rate = ops.cast(learning_rate, step.dtype)
         adapted: Tensor = super().effective_learning_rate(slots, rate * rectification, step)
@@ -141,13 +141,13 @@ class RAdam(AdaptiveMoments):
         return is_known(self.beta_2) and self._longest <= self.sma_threshold
 
     def _rectification(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The moving average's length, whether a step is rectified, and by what then."""
+        """The moving average's length, whether the step is rectified, and the factor if it is."""
         correction = one_minus_power(self.beta_2, step)
         longest = 2 / (1 - in_dtype(self.beta_2, step.dtype)) - 1
         length = longest - 2 * step * (1 - correction) / correction
         rectified = length > self.sma_threshold
         if self._is_never_rectified:
             return length, rectified, ops.zeros_like(length)
-        kept = ops.maximum(length, self.sma_threshold)  # where the root is real
+        kept = ops.maximum(length, self.sma_threshold)  # keeps the root real
         of_longest = (longest - 4) * (longest - 2) / longest
         return length, rectified, ops.sqrt((kept - 4) * (kept - 2) / (kept * of_longest))

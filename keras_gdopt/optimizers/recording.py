@@ -1,4 +1,4 @@
-"""What optimizers record of their steps: which steps, which numbers, and where they are kept."""
+"""Records optimizer steps: decides which steps and which numbers, and keeps them."""
 
 import math
 import weakref
@@ -19,8 +19,8 @@ from keras_gdopt.optimizers.saved_state import SavedStateOptimizer, variable_pat
 from keras_gdopt.tensor import Tensor
 
 TIERS = ("scalars", "layers", "histograms")
-"""How much a recorded step keeps: numbers of the whole model, also numbers of each variable,
-and also the gradients."""
+"""How much a recorded step keeps: numbers of the whole model; also numbers of each variable;
+also the gradients."""
 
 _MOST_LISTENERS = 8
 _NEVER = 2**62  # steps from one recording to the next
@@ -32,22 +32,22 @@ class Record(NamedTuple):
     """What one step records, as tensors."""
 
     numbers: Tensor
-    """Numbers of the whole model, a vector."""
+    """Numbers of the whole model, as a vector."""
     of_variables: Tensor | None = None
-    """Numbers of each variable, a row each; from the tier "layers" on."""
+    """Numbers of each variable, one row per variable; from the tier "layers" on."""
     gradients: Mapping[str, Tensor] | None = None
-    """By the index of the variable, as a string; in the tier "histograms"."""
+    """Gradients by variable index, as a string; in the tier "histograms"."""
 
 
 class Recorder:
     """Decides which steps an optimizer records, and keeps the last record.
 
-    It keeps it in variables that are not part of the optimizer's saved state.
+    The record is kept in variables that are not part of the optimizer's saved state.
 
     Args:
-        records_all: Whether every step is recorded, in the tier "layers", without being asked.
-        dtype: The dtype of the numbers. By default float32, which holds a norm to 1e-7, more
-            than a plot shows.
+        records_all: Whether to record every step, in the tier "layers", without a listener.
+        dtype: The dtype of the numbers. Defaults to float32, which holds a norm to 1e-7, more
+            precisely than a plot shows.
 
     Attributes:
         variables: The optimizer's variables, for their paths.
@@ -57,7 +57,7 @@ class Recorder:
         self.variables: Sequence[Any] = ()
         self._records_all = records_all
         self._dtype = tf.as_dtype(dtype)
-        # Weakly: a training that dies does not say that it no longer listens.
+        # Weak references: a training run that dies does not unregister.
         self._listeners: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._frequencies: tf.Variable | None = None
         self._latest_iterations: tf.Variable | None = None
@@ -71,12 +71,12 @@ class Recorder:
 
     @property
     def asked_for(self) -> bool:
-        """Whether anybody ever asked; a step traced since then can record."""
+        """Whether anyone has ever asked for records; steps traced since then can record."""
         return self._records_all or self._frequencies is not None
 
     @property
     def tier(self) -> int:
-        """The place in `TIERS` of what a step traced now keeps; -1 for nothing."""
+        """The index in `TIERS` of what a step traced now keeps; -1 for nothing."""
         return self._tier
 
     def note_trace(self) -> None:
@@ -85,12 +85,12 @@ class Recorder:
             self._last_traced_tier = self._tier
 
     def record_every(self, every: int, tier: str, listener: Any = None) -> bool:
-        """Records every n-th step from now on for a listener; 0 records none for it.
+        """Records every n-th step from now on for a listener; with 0, none.
 
         Args:
             every: A number of steps.
             tier: One of `TIERS`.
-            listener: Any object that can be hashed and weakly referred to.
+            listener: Any object that is hashable and can be weakly referenced.
 
         Returns:
             Whether the step that was traced last cannot record.
@@ -125,18 +125,18 @@ class Recorder:
         """Whether a listener asked for this step.
 
         Args:
-            iterations: The count of calls of `apply` before this one.
-            steps_per_update: After how many calls weights move; the first update at or after
-                the n-th call is recorded.
+            iterations: The count of earlier calls of `apply`.
+            steps_per_update: The number of calls per update of the weights; the first update
+                at or after each n-th call is recorded.
         """
         call = tf.cast(iterations, tf.int64) + 1
         return tf.reduce_any(call % self._frequencies < steps_per_update)
 
     def recorded(self, update: Tensor) -> Tensor:
-        """Whether the last record is of this update.
+        """Whether the last record belongs to this update.
 
         Args:
-            update: The count of updates, the one in question included.
+            update: The count of updates, this one included.
         """
         if self._latest_iterations is None:
             return tf.constant(False)
@@ -153,9 +153,9 @@ class Recorder:
         """Makes a record of named numbers; may be called in a compiled function.
 
         Args:
-            numbers: Scalars of the whole model by name.
-            of_variables: Scalars of each variable by name, a list each.
-            gradients: By the index of the variable.
+            numbers: Scalars of the whole model, by name.
+            of_variables: Lists of scalars, one for each variable, by name.
+            gradients: Gradients by variable index.
         """
         self._names = tuple(numbers)
         rows = None
@@ -168,7 +168,7 @@ class Recorder:
         return Record(self._stack(numbers.values()), rows, by_name)
 
     def store(self, record: Record, update: Tensor) -> None:
-        """Keeps the record of the step that is being made.
+        """Keeps the record of the present step.
 
         Args:
             record: What `pack` returned.
@@ -199,7 +199,7 @@ class Recorder:
         update = self._latest_update()
         if not update:
             return {}
-        # Not by `Variable.numpy()`, which copies on the device first.
+        # `Variable.numpy()` would first copy on the device.
         values = self._latest["numbers"].value().numpy().tolist()
         return {"iterations": update, **dict(zip(self._names, values, strict=True))}
 
@@ -230,37 +230,37 @@ class RecordingOptimizer(SavedStateOptimizer):
 
     @property
     def recorder(self) -> Recorder | None:
-        """What decides which steps are recorded and keeps the last record, if there is one."""
+        """The recorder, which decides what is recorded and keeps it; `None` if there is none."""
         raise NotImplementedError
 
     def record_step_metrics(
         self, every: int = 1, *, tier: str = "scalars", listener: Any = None
     ) -> bool:
-        """Asks for the metrics of every n-th training step; needs TensorFlow.
+        """Requests the metrics of every n-th training step; needs TensorFlow.
 
-        A step that was traced before anybody asked does not record; one traced since then does,
-        and `every` may change at any time without a new trace. What was recorded before is
-        forgotten. Training steps are counted as calls of `apply`; under gradient accumulation the
-        first update at or after each n-th call is recorded. (Optimizers that evaluate the loss
-        record every step; they only need to be asked for gradients.)
+        A step that was traced before the first request does not record; a step traced later
+        does, and `every` may change at any time without a new trace. A request discards the
+        earlier record. Training steps are counted as calls of `apply`; under gradient
+        accumulation, the first update at or after each n-th call is recorded. (Optimizers that
+        evaluate the loss themselves record every step; only their gradients need a request.)
 
         Args:
             every: Record every n-th step; 0 stops the recording. Defaults to 1.
             tier: What to keep: `"scalars"` for `step_metrics`, `"layers"` for `variable_metrics`
                 too, `"histograms"` for `recorded_gradients` too, which takes the memory of the
                 gradients once more. Defaults to `"scalars"`.
-            listener: Who asks. Each listener has an `every` of its own, and the steps of all are
-                recorded. Any object that can be hashed and weakly referred to. Defaults to
-                `None`: one listener for all that give none.
+            listener: Who requests: any object that is hashable and can be weakly referenced. Each
+                listener has its own `every`, and the steps of all are recorded. Defaults to
+                `None`: all requests without a listener share one.
 
         Returns:
-            Whether the step that was traced last cannot record, so that it must be traced again:
+            Whether the step that was traced last cannot record and must be traced again with
             `model.make_train_function(force=True)`.
 
         Raises:
-            ValueError: If `every` is no integer or negative, `tier` is unknown, there are eight
-                listeners already, or the optimizer inside this one records nothing.
-            RuntimeError: With another backend than TensorFlow.
+            ValueError: If `every` is negative or not an integer, `tier` is unknown, there are
+                already eight listeners, or the optimizer inside this one records nothing.
+            RuntimeError: If the backend is not TensorFlow.
         """
         every = checked_count("every", every, minimum=0)
         check_tensorflow("`record_step_metrics`")
@@ -283,9 +283,9 @@ class RecordingOptimizer(SavedStateOptimizer):
     def variable_metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of each variable in the last recorded step, by its path.
 
-        `grad_norm`, `update_norm`, `weight_norm` and the norm of each slot, such as
-        `velocity_norm`; those of a gradient are 0 where there was none. Empty before there is a
-        step that was recorded with the tier `"layers"`.
+        They are `grad_norm`, `update_norm`, `weight_norm` and the norm of each slot, such as
+        `velocity_norm`; norms that need a gradient are 0 if there was none. Empty until a step
+        is recorded with the tier `"layers"`.
         """
         recorder = self.recorder
         return {} if recorder is None else recorder.metrics_of_variables()
@@ -294,7 +294,7 @@ class RecordingOptimizer(SavedStateOptimizer):
     def recorded_gradients(self) -> dict[str, np.ndarray]:
         """The gradients of the last recorded step, before clipping, by the variable's path.
 
-        Empty before there is a step that was recorded with the tier `"histograms"`.
+        Empty until a step is recorded with the tier `"histograms"`.
         """
         recorder = self.recorder
         return {} if recorder is None else recorder.gradients()
@@ -310,17 +310,17 @@ def summarize_step(
     gradients: Mapping[int, Tensor],
     tier: int,
 ) -> Record:
-    """Makes a first-order step's record; part of the compiled step.
+    """Makes the record of a first-order step; part of the compiled step.
 
     Args:
-        recorder: Which packs it.
+        recorder: The recorder that packs it.
         rule: The optimizer.
-        learning_rate: Of the step.
+        learning_rate: The step's learning rate.
         step: The 1-based count of updates.
-        squares: Squared norms by the names of their metrics and the variable's index.
-        slots: The new slots of all variables, by name and the variable's index.
-        gradients: By the variable's index.
-        tier: The place in `TIERS` of what to keep.
+        squares: Squared norms by metric name and variable index.
+        slots: The new slots of all variables, by name and variable index.
+        gradients: Gradients by variable index.
+        tier: The index in `TIERS` of what to keep.
     """
     step = tf.cast(step, tf.float64)
     lists = {name: list(values.values()) for name, values in slots.items()}
@@ -349,7 +349,7 @@ def summarize_step(
 
 
 def distinct_paths(variables: Sequence[Any]) -> list[str]:
-    """The variables' paths, with a number behind those that an earlier variable has too."""
+    """The variables' paths; a number is appended to a path that an earlier variable has."""
     paths: list[str] = []
     for variable in variables:
         path = variable_path(variable)
@@ -378,7 +378,7 @@ def _quantiles(
 
 
 def _sample(tensors: Sequence[Tensor]) -> Tensor:
-    """The same entries at each call, evenly spaced over all tensors; a vector."""
+    """A vector of entries evenly spaced over all tensors, the same ones in each call."""
     sizes = [math.prod(tensor.shape) for tensor in tensors]
     total = sum(sizes)
     places = np.linspace(0, total - 1, min(total, _SAMPLED_ENTRIES)).astype("int64")

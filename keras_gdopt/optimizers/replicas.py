@@ -13,15 +13,15 @@ def is_distributed(variable: Any) -> bool:
 
 
 def on_every_device(anchor: Any, function: Callable[..., None], *args: Any) -> None:
-    """Calls a function on each device that a distributed variable is on.
+    """Calls a function on each device that holds a copy of a distributed variable.
 
-    There it sees that device's copies of variables and its replica's `args`.
+    The function sees that device's copies of variables and its replica's `args`.
 
     Args:
         anchor: The distributed variable.
         function: Called as `function(*args, device=name, first=flag)`, where `first`
-            says whether it is the first of the devices.
-        *args: Structures of tensors, as a replica has them.
+            says whether this is the first device.
+        *args: Structures of tensors, as each replica has them.
     """
     anchor = raw_variable(anchor)
     strategy = anchor.distribute_strategy
@@ -38,5 +38,5 @@ def on_every_device(anchor: Any, function: Callable[..., None], *args: Any) -> N
 
 
 def raw_variable(variable: Any) -> tf.Variable:
-    """TensorFlow's variable inside a Keras one."""
+    """The TensorFlow variable inside a Keras variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable

@@ -27,33 +27,33 @@ class RMSprop(GradientOptimizer):
     \theta_t &= \theta_{t-1} - s_t
     \end{aligned}$$
 
-    With `momentum` μ > 0, the steps gather:
+    With `momentum` μ > 0, the steps accumulate:
     $m_t = \mu\, m_{t-1} + s_t$, $\theta_t = \theta_{t-1} - m_t$.
 
-    With `centered=True`, the variance of the gradient divides instead of $G_t$:
+    With `centered=True`, the divisor contains the variance of the gradient instead of $G_t$:
 
     $$\bar g_t = \rho\, \bar g_{t-1} + (1 - \rho)\, g_t, \qquad
     V_t = G_t - \bar g_t^2 = \rho V_{t-1} + \rho (1 - \rho) (g_t - \bar g_{t-1})^2$$
 
-    The second form, in which V is kept, is never negative. The difference, which
-    Keras and torch compute, cancels in float32 where gradients vary little, and
-    its root may then be NaN.
+    This class keeps V in the second form, which is never negative. Keras and torch
+    compute the difference, which cancels in float32 where gradients vary little; its
+    root may then be NaN.
 
     Equals `keras.optimizers.RMSprop` with its epsilon (1e-7) as `epsilon_root`,
-    but for repeated embedding rows, each of which Keras squares on its own.
+    except that Keras squares each repetition of an embedding row on its own.
 
     Args:
         learning_rate: The rate η: a non-negative number, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable without
             arguments. Defaults to 0.001.
         rho: The decay ρ of the averages, in [0, 1). Defaults to 0.9.
-        momentum: The decay μ of the gathered steps, in [0, 1); 0 gathers none.
-            Defaults to 0.
-        epsilon: Added to the root, not negative. Defaults to 0. (Keras's
+        momentum: The decay μ of the accumulated steps, in [0, 1); with 0, steps do not
+            accumulate. Defaults to 0.
+        epsilon: Added to the root, non-negative. Defaults to 0. (Keras's
             `epsilon` is under the root: it is `epsilon_root` here.)
-        epsilon_root: Added under the root, not negative. Defaults to 1e-6. At least
-            one of both epsilons must be above 0.
-        centered: Whether the variance divides. Defaults to False.
+        epsilon_root: Added under the root, non-negative. Defaults to 1e-6. At least
+            one of the two epsilons must be above 0.
+        centered: Whether to divide by the root of the variance. Defaults to False.
         lazy: Whether embedding rows absent from the batch, and their averages, are
             left alone. Defaults to False. See `GradientOptimizer`.
         **kwargs: Keras's base arguments, see `GradientOptimizer`.
@@ -102,13 +102,13 @@ class RMSprop(GradientOptimizer):
 
     @property
     def evolvable(self) -> Mapping[str, str]:
-        """What may differ between members, see `GradientOptimizer.evolvable`."""
+        """The hyper-parameters that may differ, see `GradientOptimizer.evolvable`."""
         names = {"rho": "fraction", "epsilon": "positive", "epsilon_root": "positive"}
         return {**names, "momentum": "fraction"} if self.momentum else names
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """What the options need, see `GradientOptimizer.slots`."""
+        """The slots that the arguments require, see `GradientOptimizer.slots`."""
         names = ["velocity"]
         names += ["momentum"] if self.momentum else []
         names += ["average_gradient"] if self.centered else []

@@ -1,4 +1,4 @@
-"""What an update rule is, and what a step asks of the optimizer that has one."""
+"""Types of an update rule, and the interface that a step needs of its optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,13 +11,13 @@ Slots = Mapping[str, Tensor]
 """One variable's slots by name."""
 
 Update = tuple[Tensor, dict[str, Tensor]]
-"""The change of a variable, and its new slots by name."""
+"""The change to add to a variable, and its new slots by name."""
 
 
 class StepSettings(NamedTuple):
-    """What an optimizer does around its rule; `None` for what it does not do.
+    """What an optimizer does around its rule; `None` turns a part off.
 
-    The names and meanings are those of Keras's arguments.
+    Names and meanings are those of Keras's arguments.
     """
 
     learning_rate: Any
@@ -26,7 +26,7 @@ class StepSettings(NamedTuple):
     clipvalue: float | None
     global_clipnorm: float | None
     weight_decay: Any
-    """A number, or for a member of a population a scalar tensor."""
+    """A number, or a scalar tensor for a member of a population."""
     ema_momentum: float | None
     """`None` without `use_ema`."""
     ema_overwrite_frequency: int | None
@@ -35,7 +35,7 @@ class StepSettings(NamedTuple):
 
     @property
     def schedule(self) -> keras.optimizers.schedules.LearningRateSchedule | None:
-        """The schedule of the learning rate, if it has one."""
+        """The learning rate schedule, if there is one."""
         is_schedule = isinstance(
             self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
         )
@@ -57,7 +57,7 @@ class StepVariables(NamedTuple):
 
     trainable: Sequence[Any]
     slots: Mapping[str, Sequence[Any]]
-    """By slot name; `None` for a variable that is overwritten with its gradient (float8)."""
+    """By slot name; `None` for a variable that Keras overwrites with its gradient (float8)."""
     averages: Sequence[Any]
     """Moving averages of the weights; empty without `use_ema`."""
     accumulators: Sequence[Any]
@@ -67,7 +67,7 @@ class StepVariables(NamedTuple):
 
 
 class RuleOptimizer(Protocol):
-    """What a step asks of a `GradientOptimizer`."""
+    """The part of a `GradientOptimizer` that a step uses."""
 
     name: str
     lazy: bool
@@ -103,7 +103,7 @@ class RuleOptimizer(Protocol):
         """Subtracts from a variable."""
 
     def uses_weight_decay(self, variable: Any) -> bool:
-        """Whether weight decay, if there is any, applies to a variable."""
+        """Whether a variable takes part in weight decay, if there is any."""
 
     def apply_rule(
         self,
@@ -115,21 +115,21 @@ class RuleOptimizer(Protocol):
         *,
         variable_dtype: Any,
     ) -> Update:
-        """The rule's change and new slots, in the dtype that the rule computes in."""
+        """Calls the rule; returns its change and new slots in the dtype that it computes in."""
 
     def rule_metrics(
         self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
     ) -> dict[str, Tensor]:
-        """Scalars of the algorithm's own to record."""
+        """Additional scalars of the algorithm to record."""
 
     def effective_learning_rate(
         self, slots: Slots, learning_rate: Tensor, step: Tensor
     ) -> Tensor | None:
-        """What each entry's gradient is multiplied by; `None` if all have the learning rate."""
+        """The factor of each entry's gradient; `None` if it is the learning rate for all."""
 
 
 class TrainedVariable(NamedTuple):
-    """What a step must know of a variable besides its value."""
+    """What a step must know about a variable besides its value."""
 
     dtype: str
     apply_rule: Callable[..., Update]
@@ -138,4 +138,4 @@ class TrainedVariable(NamedTuple):
     """Whether weight decay applies to it."""
     constraint: Callable[[Tensor], Tensor] | None
     is_overwritten: bool
-    """Whether Keras writes its gradient over it, as over the scales of float8 layers."""
+    """Whether Keras overwrites it with its gradient, as it does the scales of float8 layers."""

@@ -1,4 +1,4 @@
-"""What of an optimizer is saved, under which names, and how it comes back."""
+"""Saves the state of an optimizer by name, and restores it."""
 
 import contextlib
 import functools
@@ -13,40 +13,40 @@ import numpy as np
 from keras_gdopt.optimizers.arithmetic import computation_dtype
 
 _CLASS_MARK = "class="
-# The group of variables that a subclass added without declaring a slot for them.
+# The group of variables that a subclass adds without declaring a slot for them.
 _UNNAMED = "variable"
 # What Keras's base class keeps for each variable, whatever the algorithm.
 _NO_SLOTS = {"average", "gradient_accumulator"}
 
 
 class StateGroup(NamedTuple):
-    """Arrays that are saved under one name, with a number for each variable of the model."""
+    """Arrays saved under one name, numbered by the model's variables."""
 
     initial: float | None
-    """What they start from; `None` for one that is kept when state starts afresh."""
+    """Their initial value; `None` if they keep their value when state starts afresh."""
     shapes: Mapping[int, tuple[int, ...]]
-    """By the index of the variable; empty if the variables are not known yet."""
+    """Shapes by variable index; empty if the variables are not known yet."""
     variables: Sequence[Any]
-    """In the order of the model's, `None` for those without; empty before `build`."""
+    """In the order of the model's, `None` for those without one; empty before `build`."""
     is_single: bool = False
     """Whether it is one array, saved without a number, that exists from construction on."""
 
     @classmethod
     def single(cls, variable: Any, initial: float | None = 0.0) -> "StateGroup":
-        """One array that exists from construction on.
+        """Creates a group of one array that exists from construction on.
 
         Args:
             variable: The variable that holds it.
-            initial: What it starts from.
+            initial: Its initial value.
         """
         return cls(initial, {0: tuple(variable.shape)}, [variable], is_single=True)
 
 
 class SavedStateOptimizer(keras.optimizers.Optimizer):
-    """A Keras optimizer whose state is saved by name, and never lost in silence.
+    """A Keras optimizer that saves its state by name, and raises if loaded state does not fit.
 
-    Keras saves an optimizer's variables by position and, where their number does
-    not fit, goes on without them. This class
+    Keras saves an optimizer's variables by position and, if their number does not
+    fit, continues without them. This class
 
     - names the class and each variable in the store (`iteration`, `velocity.0`,
       `velocity.1`, ...: the slot and the index of the model's variable),
@@ -55,25 +55,25 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
       them in `build`,
     - copies and pickles an optimizer with its state.
 
-    A subclass adds what it keeps to `state_layout`, and calls `_check_loaded_state_fits` at the
-    start and `_restore_loaded_state` at the end of its `build`. `tf.train.Checkpoint` goes by the
-    structure of objects instead; its own `assert_consumed()` tells what did not fit.
+    A subclass adds its state to `state_layout`, and calls `_check_loaded_state_fits` at the
+    start and `_restore_loaded_state` at the end of its `build`. `tf.train.Checkpoint` follows
+    the structure of objects instead; its own `assert_consumed()` reports what did not fit.
     """
 
-    # NumPy arrays by name that came before `build`; set without Keras's tracking.
+    # NumPy arrays by name that were loaded before `build`; set without Keras's tracking.
     _loaded_state: dict[str, np.ndarray] | None = None
-    # The store that was read last (weakly), and what was wrong with its state.
+    # The store that was read last (a weak reference), and what was wrong with its state.
     _last_load: tuple[weakref.ref[Any], str | None] | None = None
 
     def _own_variables(self) -> list[Any]:
-        """The variables that are saved; those of an optimizer inside are its own."""
+        """The variables that this optimizer saves; an inner optimizer saves its own."""
         return list(self._variables)
 
     def state_layout(self, variables: Sequence[Any]) -> dict[str, "StateGroup"]:
-        """What is saved, by name.
+        """The saved state, by name.
 
         Args:
-            variables: The model's trainable variables; none if they are not known yet.
+            variables: The model's trainable variables; empty if they are not known yet.
         """
         layout = {"iteration": StateGroup.single(self._iterations)}
         if isinstance(self._learning_rate, keras.Variable):
@@ -90,7 +90,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 
     @property
     def slot_variables(self) -> Mapping[str, Sequence[Any]]:
-        """Slot variables by slot name, aligned with the model's; `None` where none is."""
+        """Slots by name, in the order of the model's variables; `None` for a missing slot."""
         return {}
 
     def slot_layout(
@@ -99,7 +99,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         """Slots for `state_layout`, one array for each variable.
 
         Args:
-            initial: What the entries of each slot start from, by name.
+            initial: The initial value of each slot's entries, by name.
             variables: The model's trainable variables.
         """
         made = self.slot_variables
@@ -122,7 +122,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
     ) -> Any:
-        """A slot for a variable, of the dtype that updates are made in."""
+        """Creates a slot for a variable, in the dtype in which updates are computed."""
         shape = self._slot_shape(name or "", reference_variable)
         dtype = computation_dtype(reference_variable.dtype)
         same_dtype = dtype == keras.backend.standardize_dtype(reference_variable.dtype)
@@ -131,7 +131,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
                 reference_variable, name=name, initializer=initializer
             )
         path = variable_path(reference_variable).replace("/", "_").replace(":", "_")
-        with _placed_as(reference_variable, getattr(self, "_distribution_strategy", None)):
+        with _place_like(reference_variable, getattr(self, "_distribution_strategy", None)):
             return self.add_variable(
                 shape, initializer=initializer, dtype=dtype, name=f"{path}_{name or 'var'}"
             )
@@ -149,8 +149,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: If the state belongs to another class or its variables are
-                not this optimizer's. The optimizer then starts afresh, for those
-                who go on with `skip_mismatch=True`.
+                not this optimizer's. The optimizer then starts afresh, so that loading
+                with `skip_mismatch=True` can continue.
         """
         saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (not a dict)
         if not saved:
@@ -164,7 +164,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
             self._start_afresh()
             raise
         finally:
-            with contextlib.suppress(TypeError):  # a dict takes no weak reference
+            with contextlib.suppress(TypeError):  # a dict cannot be weakly referenced
                 object.__setattr__(self, "_last_load", (weakref.ref(store), mismatch))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -173,13 +173,13 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         config = self.get_config()
         rate = self._learning_rate
         if callable(rate) and not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            config["learning_rate"] = rate  # Keras would not deserialize a lambda
+            config["learning_rate"] = rate  # Keras does not deserialize a lambda
         return _rebuilt, (type(self), config, state)
 
     # --- for subclasses ------------------------------------------------------
 
     def _check_loaded_state_fits(self, variables: Sequence[Any]) -> None:
-        """Raises if what was loaded does not fit `variables`; call it before `build`."""
+        """Raises if loaded state does not fit `variables`; call it at the start of `build`."""
         if self._loaded_state is None:
             return
         named = {k: v for k, v in self._loaded_state.items() if _group(k) != _UNNAMED}
@@ -192,7 +192,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         self._check_fits(named, shapes)
 
     def _restore_loaded_state(self) -> None:
-        """Assigns what was loaded before the optimizer was built; call it after."""
+        """Assigns state that was loaded before `build`; call it at the end of `build`."""
         saved = self._loaded_state
         if saved is None:
             return
@@ -203,7 +203,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
     # --- the parts -----------------------------------------------------------
 
     def _state_variables(self) -> dict[str, Any]:
-        """The optimizer's own variables by the name they are saved under."""
+        """The optimizer's own variables by the names under which they are saved."""
         names = {}
         for name, group in self.state_layout(self._trainable_variables or ()).items():
             for index, variable in enumerate(group.variables):
@@ -217,8 +217,8 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         self._check_class(saved)
         saved = {k: v for k, v in saved.items() if not k.startswith(_CLASS_MARK)}
         own = self._state_variables()
-        # The variables that exist from construction are assigned at once, so that a
-        # learning rate set after loading is not undone in `build`.
+        # Variables that exist from construction on are assigned at once, so that `build`
+        # does not undo a learning rate that is set after loading.
         early = {name: variable for name, variable in own.items() if not _group(name)}
         self._check_fits(
             {name: array for name, array in saved.items() if not _group(name)},
@@ -226,7 +226,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         )
         slots = {name: array for name, array in saved.items() if _group(name)}
         if not slots and self._expected_groups():
-            # Saved before it was built: the state of an optimizer that never stepped.
+            # It was saved before it was built: the state of an optimizer that never stepped.
             self._start_afresh()
         elif self.built:
             self._assign_state(slots, {k: v for k, v in own.items() if k not in early})
@@ -238,10 +238,10 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         self._assign_state({name: saved[name] for name in early}, early)
 
     def _load_nothing(self, store: Any) -> None:
-        """What Keras offers for an optimizer that it does not find in a file.
+        """Handles the empty store that Keras passes if a file has no state for an optimizer.
 
-        Keras may also come back to an optimizer by another path through the model,
-        under which the file has nothing; what it got the first time then holds.
+        Keras may also reach an optimizer a second time by another path through the model,
+        under which the file has nothing; the result of the first time then holds.
         """
         if self._last_load is not None and self._last_load[0]() is store:
             if self._last_load[1] is not None:
@@ -254,7 +254,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         )
 
     def _start_afresh(self) -> None:
-        """The state of an optimizer that never stepped."""
+        """Resets the state to that of an optimizer that never stepped."""
         object.__setattr__(self, "_loaded_state", None)
         layout = self.state_layout(self._trainable_variables or ())
         own, fresh = self._state_variables(), {}
@@ -292,7 +292,7 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
         raise ValueError(
             f"The saved state does not fit the optimizer '{self.name}' "
             f"({_registered_name(self)}). Only in the saved state: "
-            f"{_shortened(saved - own)}; only in this optimizer: {_shortened(own - saved)}. "
+            f"{_shorten(saved - own)}; only in this optimizer: {_shorten(own - saved)}. "
             "Build the optimizer with the arguments and the model it was saved with, or "
             "call `optimizer.build(model.trainable_variables)` and then `load_weights` "
             "with `skip_mismatch=True` to start it afresh."
@@ -323,14 +323,14 @@ class SavedStateOptimizer(keras.optimizers.Optimizer):
 
 
 def variable_path(variable: Any) -> str:
-    """A Keras variable's path; the name of a variable that has none."""
+    """A Keras variable's path, or the name of a variable that has no path."""
     return getattr(variable, "path", None) or variable.name
 
 
 def _shapes(
     variables: Sequence[Any], shape: Callable[[Any], tuple[int, ...]]
 ) -> dict[int, tuple[int, ...]]:
-    """Shapes by the index of a variable, without those that Keras overwrites (float8)."""
+    """Shapes by variable index, without variables that Keras overwrites (float8)."""
     return {
         index: shape(variable)
         for index, variable in enumerate(variables)
@@ -338,8 +338,8 @@ def _shapes(
     }
 
 
-def _placed_as(variable: Any, strategy: Any) -> contextlib.AbstractContextManager[Any]:
-    """A scope in which new variables are placed, and mirrored, as `variable` is."""
+def _place_like(variable: Any, strategy: Any) -> contextlib.AbstractContextManager[Any]:
+    """A scope in which new variables are placed, and mirrored, like `variable`."""
     if strategy is None:
         return contextlib.nullcontext()
     raw = variable.value if isinstance(variable, keras.Variable) else variable
@@ -351,11 +351,11 @@ def _registered_name(optimizer: Any) -> str:
 
 
 def _group(name: str) -> str:
-    """The slot of a state name: `velocity` of `velocity.3`, nothing of `iteration`."""
+    """The slot in a state name: `velocity` for `velocity.3`, empty for `iteration`."""
     return name.rpartition(".")[0]
 
 
-def _shortened(names: set[str]) -> str:
+def _shorten(names: set[str]) -> str:
     listed = sorted(names)
     if not listed:
         return "nothing"
@@ -363,7 +363,7 @@ def _shortened(names: set[str]) -> str:
 
 
 def _outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
-    """A scope in which assignments happen at once, even while TensorFlow traces."""
+    """A scope in which assignments take effect at once, even while TensorFlow traces."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
@@ -374,7 +374,7 @@ def _outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
 def _rebuilt(
     cls: type[SavedStateOptimizer], config: dict[str, Any], state: dict[str, np.ndarray]
 ) -> SavedStateOptimizer:
-    """A copy of an optimizer; its slots return when it is built."""
+    """Creates a copy of an optimizer; `build` restores its slots."""
     optimizer = cls.from_config(config)
     optimizer.load_own_variables(state)
     return optimizer

@@ -10,7 +10,7 @@ from keras_gdopt.tensor import Tensor
 
 
 def start_slow_weight(weight: Tensor, slow: Tensor, where: Any) -> Tensor:
-    """The slow weight at the beginning of a cycle: the weight.
+    """Sets the slow weight to the weight where a cycle begins.
 
     Args:
         weight: The fast weight.
@@ -27,13 +27,13 @@ def synchronize_weight(
     constraint: Callable[[Tensor], Tensor] | None,
     where: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Moves a slow weight towards the fast one, and sets the fast one to it.
+    """Moves a slow weight towards the fast one, then sets the fast one to it.
 
     Args:
         weight: The fast weight.
         slow: The slow weight.
         slow_step_size: The step α.
-        constraint: Of the weight.
+        constraint: The weight's constraint.
         where: Whether to do so.
 
     Returns:
@@ -53,8 +53,8 @@ def final_weight(
     Args:
         weight: The fast weight.
         slow: The slow weight.
-        constraint: Of the weight. A slow weight that never moved is what training began with,
-            which may break it.
+        constraint: The weight's constraint. A slow weight that never moved may violate it, as
+            it is what training began with.
         where: Whether there is a slow weight.
     """
     return constrain(constraint, ops.where(where, ops.cast(slow, weight.dtype), weight))

@@ -1,4 +1,4 @@
-"""Gradients of embeddings: merging repeated rows, and what a step does to single rows."""
+"""Gradients of embeddings: merges repeated rows, and steps single rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class RowStep(NamedTuple):
     change: Tensor
     """What the rule adds to the rows, without weight decay."""
     moved: Tensor
-    """What is added to the rows."""
+    """What the step adds to the rows, weight decay included."""
     slots: dict[str, Tensor]
 
 
@@ -35,7 +35,7 @@ def merge_rows(gradient: tf.IndexedSlices, variable_dtype: Any) -> tf.IndexedSli
 
 
 def sum_rows(gradient: tf.IndexedSlices, shape: Sequence[int], variable_dtype: Any) -> Tensor:
-    """A gradient as a dense tensor, its repeated rows summed.
+    """Makes a gradient dense and sums its repeated rows.
 
     Args:
         gradient: Its rows may repeat.
@@ -48,7 +48,7 @@ def sum_rows(gradient: tf.IndexedSlices, shape: Sequence[int], variable_dtype: A
 
 
 def scatter_rows(gradient: tf.IndexedSlices, shape: Sequence[int]) -> Tensor:
-    """A gradient without repeated rows as a dense tensor.
+    """Makes a gradient without repeated rows dense.
 
     Args:
         gradient: Its rows do not repeat.
@@ -70,13 +70,13 @@ def step_rows(
     """Applies the rule to the rows of a gradient.
 
     Args:
-        apply_rule: Of gradient, slots, learning rate and step.
-        gradient: Clipped; its rows do not repeat.
+        apply_rule: A function of gradient, slots, learning rate and step.
+        gradient: The clipped gradient; its rows do not repeat.
         weight: The whole variable.
-        slots: Its whole slots by name.
+        slots: Its whole slots, by name.
         learning_rate: A scalar.
         step: The 1-based count of updates.
-        weight_decay: Of these rows alone; `None` for none.
+        weight_decay: Weight decay for these rows only; `None` for none.
     """
     rows = gradient.indices
     change, new_slots = apply_rule(

@@ -1,4 +1,4 @@
-"""One training step with TensorFlow: variables in, one compiled step, variables out."""
+"""One training step with TensorFlow: reads variables, runs one compiled step, writes them."""
 
 import dataclasses
 import functools
@@ -39,28 +39,28 @@ from keras_gdopt.tensor import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What one compiled step does; there is one for each plan.
+    """What a compiled step does; each plan has its own compiled step.
 
-    Variables are named by their index among the optimizer's variables.
+    Variables are given by their index among the optimizer's variables.
     """
 
-    dense: tuple[int, ...]  # updated in it
+    dense: tuple[int, ...]  # updated in the compiled step
     rows: tuple[int, ...]  # updated before it, by gather and scatter
     update: bool  # False: only add the gradients to the accumulators
-    record: int  # the place in `TIERS`, -1: nothing
-    when_due: bool  # whether to look in it if recording is due, and to store there
-    device: str  # of the replica under a strategy, else empty
+    record: int  # an index in `TIERS`; -1: nothing
+    when_due: bool  # whether the compiled step itself checks if recording is due, and stores
+    device: str  # the replica's under a strategy, else empty
 
 
 class TensorFlowStep:
     """Runs a `GradientOptimizer`'s step with TensorFlow.
 
-    Neither Keras nor TensorFlow tracks what is in here: it is not saved. An optimizer makes a
-    new one when one of its arguments changes, for a compiled step has them built in.
+    Neither Keras nor TensorFlow tracks its contents, which are not saved. An optimizer replaces
+    it when one of its arguments changes, as arguments are constants in a compiled step.
 
     Args:
-        optimizer: Built, or built by the time of the first step.
-        recorder: Of the optimizer's steps.
+        optimizer: The optimizer; it must be built before the first step.
+        recorder: Records the optimizer's steps.
     """
 
     def __init__(self, optimizer: RuleOptimizer, recorder: Recorder) -> None:
@@ -71,10 +71,10 @@ class TensorFlowStep:
 
     @property
     def compiled_steps(self) -> Mapping[_Plan, Callable[..., Any]]:
-        """The functions that were made so far, one for each kind of step."""
+        """The functions made so far, one for each plan."""
         return self._compiled_steps
 
-    # --- what it knows of the optimizer --------------------------------------
+    # --- what it knows about the optimizer -----------------------------------
 
     @property
     def _variables(self) -> StepVariables:
@@ -100,20 +100,21 @@ class TensorFlowStep:
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, gradients: Mapping[int, Any], all_reduce: Callable[..., Sequence[Any]]) -> None:
-        """Updates the variables; sparse gradients have their repeated rows summed first.
+        """Updates the variables, after summing the repeated rows of sparse gradients.
 
         Args:
-            gradients: By the index of the variable. The order of the indices decides which
-                compiled step it is.
-            all_reduce: Sums pairs of gradients and variables over the replicas of a strategy.
+            gradients: Gradients by variable index. Each order of the indices has its own
+                compiled step.
+            all_reduce: Sums the gradients in pairs of gradient and variable over the replicas
+                of a strategy.
         """
         gradients = self._merge(gradients)
         variables = [self._variables.trainable[index] for index in gradients]
         if not any(is_distributed(variable) for variable in variables):
             self._apply_here(gradients)
             return
-        # Each device then makes the whole step by itself, so that clipping and accumulation see
-        # the gradient of the whole batch, as they do on one device.
+        # Each device makes the whole step by itself, so that clipping and accumulation see the
+        # gradient of the whole batch, as they do on a single device.
         raw = [raw_variable(variable) for variable in variables]
         reduced = all_reduce(zip(gradients.values(), raw, strict=True))
 
@@ -127,7 +128,7 @@ class TensorFlowStep:
     def _apply_here(
         self, gradients: Mapping[int, Any], *, device: str = "", record: bool = True
     ) -> None:
-        """One step on one device, from gradients without repeated rows."""
+        """Makes one step on one device, from gradients without repeated rows."""
         optimizer, recorder = self._optimizer, self._recorder
         rows = {i: unscale(g, self._settings) for i, g in gradients.items() if is_sparse(g)}
         dense = {i: g for i, g in gradients.items() if not is_sparse(g)}
@@ -162,7 +163,7 @@ class TensorFlowStep:
             if not record or not recorder.asked_for:
                 run(update=True, record=False)
             elif not rows and not is_worth_compiling(self._computed_on(plain)):
-                # A condition around all of the update would cost more than what it saves.
+                # A condition around the whole update would cost more than it saves.
                 run(update=True, record=True, when_due=True)
             else:
                 tf.cond(
@@ -185,7 +186,7 @@ class TensorFlowStep:
                 variable.assign(variable.constraint(variable))
 
     def _merge(self, gradients: Mapping[int, Any]) -> dict[int, Any]:
-        """Gradients without repeated rows: by row where rows suffice, else dense."""
+        """Merges repeated rows: gradients stay sparse if rows suffice, else become dense."""
         optimizer = self._optimizer
         by_row = optimizer.lazy or optimizer.zero_gradient_changes_nothing
         by_row = by_row and not self._settings.gradient_accumulation_steps
@@ -204,7 +205,7 @@ class TensorFlowStep:
     # --- the compiled step ---------------------------------------------------
 
     def _is_idle(self, plan: _Plan) -> bool:
-        """Whether row updates have left nothing to do."""
+        """Whether nothing is left to do after the row updates."""
         variables = self._variables.trainable
         return not (
             plan.dense
@@ -220,7 +221,7 @@ class TensorFlowStep:
         return self._compiled_steps[plan]
 
     def _computed_on(self, plan: _Plan) -> list[Any]:
-        """The variables that a compiled step reads all of."""
+        """The variables that a compiled step reads in full."""
         variables = self._variables.trainable
         if self._variables.averages or (plan.record >= 0 and not plan.when_due):
             return list(variables)
@@ -236,10 +237,10 @@ class TensorFlowStep:
         norm: Tensor | None,
         row_squares: Mapping[str, Mapping[int, Tensor]],
     ) -> Record | None:
-        """The body of a compiled step; `plan` is bound before it is traced.
+        """The body of a compiled step; `plan` is bound before tracing.
 
         Returns:
-            What the step records, if it does not store that itself.
+            The step's record, unless the step stores it itself.
         """
         variables, settings = self._variables, self._settings
         gradients = {
@@ -280,8 +281,8 @@ class TensorFlowStep:
                 return self._summarize(plan, learning_rate, step, merged, done, gradients)
 
             if plan.when_due:
-                # One operation, which costs little where it is not due; inlined, each of
-                # its hundreds would be looked at.
+                # Not inlined, it is one operation and costs little when it is not due; inlined,
+                # TensorFlow would have to look at each of its hundreds of operations.
                 store = tf.function(
                     lambda: self._recorder.store(record(), step),
                     autograph=False,
@@ -308,14 +309,14 @@ class TensorFlowStep:
         return recorded
 
     def _accumulate(self, plan: _Plan, gradients: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Adds gradients to their sums; returns the mean gradients of an update."""
+        """Adds gradients to their sums; returns the mean gradients for an update."""
         sums, count = self._variables.accumulators, self._settings.gradient_accumulation_steps
         means = {}
         for index, gradient in gradients.items():
             total, means[index] = accumulate(sums[index], gradient, count or 1)
             self._optimizer.assign(sums[index], tf.zeros_like(total) if plan.update else total)
         if plan.update:
-            # Of variables without a gradient in this step, as Keras does.
+            # Like Keras, also reset the sums of variables without a gradient in this step.
             for index, total in enumerate(sums):
                 if index not in plan.dense:
                     self._optimizer.assign(total, tf.zeros_like(total))
@@ -324,13 +325,13 @@ class TensorFlowStep:
     # --- one variable --------------------------------------------------------
 
     def update_variable(self, index: int, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Updates one variable by itself: the rule alone.
+        """Updates a single variable by the rule only.
 
         Args:
-            index: Of the variable among the optimizer's.
-            gradient: Dense or `tf.IndexedSlices`; rows may repeat.
+            index: The variable's index among the optimizer's.
+            gradient: A dense tensor or `tf.IndexedSlices`, whose rows may repeat.
             variable: A Keras or TensorFlow variable.
-            learning_rate: Scalar.
+            learning_rate: A scalar.
         """
         step = self._optimizer.iterations + 1
         gradient = self._merge({index: gradient})[index]
@@ -353,7 +354,7 @@ class TensorFlowStep:
         learning_rate: Tensor,
         step: Tensor,
     ) -> dict[int, tf.IndexedSlices]:
-        """Updates the variables that have a sparse gradient; returns their rows' changes."""
+        """Updates the variables with sparse gradients; returns the changes of their rows."""
         settings, lazy = self._settings, self._optimizer.lazy
         changes = {}
         clipped = clip(list(rows.values()), settings, self._norm_dtype, norm)
@@ -380,9 +381,9 @@ class TensorFlowStep:
         step: Any,
         weight_decay: Any,
     ) -> Tensor:
-        """Updates the rows of a gradient without repeated rows; returns the rule's change."""
+        """Updates the rows in a gradient without repeated rows; returns the rule's change."""
         slots = {name: raw_variable(slot[index]) for name, slot in self._variables.slots.items()}
-        # How many rows there are differs from step to step, so without the functions in `trained`.
+        # Not the traced functions in `_trained`: the number of rows differs from step to step.
         rule = functools.partial(self._optimizer.apply_rule, variable_dtype=variable.dtype)
         done = step_rows(
             rule,
@@ -424,12 +425,12 @@ class TensorFlowStep:
     def _squares_of_step(
         self, gradients: Mapping[int, Any], changes: Mapping[int, Any], norm: Tensor | None
     ) -> dict[str, dict[int, Tensor]]:
-        """Squared norms by the names of their metrics and by index.
+        """Squared norms by metric name and variable index.
 
         Args:
-            gradients: Before clipping, by index.
-            changes: By index.
-            norm: For `global_clipnorm`, if `gradients` are not all there are.
+            gradients: Gradients before clipping, by index.
+            changes: The rule's changes, by index.
+            norm: The norm for `global_clipnorm`, if there are gradients besides `gradients`.
         """
         dtype = self._norm_dtype
         found = {"grad_norm": squares(gradients, dtype)}
@@ -447,7 +448,7 @@ class TensorFlowStep:
         done: Any,
         gradients: Mapping[int, Tensor],
     ) -> Record:
-        """A step's record, from squared norms and from what the step did."""
+        """Makes a step's record from squared norms and the step's result."""
         slots = self._variables.slots
         weights = {
             index: done.moved.get(index, variable)
@@ -477,7 +478,7 @@ class TensorFlowStep:
         )
 
     def _with_rows(self, record: Record, rows: Mapping[int, tf.IndexedSlices]) -> Record:
-        """A record of which the gradients include the sparse ones."""
+        """Adds the sparse gradients to a record that holds gradients."""
         if record.gradients is None:
             return record
         dense = {

@@ -1,4 +1,4 @@
-"""Lookahead's two moments with TensorFlow: start of the slow weights, and synchronization."""
+"""Lookahead's start of the slow weights and their synchronization, with TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -16,19 +16,19 @@ from keras_gdopt.tensor import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class SlowWeights:
-    """What a `Lookahead` does with its slow weights."""
+    """The slow weights of a `Lookahead`, and what it does with them."""
 
     sync_period: int
     fast_updates: Any
-    """The count of updates since the slow weights began, a variable."""
+    """A variable, the count of updates since the slow weights began."""
     iterations: Callable[[], Any]
     """The count of updates."""
     pairs: Callable[[], Iterable[tuple[Any, Any]]]
-    """Weights and slow weights, variables."""
+    """Pairs of variables, weight and slow weight."""
     start: Callable[[], None]
     """Sets the slow weights to the weights."""
     synchronize: Callable[[], None]
-    """Moves the slow weights towards the weights, and sets the weights to them."""
+    """Moves the slow weights towards the weights, then sets the weights to them."""
     assign: Callable[[Any, Tensor], None]
     """Sets a variable."""
     inner_recorder: Callable[[], Recorder | None]
@@ -36,15 +36,16 @@ class SlowWeights:
 
 
 class TensorFlowSync:
-    """Runs what `Lookahead` does around the inner optimizer's step.
+    """Runs what `Lookahead` does before and after the inner optimizer's step.
 
-    Each of the two is compiled, and a step in which neither is due costs two conditions.
+    Start and synchronization are compiled; a step in which neither is due costs two conditions.
 
     Args:
-        slow_weights: The optimizer's.
+        slow_weights: The optimizer's slow weights.
 
     Attributes:
-        recorder: Of the distance between weights and slow weights, and of synchronizations.
+        recorder: Records the distance between weights and slow weights, and the number of
+            synchronizations.
     """
 
     def __init__(self, slow_weights: SlowWeights) -> None:
@@ -54,14 +55,14 @@ class TensorFlowSync:
 
     @contextlib.contextmanager
     def around_step(self, grads: Iterable[Any]) -> Iterator[None]:
-        """Starts the slow weights before a first step; after each counts and synchronizes.
+        """Starts the slow weights before a cycle's first step; counts and synchronizes after each.
 
         Args:
-            grads: Those of the step.
+            grads: The step's gradients.
         """
         with after(grads):
             self._on_each_device(self._start)
-            updates_before = self._slow_weights.iterations() + 0  # a value, which stays as it is
+            updates_before = self._slow_weights.iterations() + 0  # copies the value
             yield
             updates = self._slow_weights.iterations() - updates_before
             self._on_each_device(self._count, updates)
@@ -88,7 +89,7 @@ class TensorFlowSync:
         tf.cond(is_due, self._function(slow_weights.synchronize, device), lambda: None)
 
     def _record(self, updates: Tensor, count: Tensor) -> None:
-        """Records, if the inner optimizer has just recorded a step."""
+        """Records this step if the inner optimizer has just recorded it."""
         slow_weights, inner = self._slow_weights, self._slow_weights.inner_recorder()
         if inner is None or not inner.asked_for:
             return
@@ -107,7 +108,7 @@ class TensorFlowSync:
         tf.cond(tf.logical_and(updates > 0, inner.recorded(iterations)), record, lambda: None)
 
     def _function(self, function: Callable[..., None], device: str) -> Callable[..., Any]:
-        """A method of the optimizer, compiled if the constraints it applies allow that."""
+        """A method of the optimizer, compiled if the constraints that it applies compile."""
         if (function, device) not in self._compiled:
             weights = [weight for weight, _ in self._slow_weights.pairs()]
             constraints = [w.constraint for w in weights if w.constraint is not None]

@@ -1,4 +1,4 @@
-"""What an optimizer around another one leaves to it, and how both are saved."""
+"""The base class of optimizers that wrap another one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,10 +14,10 @@ _MULTI_OPTIMIZER: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
 class WrappingOptimizer(RecordingOptimizer):
-    """An optimizer with another one inside, whose rate, count and variables are its own.
+    """An optimizer that wraps another one and exposes its rate, count and variables.
 
-    The inner optimizer is where Keras's callbacks look for it, in `inner_optimizer`, and
-    Keras saves its state under that name. A subclass takes it as its argument
+    The inner optimizer is in the attribute `inner_optimizer`, where Keras's callbacks look
+    for it and under which Keras saves its state. A subclass takes it as its argument
     `optimizer`: an instance, a config, or a name that `keras.optimizers.get` knows.
     """
 
@@ -25,19 +25,19 @@ class WrappingOptimizer(RecordingOptimizer):
     """Names of the constructor's arguments besides `optimizer` and `name`."""
 
     slots: ClassVar[Mapping[str, float]] = {}
-    """Names of the slots, each with the 0 that it starts from."""
+    """Names of the slots, each with its initial value, 0."""
 
     def __init__(self, optimizer: Any, name: str | None) -> None:
-        inner = _resolved(optimizer)
+        inner = _resolve(optimizer)
         super().__init__(learning_rate=0.0, name=name)
-        self._unused = len(self._variables)  # Keras's count and rate: the inner one's hold
+        self._unused = len(self._variables)  # Keras's count and rate; the inner one's are used
         self.inner_optimizer = inner
         self._slots: dict[str, list[Any]] = {}
-        # Of a copy, until it is built. Without Keras's tracking.
+        # Held by a copy until it is built. Bypasses Keras's tracking.
         object.__setattr__(self, "_values_for_inner", None)
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Builds the inner optimizer and makes the slots.
+        """Builds the inner optimizer and creates the slots.
 
         Args:
             variables: The model's trainable variables.
@@ -60,7 +60,7 @@ class WrappingOptimizer(RecordingOptimizer):
         self._restore_loaded_state()
 
     def _build_for(self, trainable_variables: Sequence[Any] | None) -> None:
-        """Builds the optimizer on the first call of `apply`."""
+        """Builds the optimizer if it is not built yet."""
         if self.built:
             return
         if trainable_variables is None:
@@ -88,7 +88,7 @@ class WrappingOptimizer(RecordingOptimizer):
 
     @property
     def variables(self) -> list[Any]:
-        """The optimizer's own variables, and then the inner optimizer's."""
+        """The optimizer's own variables, followed by the inner optimizer's."""
         return self._own_variables() + self.inner_optimizer.variables
 
     @property
@@ -97,7 +97,7 @@ class WrappingOptimizer(RecordingOptimizer):
 
     @_learning_rate.setter
     def _learning_rate(self, value: Any) -> None:
-        """Drops what Keras's constructor makes."""
+        """Ignores the rate that Keras's constructor sets."""
 
     @property
     def _model_variables_moving_average(self) -> list[Any]:  # where `SwapEMAWeights` looks
@@ -105,7 +105,7 @@ class WrappingOptimizer(RecordingOptimizer):
 
     @property
     def loss_scale_factor(self) -> float | None:
-        """What the inner optimizer multiplies the loss with (at first, where that changes)."""
+        """The inner optimizer's factor of the loss; the initial one if the factor changes."""
         inner = getattr(self, "inner_optimizer", None)
         if isinstance(inner, keras.optimizers.LossScaleOptimizer):
             return inner.initial_scale
@@ -139,18 +139,18 @@ class WrappingOptimizer(RecordingOptimizer):
 
     @property
     def recorder(self) -> Recorder | None:
-        """The recorder of the optimizer inside, if there is one."""
+        """The inner optimizer's recorder, if there is one."""
         inner = recording_optimizer(self.inner_optimizer)
         return None if inner is None else inner.recorder
 
     @property
     def own_recorder(self) -> Recorder | None:
-        """What records numbers of the wrapper's own in the same steps, if it has any."""
+        """Records the wrapper's own numbers in the same steps; `None` if it has none."""
         return None
 
     @property
     def step_metrics(self) -> dict[str, float]:
-        """The inner optimizer's metrics, with the wrapper's own; empty before there are some."""
+        """The inner optimizer's metrics and the wrapper's own; empty before a step is recorded."""
         metrics = super().step_metrics
         own = self.own_recorder
         return {**metrics, **own.metrics()} if metrics and own is not None else metrics
@@ -171,7 +171,7 @@ class WrappingOptimizer(RecordingOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "WrappingOptimizer":
-        """An optimizer with the arguments of `config`, and without state."""
+        """Creates an optimizer with the arguments of `config`, without state."""
         with keras.saving.custom_object_scope(custom_objects or {}):
             return cls(**config)
 
@@ -192,7 +192,7 @@ class WrappingOptimizer(RecordingOptimizer):
         super().load_own_variables(store)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets the optimizer's and the inner optimizer's variables.
+        """Sets the variables of the optimizer and of the inner optimizer.
 
         Args:
             weights: Arrays in the order of `variables`.
@@ -205,7 +205,7 @@ class WrappingOptimizer(RecordingOptimizer):
         self.save_own_variables(state)
         inner, values = self.inner_optimizer, None
         if not isinstance(inner, SavedStateOptimizer):
-            # Keras would drop the state of the copy, which is not built yet.
+            # Keras would drop the copy's state, as the copy is not built yet.
             values = self._values_for_inner
             if inner.built:
                 values = [keras.ops.convert_to_numpy(v) for v in inner.variables]
@@ -218,7 +218,7 @@ class WrappingOptimizer(RecordingOptimizer):
         return self._slots
 
     def state_layout(self, variables: Sequence[Any]) -> dict[str, StateGroup]:
-        """The wrapper's own state; the inner optimizer's is saved with that."""
+        """The wrapper's own state; the inner optimizer saves its own."""
         return self.slot_layout(self.slots, variables)
 
     def _own_variables(self) -> list[Any]:
@@ -226,7 +226,7 @@ class WrappingOptimizer(RecordingOptimizer):
 
 
 def chain(optimizer: Any) -> list[Any]:
-    """An optimizer, the one that it wraps, and so on; Keras's wrappers included."""
+    """An optimizer, the one that it wraps, and so on, through Keras's wrappers too."""
     optimizers = []
     while optimizer is not None:
         optimizers.append(optimizer)
@@ -242,7 +242,7 @@ def is_multi_optimizer(optimizer: Any) -> bool:
 def recording_optimizer(optimizer: Any) -> RecordingOptimizer | None:
     """The outermost optimizer in a chain of wrappers that records its steps, or `None`.
 
-    A wrapper of this package records if the optimizer inside it does.
+    A wrapper of this package records if its inner optimizer does.
     """
     for each in chain(optimizer):
         if isinstance(each, RecordingOptimizer) and each.recorder is not None:
@@ -250,11 +250,11 @@ def recording_optimizer(optimizer: Any) -> RecordingOptimizer | None:
     return None
 
 
-def _resolved(optimizer: Any) -> Any:
-    """The optimizer that an instance, a config or a name stands for, or raises."""
+def _resolve(optimizer: Any) -> Any:
+    """Returns the optimizer that an instance, a config or a name stands for, or raises."""
     resolved = optimizer
     if isinstance(optimizer, dict) and "registered_name" in optimizer:
-        # `keras.optimizers.get` would take a built-in of the same name.
+        # `keras.optimizers.get` would take Keras's optimizer of the same name.
         resolved = keras.saving.deserialize_keras_object(optimizer)
     elif isinstance(optimizer, (dict, str)):
         resolved = keras.optimizers.get(optimizer)
@@ -281,7 +281,7 @@ def _rebuilt(
     state: dict[str, Any],
     values_for_inner: list[Any] | None,
 ) -> WrappingOptimizer:
-    """A copy of an optimizer; its slots return when it is built."""
+    """Creates a copy of an optimizer; `build` restores its slots."""
     optimizer = cls(inner, **config)
     object.__setattr__(optimizer, "_values_for_inner", values_for_inner)
     SavedStateOptimizer.load_own_variables(optimizer, state)

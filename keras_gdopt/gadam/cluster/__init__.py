@@ -1,1 +1,1 @@
-"""A population on many machines: where members are trained, and what is lost and found."""
+"""Trains a population in the workers of a Ray cluster and rebuilds what is lost with a node."""

@@ -1,4 +1,4 @@
-"""What a user says of the cluster that trains a population."""
+"""The settings of the Ray cluster that trains a population."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -10,37 +10,38 @@ from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
 class RayEngine:
     """Trains the members of a population in the workers of a Ray cluster.
 
-    Each worker trains a shard of the population: `population_size / num_workers` members,
-    trained as on one machine. Which member is trained where, and in what order workers finish,
-    changes nothing in the result. A child is trained where one of its parents is, as far as
-    there is room, so that only the other one's weights move.
+    Each worker trains a shard of the population, `population_size / num_workers` members, in
+    the same way as one machine would. The result does not depend on which worker trains a
+    member or on the order in which workers finish. A child is trained where one of its parents
+    is, as long as there is room, so that only the other parent's weights move.
 
-    A worker that dies or hangs is replaced, and only what it was doing is done again. On a
-    node that leaves the cluster others take over its shards, from a copy of the survivors.
+    A worker that dies or hangs is replaced, and only its unfinished task is repeated. If a node
+    leaves the cluster, other workers take over its shards from a copy of the survivors.
 
     Args:
-        num_workers: How many, at most the population's size.
-        address: Of a Ray cluster, `"auto"` for the one that this machine belongs to.
-            Defaults to `None`: a Ray of its own on this machine, or the one that
-            `ray.init` was called for.
-        threads_per_worker: CPUs that a worker asks for, and threads that TensorFlow
+        num_workers: The number of workers, at most the population's size.
+        address: The address of a Ray cluster; `"auto"` for the one that this machine belongs
+            to. Defaults to `None`: the Ray that `ray.init` was called for, or else a new one
+            on this machine.
+        threads_per_worker: CPUs that each worker requests, and threads that TensorFlow
             uses in it. Defaults to 1.
-        resources_per_worker: What else it asks for, as `{"GPU": 1}`; `"memory"` in bytes.
-        data_fn: Called without arguments in each worker and here, instead of sending
-            arrays: returns `x`, `(x, y)`, `(x, y, sample_weight)`, or a dataset of
-            batches. `fit` then takes no data.
-        task_timeout: Seconds after which a worker counts as hanging, which trains its
-            shard for one generation, or evaluates it. Defaults to 600.
-        safekeeping: Where the survivors are copied to, so that no worker can lose them:
-            `"driver"`, the memory of the process of `fit`, or `"checkpoint_dir"`, files in
-            the `checkpoint_dir` of `fit`, which must be on storage that all nodes share;
-            then no process ever holds more than its shard. Defaults to `"driver"`.
-        safekeeping_freq: Generations from one copy of the survivors (with their
-            optimizers' state) to the next. What was made since then is trained again if
-            it is lost. Defaults to 1.
+        resources_per_worker: Other resources that each worker requests, such as
+            `{"GPU": 1}`; `"memory"` in bytes.
+        data_fn: A function without arguments that each worker and this process call,
+            instead of sending arrays. It returns `x`, `(x, y)`, `(x, y, sample_weight)`, or
+            a dataset of batches. `fit` then takes no data.
+        task_timeout: Seconds that a worker may take to train its shard for one generation,
+            or to evaluate it, before it counts as hanging. Defaults to 600.
+        safekeeping: Where the survivors are copied, so that no worker can lose them:
+            `"driver"`, the memory of the process that runs `fit`, or `"checkpoint_dir"`,
+            files in the `checkpoint_dir` of `fit`, which must be on storage that all nodes
+            share; then no process ever holds more than its shard. Defaults to `"driver"`.
+        safekeeping_freq: Generations between two copies of the survivors (with their
+            optimizers' state). What was made since the last copy is trained again if it is
+            lost. Defaults to 1.
 
     Raises:
-        ImportError: Without Ray, which the extra `keras-gdopt[ray]` brings.
+        ImportError: If Ray is not installed; the extra `keras-gdopt[ray]` installs it.
         ValueError: If an argument is out of range.
 
     Example:

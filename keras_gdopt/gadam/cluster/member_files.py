@@ -1,4 +1,4 @@
-"""Members as files of TensorFlow's checkpoint format, by generation, in a shared directory."""
+"""Stores members by generation in a shared directory, in TensorFlow's checkpoint format."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-_OF_A_GENERATION = "members-"
+_PREFIX = "members-"
 
 
 def path(directory: str, generation: int, place: int) -> str:
-    """What a member's files are called, but for their endings."""
-    return f"{directory}/{_OF_A_GENERATION}{generation}/{place:05d}"
+    """The path of a member's files without their endings."""
+    return f"{directory}/{_PREFIX}{generation}/{place:05d}"
 
 
 def write(path: str, member: Any) -> None:
@@ -27,7 +27,7 @@ def write(path: str, member: Any) -> None:
 
 
 def read(path: str, like: Any) -> Any:
-    """What was written, in the structure of `like`.
+    """Reads what `write` wrote, in the structure of `like`.
 
     Raises:
         ValueError: If the files are gone or damaged.
@@ -37,7 +37,7 @@ def read(path: str, like: Any) -> Any:
         arrays = [
             np.asarray(reader.get_tensor(str(index))) for index in range(len(tf.nest.flatten(like)))
         ]
-    except Exception as error:  # whatever reading a damaged file may raise
+    except Exception as error:  # reading a damaged file may raise anything
         raise ValueError(
             f"The member in '{path}' cannot be read. Expected the files that a worker wrote, in a "
             f"directory that all nodes share. Received: {str(error).splitlines()[0]}"
@@ -46,9 +46,9 @@ def read(path: str, like: Any) -> Any:
 
 
 def remove_all_but(directory: str, generations: Sequence[int]) -> None:
-    """Removes the members of other generations."""
-    kept = {f"{_OF_A_GENERATION}{generation}" for generation in generations}
+    """Removes the members of all other generations."""
+    kept = {f"{_PREFIX}{generation}" for generation in generations}
     for name in tf.io.gfile.listdir(directory):
         name = name.rstrip("/")
-        if name.startswith(_OF_A_GENERATION) and name not in kept:
+        if name.startswith(_PREFIX) and name not in kept:
             tf.io.gfile.rmtree(f"{directory}/{name}")

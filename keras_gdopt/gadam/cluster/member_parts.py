@@ -1,4 +1,4 @@
-"""How members travel between processes: parts of each, one after the other in one list."""
+"""Packs members into one list of their parts, in which they travel between processes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -12,28 +12,28 @@ Arrays = Any
 
 
 class MemberParts(NamedTuple):
-    """A member."""
+    """The parts of a member."""
 
     weights: Arrays
     state: Arrays
     optimizer: Arrays
-    """Its optimizer's state and the number of its batches."""
+    """Its optimizer's state, and how many batches the optimizer has seen."""
 
 
 class ChildParts(NamedTuple):
-    """What a child is made of."""
+    """The parts of its parents that a child is made of."""
 
     first: Arrays
-    """The weights of its first parent."""
+    """The first parent's weights."""
     second: Arrays
-    """The weights of its second parent."""
+    """The second parent's weights."""
     state: Arrays
     optimizer: Arrays | None
-    """Of the parent whose optimizer's state it inherits; `None` if it inherits none."""
+    """From the parent whose optimizer's state it inherits; `None` if it inherits none."""
 
 
 class JudgedParts(NamedTuple):
-    """What is needed of a member to judge it."""
+    """The parts of a member that its fitness depends on."""
 
     weights: Arrays
     state: Arrays
@@ -43,15 +43,15 @@ Parts = TypeVar("Parts", MemberParts, ChildParts, JudgedParts)
 
 
 def pack(members: Sequence[Parts]) -> list[Arrays]:
-    """The parts of all members in one list, as the arguments of a worker's method."""
+    """Lists the parts of all members, to be the arguments of a worker's method."""
     return [part for member in members for part in member]
 
 
 def unpack(kind: type[Parts], parts: Sequence[Arrays]) -> list[Parts]:
-    """The members that `pack` made a list of.
+    """The members whose parts `pack` listed.
 
     Args:
-        kind: Of which type they are.
+        kind: The type of the members.
         parts: The list.
     """
     length = len(kind._fields)
@@ -59,6 +59,6 @@ def unpack(kind: type[Parts], parts: Sequence[Arrays]) -> list[Parts]:
 
 
 def parts_of_member(members: Members, place: int) -> MemberParts:
-    """One of several members that are stacked."""
+    """The member at one place of stacked members."""
     own = tf.nest.map_structure(lambda array: array[place], members)
     return MemberParts(own.weights, own.state, (own.optimizer, own.batches))

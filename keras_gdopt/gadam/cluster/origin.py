@@ -1,4 +1,4 @@
-"""Where the survivors of a generation can be had from again, whatever nodes leave."""
+"""Sources from which lost survivors can be rebuilt."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,20 +13,20 @@ from keras_gdopt.gadam.population import Members
 
 
 class Held(NamedTuple):
-    """A member somewhere in the cluster."""
+    """A member that is somewhere in the cluster."""
 
     parts: MemberParts
-    """References."""
+    """References to them."""
     home: int
-    """The shard that it was trained in."""
+    """The shard that trained it."""
     node: str
 
 
 class FromKeys:
-    """The members that a run starts from: workers draw them from their keys.
+    """The members that a run starts from, which workers draw from their keys.
 
     Args:
-        pool: Of the workers.
+        pool: The workers.
         homes: The shard of each member.
     """
 
@@ -35,16 +35,16 @@ class FromKeys:
         self._homes = homes
 
     def held(self, places: Sequence[int]) -> list[Held]:
-        """Some of the members, in the cluster."""
-        return _made_by_workers(self._pool, "new_members", lambda own: [own], self._homes, places)
+        """Puts some of the members into the cluster, and returns them."""
+        return _run_by_shard(self._pool, "new_members", lambda own: [own], self._homes, places)
 
 
 class InDriver:
-    """A copy in the process of `fit`.
+    """A copy in the process that runs `fit`.
 
     Args:
-        members: All of them, as arrays.
-        homes: The shard of each.
+        members: All members, as arrays.
+        homes: The shard of each member.
     """
 
     def __init__(self, members: Members, homes: Sequence[int]) -> None:
@@ -52,7 +52,7 @@ class InDriver:
         self._homes = homes
 
     def held(self, places: Sequence[int]) -> list[Held]:
-        """Some of the members, in the cluster."""
+        """Puts some of the members into the cluster, and returns them."""
         node, found = this_node(), []
         for place in places:
             parts = MemberParts(*map(ray.put, parts_of_member(self.members, place)))
@@ -61,13 +61,13 @@ class InDriver:
 
 
 class InDirectory:
-    """Files that workers wrote, and can read, one for each member.
+    """Files that workers write and read, one for each member.
 
     Args:
-        pool: Of the workers.
-        directory: That all nodes share.
-        generation: After which they were written.
-        homes: The shard of each.
+        pool: The workers.
+        directory: A directory that all nodes share.
+        generation: How many generations had ended when the files were written.
+        homes: The shard of each member.
     """
 
     def __init__(self, pool: Pool, directory: str, generation: int, homes: Sequence[int]) -> None:
@@ -77,9 +77,9 @@ class InDirectory:
         self.generation = generation
 
     def write(self, members: Sequence[Held]) -> None:
-        """Writes all members, each where it is."""
+        """Writes all members, each by the worker of its shard."""
         tasks = []
-        for shard, own in _by_shard(self._homes, range(len(members))).items():
+        for shard, own in _group_by_shard(self._homes, range(len(members))).items():
 
             def arguments(own: list[int] = own) -> list[Any]:
                 return [self._paths(own), *pack([members[place].parts for place in own])]
@@ -88,8 +88,8 @@ class InDirectory:
         self._pool.run(tasks)
 
     def held(self, places: Sequence[int]) -> list[Held]:
-        """Some of the members, in the cluster."""
-        return _made_by_workers(
+        """Puts some of the members into the cluster, and returns them."""
+        return _run_by_shard(
             self._pool, "read", lambda own: [self._paths(own)], self._homes, places
         )
 
@@ -97,15 +97,15 @@ class InDirectory:
         return [member_files.path(self._directory, self.generation, place) for place in places]
 
 
-def _made_by_workers(
+def _run_by_shard(
     pool: Pool,
     method: str,
     arguments: Callable[[list[int]], list[Any]],
     homes: Sequence[int],
     places: Sequence[int],
 ) -> list[Held]:
-    """Members that a worker's method returns."""
-    shards = _by_shard(homes, places)
+    """Runs a worker's method in each shard, and returns the members that it returned."""
+    shards = _group_by_shard(homes, places)
     tasks = {
         shard: Task(shard, method, partial(arguments, own), members=len(own))
         for shard, own in shards.items()
@@ -118,7 +118,7 @@ def _made_by_workers(
     return [found[place] for place in places]
 
 
-def _by_shard(homes: Sequence[int], places: Sequence[int]) -> dict[int, list[int]]:
+def _group_by_shard(homes: Sequence[int], places: Sequence[int]) -> dict[int, list[int]]:
     shards: dict[int, list[int]] = {}
     for place in places:
         shards.setdefault(homes[place], []).append(place)

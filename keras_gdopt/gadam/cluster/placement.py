@@ -1,15 +1,15 @@
-"""Which shard trains which member, so that little has to be moved."""
+"""Chooses the shard that trains each member, so that little has to move."""
 
 from collections.abc import Sequence
 
 
 def balanced(homes: Sequence[int], shards: int, capacity: int) -> list[int]:
-    """The shard of each member: its home, unless too many are at home there.
+    """The shard of each member: its home, unless that is full.
 
     Args:
         homes: The shard where each member lies.
-        shards: How many there are.
-        capacity: How many members one of them takes.
+        shards: The number of shards.
+        capacity: How many members each shard takes.
     """
     room = [capacity] * shards
     placed: list[int | None] = []
@@ -17,22 +17,22 @@ def balanced(homes: Sequence[int], shards: int, capacity: int) -> list[int]:
         stays = room[home] > 0
         room[home] -= stays
         placed.append(home if stays else None)
-    return _with_the_rest(placed, room)
+    return _place_the_rest(placed, room)
 
 
 def of_children(
     parents: Sequence[Sequence[int]], homes: Sequence[int], shards: int, capacity: int
 ) -> list[int]:
-    """The shard of each child: where one of its parents lies, as far as there is room.
+    """The shard of each child: one where a parent lies, as long as there is room.
 
-    Children whose parents lie together come first, for they need nothing moved there; of
-    the others each goes where more room is.
+    Children whose parents lie in the same shard are placed first, because nothing has to move
+    for them there. Each of the others goes to the parent whose shard has more room.
 
     Args:
-        parents: Two members for each child.
+        parents: The two parents of each child.
         homes: The shard where each member lies.
-        shards: How many there are.
-        capacity: How many children one of them takes.
+        shards: The number of shards.
+        capacity: How many children each shard takes.
     """
     room = [capacity] * shards
     placed: list[int | None] = [None] * len(parents)
@@ -43,14 +43,14 @@ def of_children(
             room[shard] -= 1
             placed[child] = shard
         elif len(of_both[child]) == 2:
-            placed[child] = _swapped(child, placed, of_both, room)
-    return _with_the_rest(placed, room)
+            placed[child] = _swap(child, placed, of_both, room)
+    return _place_the_rest(placed, room)
 
 
-def _swapped(
+def _swap(
     child: int, placed: list[int | None], of_both: list[set[int]], room: list[int]
 ) -> int | None:
-    """A shard for a child where another one makes room, which is as well off elsewhere."""
+    """Moves another child to its other parent's shard; returns the shard that this one gets."""
     for other, shard in enumerate(placed):
         if shard not in of_both[child]:
             continue
@@ -62,8 +62,8 @@ def _swapped(
     return None
 
 
-def _with_the_rest(placed: Sequence[int | None], room: list[int]) -> list[int]:
-    """Those without a shard go where most room is."""
+def _place_the_rest(placed: Sequence[int | None], room: list[int]) -> list[int]:
+    """Puts each child without a shard where there is the most room."""
     shards = []
     for shard in placed:
         if shard is None:

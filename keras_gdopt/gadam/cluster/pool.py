@@ -1,4 +1,4 @@
-"""Workers that finish their tasks, whatever happens to one of them."""
+"""Workers that finish their tasks even if some of them die or hang."""
 
 import logging
 import os
@@ -15,10 +15,10 @@ from keras_gdopt.gadam.cluster.worker import Worker
 
 _log = logging.getLogger("keras_gdopt")
 
-# A task that so many workers died of will kill the next one, too.
+# A task that has killed this many workers would kill the next one, too.
 _ATTEMPTS = 3
 _THREADS_FOR_EACH_PROCESSOR = 16
-# Seconds to get a small result, and to start a process that imports TensorFlow.
+# Seconds to wait for a small result, and for a process that imports TensorFlow to start.
 _TO_GET, _TO_START = 60.0, 300.0
 
 
@@ -26,10 +26,10 @@ class Task:
     """A call of a worker's method.
 
     Args:
-        shard: The number of the worker that it is meant for.
-        method: Of `Worker`.
-        arguments: Makes them; called again for each attempt.
-        members: How many it returns, after the first of its values.
+        shard: The number of the worker that should run it.
+        method: The name of a method of `Worker`.
+        arguments: Makes the arguments; called again for each attempt.
+        members: How many members the method returns, after its first value.
     """
 
     def __init__(
@@ -40,20 +40,20 @@ class Task:
         self.arguments = arguments
         self.returns = 1 + len(MemberParts._fields) * members
         self.first: Any = None
-        """The first of the returned values; `None` until it is done."""
+        """The first returned value; `None` until the task is done."""
         self.rest: list[Any] = []
-        """References to the others."""
+        """References to the other values."""
         self.node = ""
-        """Where they lie."""
+        """The node where they lie."""
         self.deaths = 0
 
     def members(self) -> list[MemberParts]:
-        """References to the parts of each."""
+        """References to the parts of each member."""
         return unpack(MemberParts, self.rest)
 
 
 class LostError(RuntimeError):
-    """Arguments of tasks lay on a node that left."""
+    """Raised if arguments of tasks were on a node that left."""
 
 
 class _Running(NamedTuple):
@@ -63,17 +63,17 @@ class _Running(NamedTuple):
 
 
 class Pool:
-    """Actors with a number each, which are replaced when they die or hang.
+    """Numbered actors that are replaced when they die or hang.
 
     Args:
-        workers: How many.
-        threads: Of each.
-        resources: Of each, besides.
+        workers: The number of workers.
+        threads: The number of threads of each worker.
+        resources: The other resources that each worker needs.
         setup: A reference to a `Setup`.
-        task_timeout: In seconds.
+        task_timeout: Seconds that a task may take.
 
     Attributes:
-        events: What happened, in words, since they were last taken.
+        events: What has happened, in words, since the list was last emptied.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Pool:
         starting = [self._actor.remote(threads) for _ in range(workers)]
         for number, handle in enumerate(starting):
             try:
-                self._workers[number] = self._started(number, handle)
+                self._workers[number] = self._prepare(number, handle)
             except exceptions.GetTimeoutError as error:
                 for handle in starting:
                     _kill(handle)
@@ -119,19 +119,19 @@ class Pool:
 
     @property
     def processes(self) -> dict[int, int]:
-        """The number of each worker's process, on its node."""
+        """The process id of each worker on its node, by the worker's number."""
         return {number: worker.process for number, worker in self._workers.items()}
 
     def use(self, data: Any) -> None:
-        """Gives all workers, and those that come after them, a reference to their data."""
+        """Gives all workers, and their later replacements, a reference to the data."""
         self._data = data
         self.run([Task(number, "use", lambda: [data]) for number in self._workers])
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Returns when all tasks are done that were not before.
+        """Runs all tasks that are not done yet.
 
         Raises:
-            LostError: If arguments of some lay on a node that left; others may be done.
+            LostError: If arguments of some were on a node that left; others may be done.
             Exception: What a task raised, with a note that names the worker.
         """
         waiting = [task for task in tasks if task.first is None]
@@ -174,7 +174,7 @@ class Pool:
             raise lost
 
     def note(self, event: str) -> None:
-        """Tells what happened to workers."""
+        """Logs and records what happened to workers."""
         _log.warning(event)
         self.events.append(event)
 
@@ -194,7 +194,7 @@ class Pool:
         return references[0], references[1:]
 
     def _next(self, number: int, waiting: Sequence[Task]) -> Task | None:
-        """The worker's own tasks first, then those that have no worker any more."""
+        """The next task of a worker: its own come first, then those whose worker is gone."""
         for task in waiting:
             if task.shard == number:
                 return task
@@ -204,18 +204,18 @@ class Pool:
     def _is_late(running: tuple[Task, int, list[Any], float]) -> bool:
         return time.monotonic() >= running[-1]
 
-    def _started(self, number: int, handle: Any) -> _Running:
-        """A worker that is ready for tasks."""
+    def _prepare(self, number: int, handle: Any) -> _Running:
+        """Makes a worker ready for tasks."""
         try:
-            process = self._got_while_there_is_room(handle.start.remote(self._setup))
+            process = self._fetch_while_there_is_room(handle.start.remote(self._setup))
             if self._data is not None:
-                self._got_while_there_is_room(handle.use.remote(self._data))
+                self._fetch_while_there_is_room(handle.use.remote(self._data))
         except exceptions.RayTaskError as error:
             self._raise_from(error, number)
         return _Running(handle, _node_of(handle), process)
 
-    def _got_while_there_is_room(self, reference: Any) -> Any:
-        """What a worker returns that may never start, as its node may be gone."""
+    def _fetch_while_there_is_room(self, reference: Any) -> Any:
+        """Fetches a result of a worker that may never start, because its node may be gone."""
         until = time.monotonic() + _TO_START
         while not ray.wait([reference], timeout=1.0)[0]:
             if time.monotonic() > until:
@@ -225,7 +225,7 @@ class Pool:
         return ray.get(reference, timeout=_TO_GET)
 
     def _replace(self, number: int, task: Task, error: Exception) -> None:
-        """Puts a new worker in the place of one that died or hangs, or does without."""
+        """Replaces a worker that died or hangs, or goes on without it if there is no room."""
         worker = self._workers.pop(number)
         _kill(worker.handle)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -241,7 +241,7 @@ class Pool:
         if self._has_resources():
             handle = self._actor.remote(self._threads)
             try:
-                self._workers[number] = self._started(number, handle)
+                self._workers[number] = self._prepare(number, handle)
             except exceptions.RayError as failure:
                 _kill(handle)
                 what += f"; its replacement, too: {failure}"
@@ -259,7 +259,7 @@ class Pool:
             ) from error
 
     def _has_resources(self) -> bool:
-        """Whether the nodes that are there can hold one worker more."""
+        """Whether the nodes that are alive can hold one more worker."""
         return self._capacity() > len(self._workers)
 
     def _capacity(self) -> int:
@@ -281,7 +281,7 @@ class Pool:
             )
 
     def _raise_from(self, error: exceptions.RayTaskError, number: int) -> None:
-        """Raises what the worker's task raised, with a note of where that was."""
+        """Raises what a worker's task raised, with a note that names the worker."""
         cause = error.cause
         worker = self._workers.get(number)
         process = f" (process {worker.process}, node {worker.node[:8]})" if worker else ""
@@ -290,34 +290,34 @@ class Pool:
 
 
 def connect(address: str | None, cpus: int) -> None:
-    """Joins a cluster, or starts Ray here, unless it runs already."""
+    """Joins a cluster, or starts Ray on this machine, unless Ray already runs."""
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Of what is lost with a node, which is made again: its readers' errors are not news.
+    # What is lost with a node is made again, so errors of those that read it are not shown.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if address is not None:
         ray.init(address=address, log_to_driver=False)
     else:
         ray.init(
-            address="local",  # not another one that happens to run here
-            # How many threads of workers there may be, for this `fit` and later ones: Ray cannot
-            # grow, and it is for its user to say how many are of use here.
+            address="local",  # not another cluster that happens to run here
+            # The most threads that the workers of this `fit` and of later ones may have: this
+            # cluster cannot grow, and the user decides how many threads are useful.
             num_cpus=max(cpus, _THREADS_FOR_EACH_PROCESSOR * (os.cpu_count() or 1)),
             include_dashboard=False,
             log_to_driver=False,
-            # What can be imported here can be there.
+            # Workers can import whatever this process can.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
         )
 
 
 def alive_nodes() -> set[str]:
-    """The nodes of the cluster that are there."""
+    """The nodes of the cluster that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def this_node() -> str:
-    """The node of this process."""
+    """The node that this process runs on."""
     return ray.get_runtime_context().get_node_id()
 
 

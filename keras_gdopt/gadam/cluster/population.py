@@ -1,4 +1,4 @@
-"""A population whose members lie, and are trained, in the workers of a Ray cluster."""
+"""A population whose members are kept and trained in the workers of a Ray cluster."""
 
 import math
 import pickle
@@ -37,59 +37,59 @@ from keras_gdopt.gadam.population import Members
 from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.training import Fitness
 
-# Seconds to get members here, and until Ray says of a node that left that it did.
+# Seconds to wait for members to arrive here, and for Ray to notice that a node has left.
 _TO_GET, _TO_SEE = 600.0, 60.0
 
 
 @dataclass(frozen=True)
 class RayGeneration:
-    """What is known of a generation: enough to make it again from its first survivors."""
+    """The record of a generation, enough to repeat it from the survivors that it starts with."""
 
     number: int
     learning_rates: list[float | None]
-    homes: list[int]
-    """The shard of each member."""
+    parent_shards: list[int]
+    """The shard of each parent."""
     hyperparameters: Values = field(default_factory=dict)
-    """Of each member, and below of each child."""
+    """Those of each parent; `inherited` holds those of each child."""
     inherited: Values = field(default_factory=dict)
     plan: Plan | None = None
-    nurseries: list[int] = field(default_factory=list)
+    child_shards: list[int] = field(default_factory=list)
     """The shard of each child."""
     places: Sequence[int] = ()
-    """Of those that survived it, see `genetics.surviving`."""
+    """The survivors among parents and children, see `genetics.surviving`."""
     parents: list[Held | None] = field(default_factory=list)
     children: list[Held | None] = field(default_factory=list)
 
     def begin(self) -> "RayGeneration":
-        """The same, without its members."""
-        nobody: list[Held | None] = [None] * len(self.homes)
+        """A copy without the members."""
+        nobody: list[Held | None] = [None] * len(self.parent_shards)
         return replace(self, parents=list(nobody), children=list(nobody))
 
     def survivors(self) -> list[Held]:
-        """The members that it ends with."""
+        """The members that the generation ends with."""
         everyone = [*self.parents, *self.children]
-        return [_there(everyone[place]) for place in self.places]
+        return [_require(everyone[place]) for place in self.places]
 
 
 class RayPopulation:
-    """A `Population` whose members are in the workers of a cluster.
+    """A `Population` whose members are in the workers of a Ray cluster.
 
-    Shards, not workers, are what members are dealt to: a shard has the same members
-    whichever worker trains it, so that no fault changes a result. What workers return lies
-    on their nodes. The survivors of every n-th generation are copied to where no worker can
-    lose them; from there, and the plans since then, all can be made again that was on a
-    node that is gone.
+    Members are assigned to shards, not to workers: a shard has the same members whichever
+    worker trains it, so that no fault changes a result. What workers return stays on their
+    nodes. The survivors of every n-th generation are copied to where no worker can lose them.
+    From this copy and the plans since then, everything that is lost with a node can be made
+    again.
 
     Args:
-        engine: What the user said.
-        model: Compiled and built.
-        inner_engine: `"stacked"` or `"mapped"`.
-        size: How many members there are.
+        engine: The user's settings of the cluster.
+        model: The compiled and built model.
+        inner_engine: The engine of each worker, `"stacked"` or `"mapped"`.
+        size: The number of members.
         initializer: See `population.new_member`.
-        start: Likewise.
-        breeding: The arguments of `Breeding`, but for the seed.
+        start: See `population.new_member`.
+        breeding: The arguments of `Breeding`, except the seed.
         fitness: What members are judged by.
-        seed: Of the run.
+        seed: The seed of the run.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RayPopulation:
         self._capacity = math.ceil(size / self._shards)
         self._safekeeping_freq = engine.safekeeping_freq
         self._in_files = engine.safekeeping == "checkpoint_dir"
-        # Trains nothing here: it knows the optimizer's state.
+        # Trains nothing: it is needed for the optimizer's state and learning rates.
         self._engine = Engine(model, 1, inner_engine)
         connect(engine.address, self._shards * engine.threads_per_worker)
         setup = Setup(
@@ -139,22 +139,22 @@ class RayPopulation:
         self._diversity = tf.function(population.diversity)
         self._moved = dict.fromkeys(("bytes_moved", "bytes_rebalanced", "bytes_kept"), 0)
         self._generations = 0
-        """How many are made."""
+        """How many have ended."""
         self._committed: list[int] = []
-        """Those in the checkpoints."""
+        """The generations of the checkpoints."""
         homes = [place // self._capacity for place in range(size)]
         self._start_from(FromKeys(self._pool, homes))
 
-    # --- the survivors, and the copy of them ----------------------------------
+    # --- the survivors and their copy ------------------------------------------
 
     @property
     def members(self) -> Members:
-        """The survivors of the last generation, in this process."""
+        """The survivors of the last generation, as arrays in this process."""
         if not self._in_files:
-            self._keep()
+            self._back_up()
         if isinstance(self._origin, InDriver):
             return self._origin.members
-        return self._got_together()
+        return self._fetch_all()
 
     def _start_from(self, origin: FromKeys | InDriver | InDirectory) -> None:
         self._origin = origin
@@ -162,29 +162,29 @@ class RayPopulation:
         self._survivors: list[Held] = []
 
     def _begin(self) -> None:
-        """Puts the survivors into the cluster, unless they are there."""
+        """Puts the survivors into the cluster, unless they are already there."""
         if not self._survivors:
-            self._survivors = self._undeterred(lambda: self._origin.held(range(self._size)))
+            self._survivors = self._retry_after_losses(lambda: self._origin.held(range(self._size)))
 
-    def _keep(self) -> None:
-        """Takes a copy of the survivors, unless there is one."""
+    def _back_up(self) -> None:
+        """Copies the survivors, unless they have been copied already."""
         self._begin()
         wanted = InDirectory if self._in_files else InDriver
         if self._past or not isinstance(self._origin, wanted):
-            self._origin = self._undeterred(self._copied)
+            self._origin = self._retry_after_losses(self._copy_survivors)
             self._past = []
             self._moved["bytes_kept"] += self._size * sum(self._bytes_of_a_member())
-            self._tidy_up()
+            self._remove_old_files()
 
-    def _copied(self) -> InDriver | InDirectory:
+    def _copy_survivors(self) -> InDriver | InDirectory:
         homes = [member.home for member in self._survivors]
         if not self._in_files:
-            return InDriver(self._got_together(), homes)
+            return InDriver(self._fetch_all(), homes)
         files = InDirectory(self._pool, self._directory, self._generations, homes)
         files.write(self._survivors)
         return files
 
-    def _tidy_up(self) -> None:
+    def _remove_old_files(self) -> None:
         """Removes files that neither the checkpoints nor this run need."""
         if isinstance(self._origin, InDirectory):
             needed = [*self._committed, self._origin.generation]
@@ -194,9 +194,9 @@ class RayPopulation:
         self, data: GenerationData, arguments: DataArguments, directory: str | None = None
     ) -> None:
         """Trains and judges with this data from now on."""
-        del data  # is for this process
+        del data  # made for this process; each worker makes its own
         if self._past:
-            self._keep()  # as it could not be made again with other data
+            self._back_up()  # past generations could not be repeated with other data
         self._directory = str(directory)
         arguments = arguments.for_workers()
         try:
@@ -235,13 +235,15 @@ class RayPopulation:
         """See `Population.train_children`."""
         now = replace(generation, plan=plan, inherited=hyperparameters)
         sources = self._breeding.sources(plan).tolist()
-        nurseries = placement.of_children(sources, now.homes, self._shards, self._capacity)
-        now = replace(now, nurseries=nurseries)
+        child_shards = placement.of_children(
+            sources, now.parent_shards, self._shards, self._capacity
+        )
+        now = replace(now, child_shards=child_shards)
         weights, state, optimizer = self._bytes_of_a_member()
         if self._breeding.inherits_optimizer_state:
             state += optimizer
-        for child, shard in enumerate(now.nurseries):
-            away = {parent for parent in sources[child] if now.homes[parent] != shard}
+        for child, shard in enumerate(now.child_shards):
+            away = {parent for parent in sources[child] if now.parent_shards[parent] != shard}
             self._moved["bytes_moved"] += len(away) * weights
             self._moved["bytes_moved"] += (int(plan.fitter[child]) in away) * state
         return now, *self._train_children(now, range(self._size), progress)
@@ -259,18 +261,20 @@ class RayPopulation:
         self._past.append(replace(now, parents=[], children=[]))
         self._generations = now.number + 1
         if self._generations % self._safekeeping_freq == 0:
-            self._keep()
+            self._back_up()
 
     def diversity(self) -> float:
-        """The mean distance of two members' weights; NaN where they are not here."""
+        """The mean distance between two members' weights; NaN if they are not in this process."""
         if self._past or not isinstance(self._origin, InDriver):
             return math.nan
         return float(self._diversity([tf.constant(a) for a in self._origin.members.weights]))
 
     def load(self, place: int, model: keras.Model) -> None:
-        """Puts a member into a model, its optimizer's state included."""
+        """Puts a member into a model, including its optimizer's state."""
         self._begin()
-        ((weights, state, (optimizer, batches)),) = self._undeterred(lambda: self._got([place]))
+        ((weights, state, (optimizer, batches)),) = self._retry_after_losses(
+            lambda: self._fetch([place])
+        )
         population.fill(model, weights, state)
         alone = tf.nest.map_structure(
             lambda value: tf.constant(value)[None], Members(weights, state, optimizer, batches)
@@ -278,7 +282,7 @@ class RayPopulation:
         self._engine.load_optimizer(alone, 0, model.optimizer)
 
     def report(self) -> dict[str, Any]:
-        """What was moved since the last report, and what happened to workers."""
+        """What has moved, and what has happened to workers, since the last report."""
         report = {**self._moved, "events": self._pool.events}
         self._moved = dict.fromkeys(self._moved, 0)
         self._pool.events = []
@@ -287,22 +291,22 @@ class RayPopulation:
     # --- checkpoints -----------------------------------------------------------
 
     def save(self, checkpoint: PopulationCheckpoint, record: dict[str, Any]) -> None:
-        """Writes the survivors, and what else is to be known of the run."""
-        self._keep()
+        """Writes the survivors and the record of the run."""
+        self._back_up()
         members = _NONE if self._in_files else self.members
         homes = [member.home for member in self._survivors]
         checkpoint.save(members, {**record, "homes": homes})
         self._committed = [*self._committed, record["generation"]][-2:]
-        self._tidy_up()
+        self._remove_old_files()
 
     def restore(self, checkpoint: PopulationCheckpoint) -> dict[str, Any] | None:
-        """Goes on with the survivors that were saved; returns what was with them."""
+        """Continues with the saved survivors; returns the record saved with them, if any."""
         saved = checkpoint.restore(_NONE if self._in_files else self._like(self._size))
         if saved is None:
             return None
         generation = saved.record["generation"]
         homes = saved.record.get("homes", [])
-        if len(homes) != self._size or max(homes) >= self._shards:  # from another engine
+        if len(homes) != self._size or max(homes) >= self._shards:  # saved with another engine
             homes = [place // self._capacity for place in range(self._size)]
         if self._in_files:
             self._committed = [generation]
@@ -326,7 +330,7 @@ class RayPopulation:
             self._in_shards(
                 generation,
                 Phase.TRAIN_PARENTS,
-                generation.homes,
+                generation.parent_shards,
                 places,
                 generation.hyperparameters,
             ),
@@ -338,15 +342,15 @@ class RayPopulation:
     def _train_children(
         self, generation: RayGeneration, places: Sequence[int], progress: Progress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        plan, parents = _there(generation.plan), generation.parents
+        plan, parents = _require(generation.plan), generation.parents
         sources = self._breeding.sources(plan)
 
         def arguments(shard: Shard) -> list[Any]:
             return [shard, plan, *pack([child_parts(child) for child in shard.places])]
 
         def child_parts(child: int) -> ChildParts:
-            first, second = (_there(parents[parent]).parts for parent in sources[child])
-            fitter = _there(parents[plan.fitter[child]]).parts
+            first, second = (_require(parents[parent]).parts for parent in sources[child])
+            fitter = _require(parents[plan.fitter[child]]).parts
             inherits = self._breeding.inherits_optimizer_state
             optimizer = fitter.optimizer if inherits else None
             return ChildParts(first.weights, second.weights, fitter.state, optimizer)
@@ -355,7 +359,11 @@ class RayPopulation:
             generation,
             generation.children,
             self._in_shards(
-                generation, Phase.TRAIN_CHILDREN, generation.nurseries, places, generation.inherited
+                generation,
+                Phase.TRAIN_CHILDREN,
+                generation.child_shards,
+                places,
+                generation.inherited,
             ),
             "train_children",
             arguments,
@@ -372,12 +380,12 @@ class RayPopulation:
         arguments: Callable[[Shard], list[Any]],
         progress: Progress | None,
     ) -> list[np.ndarray]:
-        """Runs a method for each shard, and commits what each member became, once."""
+        """Runs a method for each shard, and then stores what each member became, once."""
         tasks = {
             number: Task(number, method, partial(arguments, shard), members=len(shard.places))
             for number, shard in shards.items()
         }
-        self._undeterred(lambda: self._pool.run(list(tasks.values())), generation)
+        self._retry_after_losses(lambda: self._pool.run(list(tasks.values())), generation)
         values: list[np.ndarray] = []
         for number, shard in shards.items():
             task = tasks[number]
@@ -396,16 +404,16 @@ class RayPopulation:
     ) -> list[np.ndarray]:
         tasks = []
         for group, members in enumerate(groups):
-            homes = [_there(member).home for member in members]
+            homes = [_require(member).home for member in members]
             shards = self._in_shards(generation, phase, homes, range(self._size))
             for number, shard in shards.items():
 
                 def arguments(shard: Shard = shard, members: list = members) -> list[Any]:
-                    there = [_there(members[place]).parts for place in shard.places]
-                    return [shard, *pack([JudgedParts(m.weights, m.state) for m in there])]
+                    judged = [_require(members[place]).parts for place in shard.places]
+                    return [shard, *pack([JudgedParts(m.weights, m.state) for m in judged])]
 
                 tasks.append((group, shard, Task(number, "fitness", arguments)))
-        self._undeterred(lambda: self._pool.run([task for *_, task in tasks]), generation)
+        self._retry_after_losses(lambda: self._pool.run([task for *_, task in tasks]), generation)
         losses = [np.zeros(self._size, tasks[0][2].first.dtype) for _ in groups]
         for group, shard, task in tasks:
             losses[group][shard.places] = task.first
@@ -429,14 +437,16 @@ class RayPopulation:
                 )
         return shards
 
-    # --- what gets lost -----------------------------------------------------------
+    # --- members that are lost ------------------------------------------------------
 
-    def _undeterred(self, work: Callable[[], Any], generation: RayGeneration | None = None) -> Any:
-        """Does work that needs members again until no node leaves with some of them.
+    def _retry_after_losses(
+        self, work: Callable[[], Any], generation: RayGeneration | None = None
+    ) -> Any:
+        """Repeats work that needs members until no node leaves with some of them.
 
         Args:
             work: A function without arguments.
-            generation: The one that is being made, if there is one.
+            generation: The generation that is being made, if there is one.
         """
         while True:
             try:
@@ -447,10 +457,10 @@ class RayPopulation:
                 self._restore(error, generation or RayGeneration(-1, [], []))
 
     def _restore(self, error: LostError, now: RayGeneration) -> None:
-        """Makes again what was on nodes that are gone."""
+        """Rebuilds what was on nodes that have left."""
         until = time.monotonic() + _TO_SEE
         while not any(
-            lost := [self._lost(held) for held in (self._survivors, now.parents, now.children)]
+            lost := [self._find_lost(held) for held in (self._survivors, now.parents, now.children)]
         ):
             if time.monotonic() > until:
                 raise RuntimeError(
@@ -476,7 +486,7 @@ class RayPopulation:
             self._train_children(now, children)
 
     def _replay(self) -> None:
-        """Goes from the copy of the survivors through the generations since then."""
+        """Repeats the generations since the copy of the survivors."""
         everyone = range(self._size)
         self._replaying = True
         while self._replaying:
@@ -489,32 +499,32 @@ class RayPopulation:
                     self._survivors = again.survivors()
                 self._replaying = False
             except LostError:
-                continue  # one more node left
+                continue  # another node has left
 
-    def _lost(self, members: Sequence[Held | None]) -> list[int]:
+    def _find_lost(self, members: Sequence[Held | None]) -> list[int]:
         nodes = alive_nodes()
         return [p for p, m in enumerate(members) if m is not None and m.node not in nodes]
 
-    # --- in and out of the cluster -------------------------------------------------
+    # --- members in this process ---------------------------------------------------
 
-    def _got(self, places: Sequence[int]) -> list[MemberParts]:
-        """Survivors, in this process."""
+    def _fetch(self, places: Sequence[int]) -> list[MemberParts]:
+        """Fetches survivors into this process."""
         held = [self._survivors[place] for place in places]
         try:
             return [MemberParts(*ray.get(list(member.parts), timeout=_TO_GET)) for member in held]
         except exceptions.ObjectLostError as error:
             raise LostError(str(error)) from error
 
-    def _got_together(self) -> Members:
-        """All survivors, in this process."""
-        parts = self._got(range(self._size))
+    def _fetch_all(self) -> Members:
+        """Fetches all survivors into this process, stacked."""
+        parts = self._fetch(range(self._size))
         weights, state, (optimizer, batches) = tf.nest.map_structure(
             lambda *arrays: np.stack(arrays), *parts
         )
         return Members(weights, state, optimizer, batches)
 
     def _like(self, size: int) -> Members:
-        """The shapes and types of members."""
+        """The shapes and types of stacked members."""
         weights, state = (
             [
                 tf.TensorSpec((size, *v.shape), keras.backend.standardize_dtype(v.dtype))
@@ -529,7 +539,7 @@ class RayPopulation:
         return Members(weights, state, optimizer, tf.TensorSpec((size,), tf.int64))
 
     def _bytes_of_a_member(self) -> tuple[int, int, int]:
-        """Of its weights, its state and its optimizer's state."""
+        """The bytes of its weights, its state and its optimizer's state."""
         like = self._like(1)
         weights, state, optimizer = (
             sum(spec.shape.num_elements() * spec.dtype.size for spec in tf.nest.flatten(part))
@@ -539,11 +549,11 @@ class RayPopulation:
 
 
 _NONE = Members([], [], [], [])
-"""In the checkpoint of a run whose members are in files of their own."""
+"""What a checkpoint holds instead of members that are in files of their own."""
 
 
-def _there(value: Any) -> Any:
-    """What has come by now."""
+def _require(value: Any) -> Any:
+    """A value that must have been set by now."""
     assert value is not None
     return value
 
@@ -551,7 +561,7 @@ def _there(value: Any) -> Any:
 def _as_bytes(model: keras.Model) -> bytes:
     try:
         return cloudpickle.dumps(model)
-    except Exception as error:  # whatever saving a model may raise
+    except Exception as error:  # saving a model may raise anything
         raise ValueError(
             f"The model '{model.name}' cannot be sent to workers. Expected one that can be saved: "
             "its layers, loss and metrics with a `get_config`. Received this error: "

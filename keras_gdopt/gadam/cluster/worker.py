@@ -1,4 +1,4 @@
-"""What runs in a worker's process: it trains shards, and keeps nothing that matters."""
+"""The process of a worker, which trains shards and keeps no members between its tasks."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ from keras_gdopt.gadam.training import Fitness, Training
 
 
 class Setup(NamedTuple):
-    """What a worker needs once."""
+    """What a worker needs to start."""
 
     model: bytes
     custom_objects: bytes
@@ -45,24 +45,24 @@ class Setup(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Members that are trained together in a phase of a generation."""
+    """The members that a worker trains together in one phase of a generation."""
 
     generation: int
     phase: Phase
     places: list[int]
-    """In the population, or of children in their order."""
+    """Places in the population or, for children, in their order."""
     learning_rates: list[float | None]
     """See `Engine.learning_rates`."""
     hyperparameters: Values
-    """Those of the members, in the order of `places`."""
+    """The members' values, in the order of `places`."""
 
 
 class Worker:
-    """An actor. Its methods are functions of their arguments alone.
+    """An actor whose results depend on the arguments of its methods alone.
 
-    Those that train return the losses of a shard first, and then the `MemberParts` of each
-    member. Shards smaller than a worker's capacity are filled up, so that nothing is compiled
-    twice.
+    Methods that train return the losses of a shard first, then the `MemberParts` of each
+    member. Shards smaller than a worker's capacity are filled up with copies of a member, so
+    that nothing is compiled twice.
     """
 
     def __init__(self, threads: int) -> None:
@@ -71,7 +71,7 @@ class Worker:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
     def start(self, setup: Setup) -> int:
-        """Builds the model and what trains it; returns the process's number."""
+        """Builds the model and what trains it; returns the process id."""
         keras.config.set_floatx(setup.floatx)
         keras.saving.get_custom_objects().update(pickle.loads(setup.custom_objects))
         self._model = pickle.loads(setup.model)
@@ -89,17 +89,17 @@ class Worker:
         return os.getpid()
 
     def node(self) -> str:
-        """The node that it runs on."""
+        """The node that the worker runs on."""
         return ray.get_runtime_context().get_node_id()
 
     def use(self, arguments: DataArguments) -> None:
-        """Makes the data of a `fit`."""
+        """Makes the data that a `fit` uses."""
         self._data = arguments.made()
 
-    # --- members from elsewhere ------------------------------------------------
+    # --- initial and stored members --------------------------------------------
 
     def new_members(self, places: Sequence[int]) -> tuple[Any, ...]:
-        """The members that a run starts from in some places; `None` comes first."""
+        """Draws the initial members of some places; the first value is `None`."""
         fresh = self._fresh()
         members = []
         for place in places:
@@ -110,12 +110,12 @@ class Worker:
         return (None, *pack(members))
 
     def write(self, paths: Sequence[str], *parts: Arrays) -> None:
-        """Writes members; `parts` are those of `MemberParts`."""
+        """Writes members; `parts` are their `MemberParts`."""
         for path, member in zip(paths, unpack(MemberParts, parts), strict=True):
             member_files.write(path, tuple(member))
 
     def read(self, paths: Sequence[str]) -> tuple[Any, ...]:
-        """Members that were written; `None` comes first."""
+        """Reads members that were written; the first value is `None`."""
         like = (
             list(self._model.trainable_variables),
             list(self._model.non_trainable_variables),
@@ -127,25 +127,25 @@ class Worker:
     # --- training and judging --------------------------------------------------
 
     def train_parents(self, shard: Shard, *parts: Arrays) -> tuple[Any, ...]:
-        """Trains members; `parts` are those of `MemberParts`."""
+        """Trains members; `parts` are their `MemberParts`."""
         weights, state, (optimizer, batches) = self._stack(unpack(MemberParts, parts))
         return self._train(Members(weights, state, optimizer, batches), shard, ())
 
     def train_children(self, shard: Shard, plan: Plan, *parts: Arrays) -> tuple[Any, ...]:
-        """Breeds and trains children; `parts` are those of `ChildParts`."""
+        """Breeds and trains children; `parts` are their `ChildParts`."""
         first, second, state, inherited = self._stack(unpack(ChildParts, parts))
         places = self._fill_up(shard.places)
         children, mutated = self._training.children(plan, first, second, state, inherited, places)
         return self._train(children, shard, (mutated[: len(shard.places)],))
 
     def fitness(self, shard: Shard, *parts: Arrays) -> np.ndarray:
-        """Losses of members; `parts` are those of `JudgedParts`."""
+        """The fitness losses of members; `parts` are their `JudgedParts`."""
         weights, state = self._stack(unpack(JudgedParts, parts))
         members = Members(weights, state, None, None)
         losses = self._training.fitness(members, shard.generation, shard.phase, self._data)
         return losses[: len(shard.places)]
 
-    # --- the parts -----------------------------------------------------------
+    # --- steps of these methods --------------------------------------------------
 
     def _train(self, members: Members, shard: Shard, more: tuple[Any, ...]) -> tuple[Any, ...]:
         count = len(shard.places)
@@ -163,7 +163,7 @@ class Worker:
         return ((losses[:count], *more), *pack(trained))
 
     def _fresh(self) -> tuple[Any, np.ndarray]:
-        """The optimizer's state of a member that was never trained, and its batches."""
+        """The optimizer's state and the batch count of a member that was never trained."""
         fresh = self._training.engine.fresh_optimizer_state(1)
         return tf.nest.map_structure(lambda value: value.numpy()[0], fresh), np.zeros((), "int64")
 
@@ -172,7 +172,7 @@ class Worker:
         return [*parts, *[parts[0]] * missing]
 
     def _stack(self, members: Sequence[Any]) -> list[Any]:
-        """Each part of all members, as arrays; `None` for a part that they do not have."""
+        """Stacks each part of all members; `None` for a part that they do not have."""
 
         def stack(parts: Sequence[Arrays]) -> Any:
             if parts[0] is None:
