@@ -39,8 +39,8 @@ BREAKS = [
     Break(
         "nag_without_the_look_ahead",
         "keras_gdopt/optimizers/nag.py",
-        "factor = ahead - learning_rate * (1 + rho)",
-        "factor = ahead - learning_rate",
+        "change = (move * (1 + rho) - ahead) * velocity +",
+        "change = (move - ahead) * velocity +",
         ("tests/optimizers/test_nag.py",),
     ),
     Break(

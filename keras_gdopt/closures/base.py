@@ -102,6 +102,8 @@ class ClosureOptimizer(RecordingOptimizer):
     statuses: ClassVar[Sequence[str]] = ("accepted",)
     """How an iteration can end; the first entry means success."""
 
+    evaluates_loss = True
+
     takes_bounds: ClassVar[bool] = False
     """Whether it supports the constraints `NonNeg` and `constraints.Bounds`."""
 

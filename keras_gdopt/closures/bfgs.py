@@ -93,12 +93,7 @@ class BFGS(LineSearchOptimizer):
         iterations_per_step: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            learning_rate,
-            line_search=line_search,
-            iterations_per_step=iterations_per_step,
-            **kwargs,
-        )
+        super().__init__(learning_rate, line_search, iterations_per_step, **kwargs)
         self.self_scaled = checked_flag("self_scaled", self_scaled)
 
     def check_size(self, size: int) -> None:

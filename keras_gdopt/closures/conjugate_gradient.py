@@ -1,10 +1,13 @@
 """Nonlinear conjugate gradient."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search_optimizer import (
     LineSearchOptimizer,
@@ -16,7 +19,24 @@ from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice
 from keras_gdopt.tensor import Tensor
 
-BETAS = ("polak_ribiere", "fletcher_reeves")
+_CURVATURE = 0.2  # of the Wolfe conditions; conjugate directions need an accurate search
+
+
+def polak_ribiere(old: Tensor, new: Tensor) -> Tensor:
+    r"""$\beta^{PR}$ of the gradients before and after an iteration, where the old's norm is 1."""
+    return tf.reduce_sum((new - old) * new)
+
+
+def fletcher_reeves(old: Tensor, new: Tensor) -> Tensor:
+    r"""$\beta^{FR}$, as `polak_ribiere`."""
+    del old
+    return tf.reduce_sum(new * new)
+
+
+BETAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "polak_ribiere": polak_ribiere,
+    "fletcher_reeves": fletcher_reeves,
+}
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
@@ -72,7 +92,10 @@ class ConjugateGradient(LineSearchOptimizer):
 
     hyperparameters = ("beta",)
     own_metrics = ("beta",)
-    curvature = 0.2
+    line_searches = {
+        **LineSearchOptimizer.line_searches,
+        "wolfe": functools.partial(searches.strong_wolfe, curvature=_CURVATURE),
+    }
 
     def __init__(
         self,
@@ -82,13 +105,8 @@ class ConjugateGradient(LineSearchOptimizer):
         iterations_per_step: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            learning_rate,
-            line_search=line_search,
-            iterations_per_step=iterations_per_step,
-            **kwargs,
-        )
-        self.beta = checked_choice("beta", beta, BETAS)
+        super().__init__(learning_rate, line_search, iterations_per_step, **kwargs)
+        self.beta = checked_choice("beta", beta, tuple(BETAS))
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:
         """The last direction, β for the next one, and the fall of the loss to aim for next."""
@@ -111,9 +129,7 @@ class ConjugateGradient(LineSearchOptimizer):
     def remember(self, memory: Memory, before: Point, after: Point, proposal: Proposal) -> Memory:
         """Computes β from the gradients at both ends of the iteration."""
         scale = norm(before.gradient)  # so that no square over- or underflows
-        old, new = before.gradient / scale, after.gradient / scale
-        change = new - old if self.beta == "polak_ribiere" else new
-        beta = tf.reduce_sum(change * new)
+        beta = BETAS[self.beta](before.gradient / scale, after.gradient / scale)
         moved = after.weights - before.weights
         descent = tf.reduce_sum(moved * before.gradient)
         # A search that only shortens steps may accept one that is far too short, so aim for a
@@ -123,7 +139,7 @@ class ConjugateGradient(LineSearchOptimizer):
         return {
             "direction": proposal.direction,
             "beta": tf.maximum(beta, 0.0),
-            "descent": tf.where(steepness > self.curvature, longer * descent, descent),
+            "descent": tf.where(steepness > _CURVATURE, longer * descent, descent),
         }
 
     def forget(self, memory: Memory) -> Memory:

@@ -96,12 +96,7 @@ class LBFGS(LineSearchOptimizer):
         iterations_per_step: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            learning_rate,
-            line_search=line_search,
-            iterations_per_step=iterations_per_step,
-            **kwargs,
-        )
+        super().__init__(learning_rate, line_search, iterations_per_step, **kwargs)
         self.memory = checked_count("memory", memory, minimum=1)
 
     def memory_layout(self, size: int) -> dict[str, tuple[tuple[int, ...], float | int]]:

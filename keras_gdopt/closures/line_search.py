@@ -58,6 +58,10 @@ class Found(NamedTuple):
 
 
 Evaluate = Callable[[Tensor], Trial]
+"""The loss and its slope as a function of a scalar step."""
+
+LineSearch = Callable[[Evaluate, Trial, Tensor], Found]
+"""Finds a step, given the trial at step 0 and the first step to try."""
 
 
 class _Bound(NamedTuple):

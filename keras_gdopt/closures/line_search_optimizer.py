@@ -1,6 +1,6 @@
 """Base class of the optimizers with a line search."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import tensorflow as tf
@@ -8,12 +8,10 @@ import tensorflow as tf
 from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.base import ClosureOptimizer
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.closures.line_search import Found, Trial, select
+from keras_gdopt.closures.line_search import LineSearch, Trial, select
 from keras_gdopt.closures.minimize import Iteration, Memory, Point
 from keras_gdopt.optimizers.argument_checks import checked_choice
 from keras_gdopt.tensor import Tensor
-
-LINE_SEARCHES = ("wolfe", "armijo", "exact")
 
 
 class Proposal(NamedTuple):
@@ -31,7 +29,8 @@ class LineSearchOptimizer(ClosureOptimizer):
     $$\theta_{k+1} = \theta_k + \alpha_k d_k$$
 
     A subclass defines the state it keeps (`memory_layout`) and three pure functions, `direction`,
-    `remember` and `forget`; this class and `ClosureOptimizer` do the rest.
+    `remember` and `forget`; this class and `ClosureOptimizer` do the rest. It can also change or
+    add to the line searches on offer (`line_searches`).
 
     Args:
         learning_rate: The first trial step, as a multiple of the algorithm's own: a number
@@ -39,6 +38,7 @@ class LineSearchOptimizer(ClosureOptimizer):
         line_search: `"wolfe"` (strong Wolfe conditions), `"armijo"` (enough decrease, by
             backtracking) or `"exact"` (the minimum along the direction, to machine
             precision).
+        iterations_per_step: The most iterations in a training step.
         **kwargs: See `ClosureOptimizer`.
 
     Raises:
@@ -47,12 +47,18 @@ class LineSearchOptimizer(ClosureOptimizer):
 
     statuses = searches.STATUSES
 
-    curvature: ClassVar[float] = 0.9
-    """$c_2$ of the strong Wolfe conditions."""
+    line_searches: ClassVar[Mapping[str, LineSearch]] = {
+        "wolfe": searches.strong_wolfe,
+        "armijo": searches.armijo,
+        "exact": searches.exact,
+    }
+    """The searches that the argument `line_search` names."""
 
-    def __init__(self, learning_rate: Any, *, line_search: str, **kwargs: Any) -> None:
-        super().__init__(learning_rate, **kwargs)
-        self.line_search = checked_choice("line_search", line_search, LINE_SEARCHES)
+    def __init__(
+        self, learning_rate: Any, line_search: str, iterations_per_step: int, **kwargs: Any
+    ) -> None:
+        super().__init__(learning_rate, iterations_per_step=iterations_per_step, **kwargs)
+        self.line_search = checked_choice("line_search", line_search, tuple(self.line_searches))
 
     @property
     def line_search_status(self) -> str:
@@ -118,7 +124,8 @@ class LineSearchOptimizer(ClosureOptimizer):
             return Trial(step, value, slope, gradient)
 
         start = Trial(tf.zeros_like(slope), point.loss, slope, point.gradient)
-        found: Found = self._search()(evaluate, start, proposal.first_step)
+        search = self.line_searches[self.line_search]
+        found = search(evaluate, start, proposal.first_step)
         trial = found.trial
         failed = tf.equal(trial.step, 0)
         weights = loss.projected(point.weights + trial.step * proposal.direction)
@@ -151,11 +158,6 @@ class LineSearchOptimizer(ClosureOptimizer):
         )
         proposal = select(descends, proposal, steepest)
         return proposal, tf.where(descends, slope, -_dot(point.gradient, point.gradient))
-
-    def _search(self) -> Callable[..., Found]:
-        if self.line_search == "wolfe":
-            return lambda *args: searches.strong_wolfe(*args, curvature=self.curvature)
-        return searches.armijo if self.line_search == "armijo" else searches.exact
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, for `from_config`."""

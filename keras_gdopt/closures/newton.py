@@ -99,12 +99,7 @@ class Newton(LineSearchOptimizer):
         iterations_per_step: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            learning_rate,
-            line_search=line_search,
-            iterations_per_step=iterations_per_step,
-            **kwargs,
-        )
+        super().__init__(learning_rate, line_search, iterations_per_step, **kwargs)
         self.solver = checked_choice("solver", solver, SOLVERS)
         self.damping = checked_number("damping", damping)
 

@@ -1,5 +1,6 @@
 """Callbacks that see a population."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -41,3 +42,45 @@ class PopulationCallback(keras.callbacks.Callback):
                 where members moved to another worker, `bytes_kept` of the copy of the
                 survivors, and `events`, what befell workers, in words.
         """
+
+
+class PopulationCallbackList(keras.callbacks.CallbackList):
+    """Keras's list of callbacks, with a generation in place of an epoch.
+
+    Args:
+        callbacks: Keras's, and `PopulationCallback`s.
+        gadam: The `Gadam` that trains; callbacks see its model.
+        **params: What Keras tells callbacks: `epochs`, `steps` and `verbose`.
+
+    Attributes:
+        history: Keras's callback that keeps the logs.
+    """
+
+    def __init__(
+        self, callbacks: Sequence[keras.callbacks.Callback] | None, gadam: Any, **params: Any
+    ) -> None:
+        super().__init__(callbacks, add_history=True, model=gadam.model, **params)
+        self.history: keras.callbacks.History = gadam.model.history
+        self._listeners = [c for c in self.callbacks if isinstance(c, PopulationCallback)]
+        for listener in self._listeners:
+            listener.set_gadam(gadam)
+
+    def on_generation_begin(self, generation: int) -> None:
+        """Begins an epoch and a generation."""
+        self.on_epoch_begin(generation)
+        for listener in self._listeners:
+            listener.on_generation_begin(generation)
+
+    def on_generation_end(
+        self, generation: int, logs: dict[str, Any], details: dict[str, Any]
+    ) -> None:
+        """Ends a generation and its epoch.
+
+        Args:
+            generation: Counted from 0.
+            logs: What all callbacks see.
+            details: What a `PopulationCallback` sees besides.
+        """
+        for listener in self._listeners:
+            listener.on_generation_end(generation, {**logs, **details})
+        self.on_epoch_end(generation, logs)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_gdopt.functional import Data
 from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.array_data import ArrayData
+from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.samples import (
     all_of,
@@ -22,6 +23,7 @@ from keras_gdopt.gadam.samples import (
 )
 from keras_gdopt.gadam.stream_data import StreamData
 from keras_gdopt.gadam.training_data import Portion, TrainingData
+from keras_gdopt.optimizers.argument_checks import checked_count
 
 
 class DataArguments(NamedTuple):
@@ -49,6 +51,12 @@ class DataArguments(NamedTuple):
         Raises:
             ValueError: See `Gadam.fit`.
         """
+        checked_count("epochs", self.epochs, minimum=1)
+        for name in ("batch_size", "steps_per_epoch"):
+            if getattr(self, name) is not None:
+                checked_count(name, getattr(self, name), minimum=1)
+        if self.class_weight is not None:
+            check_class_weight(self.class_weight)
         x, y, sample_weight = self.x, self.y, self.sample_weight
         if self.data_fn is not None:
             if x is not None or y is not None or sample_weight is not None:

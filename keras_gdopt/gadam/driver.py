@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,14 +11,14 @@ import numpy as np
 from keras_gdopt.functional import Data
 from keras_gdopt.gadam import genetics, population
 from keras_gdopt.gadam.breeding import CROSSOVERS, SELECTIONS, Breeding
-from keras_gdopt.gadam.callback import PopulationCallback
+from keras_gdopt.gadam.callback import PopulationCallbackList
 from keras_gdopt.gadam.checkpoint import PopulationCheckpoint
-from keras_gdopt.gadam.class_weight import check_class_weight
 from keras_gdopt.gadam.cluster.engine import RayEngine
 from keras_gdopt.gadam.contracts import Population
 from keras_gdopt.gadam.data import DataArguments, GenerationData
 from keras_gdopt.gadam.engine import ENGINES, chosen_engine
 from keras_gdopt.gadam.ensemble import averaged
+from keras_gdopt.gadam.generation_results import GenerationResults
 from keras_gdopt.gadam.hyperparameters import Evolution, Values, checked_ranges
 from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.gadam.lineage import Lineage, record_generation
@@ -26,8 +26,8 @@ from keras_gdopt.gadam.local_population import LocalPopulation
 from keras_gdopt.gadam.model_checks import check_model, pure_step_of
 from keras_gdopt.gadam.progress import Progress
 from keras_gdopt.gadam.run_identity import identify_run
-from keras_gdopt.gadam.samples import check_ends, check_is_no_generator, split
 from keras_gdopt.gadam.training import Fitness, Training
+from keras_gdopt.gadam.validation import Validation, number_or_array, split_off_validation
 from keras_gdopt.optimizers.argument_checks import (
     check_tensorflow,
     checked_choice,
@@ -416,25 +416,16 @@ class Gadam:
             FloatingPointError: If no member of a generation has a finite loss.
         """
         generations = checked_count("generations", generations, minimum=1)
-        epochs = checked_count("epochs", epochs, minimum=1)
         checkpoint_freq = checked_count("checkpoint_freq", checkpoint_freq, minimum=1)
         validation_freq = checked_count("validation_freq", validation_freq, minimum=1)
-        for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
-            if value is not None:
-                checked_count(name, value, minimum=1)
         if self._cluster and self._cluster.safekeeping == "checkpoint_dir" and not checkpoint_dir:
             raise ValueError(
                 "`RayEngine(safekeeping='checkpoint_dir')` keeps the survivors in files. Expected "
                 f"a `checkpoint_dir` that all nodes share. Received: {checkpoint_dir=}"
             )
-        if validation_split:
-            if validation_data is not None:
-                raise ValueError("Expected `validation_split` or `validation_data`. Received: both")
-            (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
-        check_ends("validation_data", validation_data)
-        check_is_no_generator("validation_data", validation_data)
-        if class_weight is not None:
-            check_class_weight(class_weight)
+        (x, y, sample_weight), validation_data = split_off_validation(
+            (x, y, sample_weight), validation_data, validation_split
+        )
         self._check_callbacks(callbacks or ())
         arguments = DataArguments(
             x,
@@ -462,81 +453,115 @@ class Gadam:
         if checkpoint_dir is not None:
             checkpoint = PopulationCheckpoint(checkpoint_dir, self._run_identity())
             record = everyone.restore(checkpoint)
-            if record is not None:
-                self._resume(record)
+        if record is not None:
+            self._resume(record)
         done = self._generation
         last = generations if checkpoint_dir is not None else done + generations
-
-        callback_list = keras.callbacks.CallbackList(
-            callbacks,
-            add_history=True,
-            model=self.model,
-            epochs=last,
-            steps=2 * data.steps,
-            verbose=verbose,
+        callback_list = PopulationCallbackList(
+            callbacks, self, epochs=last, steps=2 * data.steps, verbose=verbose
         )
-        history = self.model.history
-        listeners = [c for c in callback_list.callbacks if isinstance(c, PopulationCallback)]
-        for listener in listeners:
-            listener.set_gadam(self)
+
+        def save(generation: int, is_last: bool) -> None:
+            if checkpoint is not None and (is_last or (generation + 1) % checkpoint_freq == 0):
+                everyone.save(checkpoint, self._record(callback_list.history))
+
         if verbose:
-            where = f" in {self._cluster.num_workers} workers of Ray" if self._cluster else ""
-            print(
-                f"Gadam: {self.population_size} members of '{self.model.name}', engine "
-                f"'{self.engine}'{where} ({self._engine_reason}), generations {done + 1} to {last}"
-            )
+            self._announce(done, last)
         self.model.stop_training = False
         callback_list.on_train_begin()
         if record is not None:
-            history.history = {k: list(v) for k, v in record["history"].items()}
-            history.epoch = list(record["epochs"])
-        logs: dict[str, Any] = {}
+            callback_list.history.history = {k: list(v) for k, v in record["history"].items()}
+            callback_list.history.epoch = list(record["epochs"])
         try:
-            for generation in range(done, last):
-                callback_list.on_epoch_begin(generation)
-                for listener in listeners:
-                    listener.on_generation_begin(generation)
-                progress = Progress(
-                    verbose,
-                    generation,
-                    last,
-                    2 * data.steps,
-                    callback_list,
-                    self._first_waits_for() if is_new and generation == done else None,
-                )
-                logs, details, ends = self._one_generation(generation, everyone, data, progress)
-                if validation_data is not None and (generation + 1) % validation_freq == 0:
-                    logs.update(self._validated(validation_data, batch_size, callback_list))
-                details.update(everyone.report())
-                for listener in listeners:
-                    listener.on_generation_end(generation, {**logs, **details})
-                progress.end(logs)
-                callback_list.on_epoch_end(generation, logs)
-                stops = ends or self.model.stop_training or generation + 1 == last
-                if checkpoint is not None and (stops or (generation + 1) % checkpoint_freq == 0):
-                    everyone.save(checkpoint, self._record(history))
-                if stops:
-                    break
+            logs = self._train_generations(
+                range(done, last),
+                everyone,
+                data,
+                Validation(validation_data, batch_size, validation_freq),
+                callback_list,
+                save,
+                verbose=verbose,
+                first_waits_for=self._first_waits_for() if is_new else None,
+            )
         except BaseException:
             if self._fitness.size:
                 self._load(self._best(), self.model)
             raise
-        if self._fitness.size and not logs:
-            self._load(self._best(), self.model)  # all generations were in the checkpoint
         callback_list.on_train_end(logs)
-        return history
+        return callback_list.history
 
-    def _one_generation(
+    def _train_generations(
         self,
-        generation: int,
+        generations: range,
         everyone: Population[Any, Any],
         data: GenerationData,
-        progress: Progress,
-    ) -> tuple[dict[str, Any], dict[str, Any], bool]:
-        """From parents to survivors.
+        validation: Validation,
+        callbacks: PopulationCallbackList,
+        save: Callable[[int, bool], None],
+        *,
+        verbose: int,
+        first_waits_for: str | None,
+    ) -> dict[str, Any]:
+        """Trains generations until the last one or until the run is to stop.
+
+        Args:
+            generations: Their numbers.
+            everyone: The population.
+            data: To train on and to judge by.
+            validation: Of the best member, after each generation in which it is due.
+            callbacks: Called for each generation.
+            save: Called at the end of each with its number and whether it is the last.
+            verbose: See `fit`; 0, 1 or 2.
+            first_waits_for: What is done before the first step, if anything.
 
         Returns:
-            Logs, what only a `PopulationCallback` sees, and whether to stop.
+            The logs of the last generation; none if there was no generation left.
+        """
+        logs: dict[str, Any] = {}
+        for generation in generations:
+            callbacks.on_generation_begin(generation)
+            progress = Progress(
+                verbose,
+                generation,
+                generations.stop,
+                2 * data.steps,
+                callbacks,
+                first_waits_for if generation == generations.start else None,
+            )
+            results = self._one_generation(generation, everyone, data.steps, progress)
+            logs = {
+                **self._logs(results, everyone, data.fitness_batch(generation, Phase.SURVIVAL)),
+                **validation.logs(self.model, generation, callbacks),
+            }
+            progress.end(logs)
+            details = {
+                **results.details(),
+                "identities": np.array(self._identities),
+                **everyone.report(),
+            }
+            callbacks.on_generation_end(generation, logs, details)
+            is_last = (
+                self._has_settled(results)
+                or self.model.stop_training
+                or generation + 1 == generations.stop
+            )
+            save(generation, is_last)
+            if is_last:
+                break
+        if not generations:
+            self._load(self._best(), self.model)  # all of them were in the checkpoint
+        return logs
+
+    def _one_generation(
+        self, generation: int, everyone: Population[Any, Any], steps: int, progress: Progress
+    ) -> GenerationResults:
+        """From parents to survivors; the model then holds the fittest.
+
+        Args:
+            generation: Its number.
+            everyone: The population.
+            steps: How many each member trains.
+            progress: Shows the steps.
         """
         own = self._hyperparameters
         parents, parent_losses = everyone.train_parents(generation, progress, own)
@@ -551,7 +576,18 @@ class Gadam:
         both, child_losses, mutated = everyone.train_children(parents, plan, progress, inherited)
         parent_fitness, child_fitness = everyone.survival_fitness(both)
         places = genetics.surviving(parent_fitness, child_fitness).numpy()
-        survival = np.concatenate([parent_fitness, child_fitness])
+        results = GenerationResults(
+            plan,
+            parent_losses=parent_losses,
+            child_losses=child_losses,
+            parent_fitness=parent_fitness,
+            child_fitness=child_fitness,
+            parent_hyperparameters=own,
+            child_hyperparameters=inherited,
+            mutated=mutated,
+            places=places,
+        )
+        survival = results.survival_fitness
         self._check_any_finite(survival, generation, "parents and children")
 
         everyone.select(both, places)
@@ -560,7 +596,7 @@ class Gadam:
             self.lineage,
             self._identities,
             plan,
-            steps=data.steps,
+            steps=steps,
             mutated=mutated,
             fitness=fitness,
             survival=survival,
@@ -569,44 +605,44 @@ class Gadam:
                 self._evolution.of_one(inherited, child) for child in range(self.population_size)
             ],
         )
-        self._hyperparameters = {
-            name: np.concatenate([values, inherited[name]])[places] for name, values in own.items()
-        }
+        self._hyperparameters = results.surviving_hyperparameters
         self._generation = generation + 1
-        best = self._best()
-        self._load(best, self.model)
-        losses = np.concatenate([parent_losses, child_losses])[places]
-        survived = int(np.sum(places >= self.population_size))
+        self._load(self._best(), self.model)
+        return results
+
+    def _logs(
+        self, results: GenerationResults, everyone: Population[Any, Any], batch: Data | list[Data]
+    ) -> dict[str, Any]:
+        """What the epoch of a generation logs; the metrics are those of the survival batch."""
+        best, survival = self._best(), results.survival_fitness
         finite = self._fitness[np.isfinite(self._fitness)]
-        logs = {
-            "loss": float(losses[best]),
-            **self._metrics(data.fitness_batch(generation, Phase.SURVIVAL)),
+        return {
+            "loss": float(results.surviving_losses[best]),
+            **self._metrics(batch),
             "fitness": self._judge.sign * float(self._fitness[best]),
             "fitness_mean": self._judge.sign * float(np.mean(finite)),
             "fitness_worst": self._judge.sign * float(np.max(finite)),
             "members_not_finite": int(np.sum(~np.isfinite(survival))),
             "diversity": everyone.diversity(),
-            "children_survived": survived,
+            "children_survived": results.children_survived,
             **{name: float(values[best]) for name, values in self._hyperparameters.items()},
         }
-        details = {
-            "parent_losses": parent_losses,
-            "child_losses": child_losses,
-            "parent_fitness": parent_fitness,
-            "child_fitness": child_fitness,
-            "selection_probabilities": plan.probabilities,
-            "parents": plan.parents,
-            "mutation_probabilities": plan.mutation_probabilities,
-            "mutated_entries": mutated,
-            "survivors": places,
-            "identities": np.array(self._identities),
-            "parent_hyperparameters": own,
-            "child_hyperparameters": inherited,
-        }
-        change = abs(float(np.sum(parent_fitness)) - float(np.sum(self._fitness)))
-        return logs, details, self.tolerance is not None and change <= self.tolerance
+
+    def _has_settled(self, results: GenerationResults) -> bool:
+        """Whether the sum of the fitness losses changed by no more than `tolerance`."""
+        if self.tolerance is None:
+            return False
+        change = abs(float(np.sum(results.parent_fitness)) - float(np.sum(self._fitness)))
+        return change <= self.tolerance
 
     # --- the parts -----------------------------------------------------------
+
+    def _announce(self, done: int, last: int) -> None:
+        where = f" in {self._cluster.num_workers} workers of Ray" if self._cluster else ""
+        print(
+            f"Gadam: {self.population_size} members of '{self.model.name}', engine "
+            f"'{self.engine}'{where} ({self._engine_reason}), generations {done + 1} to {last}"
+        )
 
     def _first_waits_for(self) -> str:
         """What is done before the first step of a population."""
@@ -682,19 +718,7 @@ class Gadam:
         for one in batch if isinstance(batch, list) else [batch]:
             values = self.model.test_on_batch(**one, return_dict=True)
         self.model.reset_metrics()
-        return {name: _as_float(value) for name, value in values.items() if name != "loss"}
-
-    def _validated(
-        self, validation_data: Any, batch_size: int | None, callback_list: Any
-    ) -> dict[str, float]:
-        arguments = {"verbose": 0, "return_dict": True, "callbacks": callback_list}
-        if isinstance(validation_data, (tuple, list)):
-            names = ("x", "y", "sample_weight")
-            parts = dict(zip(names, validation_data, strict=False))
-            values = self.model.evaluate(**parts, batch_size=batch_size, **arguments)
-        else:
-            values = self.model.evaluate(validation_data, **arguments)
-        return {f"val_{name}": _as_float(value) for name, value in values.items()}
+        return {name: number_or_array(value) for name, value in values.items() if name != "loss"}
 
     def _check_any_finite(self, losses: np.ndarray, generation: int, who: str) -> None:
         if not np.any(np.isfinite(losses)):
@@ -797,12 +821,6 @@ def _checked_fitness(fitness: Any) -> Fitness:
         "Expected `fitness` to be 'loss', or the name of a compiled metric with 'min' or 'max', "
         f"such as ('accuracy', 'max'). Received: fitness={fitness!r}"
     )
-
-
-def _as_float(value: Any) -> Any:
-    """A number as a float; an array, as metrics of several classes are, as it is."""
-    value = np.asarray(value)
-    return float(value) if value.ndim == 0 else value
 
 
 def _times_held_here(cluster: RayEngine | None) -> int:

@@ -7,6 +7,7 @@ import keras
 from keras_gdopt.functional import check_is_built, check_is_trainable_by_its_loss
 from keras_gdopt.optimizers.argument_checks import check_is_floating
 from keras_gdopt.optimizers.pure_step import AnyPureStep, pure_step
+from keras_gdopt.optimizers.recording import RecordingOptimizer
 
 
 def check_model(model: Any) -> None:
@@ -24,7 +25,7 @@ def check_model(model: Any) -> None:
 
 def _check_optimizer(model: Any) -> None:
     optimizer = getattr(model, "optimizer", None)
-    if hasattr(optimizer, "attach"):
+    if isinstance(optimizer, RecordingOptimizer) and optimizer.evaluates_loss:
         name = type(optimizer).__name__
         raise ValueError(
             f"Gadam does not train with {name}, which evaluates the loss itself: members train on "

@@ -107,26 +107,22 @@ class NAG(GradientOptimizer):
     ) -> Update:
         """Moves one look-ahead point to the next, see `GradientOptimizer.update_rule`."""
         del step
-        rho, ahead, old_velocity = self.momentum, slots["look_ahead"], slots["velocity"]
+        # `move` velocities are the step, and ρ as many the look-ahead; `sign` is that of `move`.
+        rho, old_velocity = self.momentum, slots["velocity"]
         if self.classical:
-            velocity = rho * old_velocity - learning_rate * gradient
+            move, of_gradient, sign = 1.0, -learning_rate, 1.0
         else:
-            velocity = rho * old_velocity + (1 - rho) * gradient
+            move, of_gradient, sign = -learning_rate, 1 - rho, -1.0
+        velocity = rho * old_velocity + of_gradient * gradient
+        ahead = sign * slots["look_ahead"]
         if is_known(rho) and rho > 0.0:
             # The old look-ahead, `ahead` old velocities, is expressed by the new velocity, so
             # that XLA can overwrite the old one without keeping a copy.
             ahead = ahead / rho
-            if self.classical:
-                change = (1 + rho - ahead) * velocity - ahead * learning_rate * gradient
-            else:
-                factor = ahead - learning_rate * (1 + rho)
-                change = factor * velocity - ahead * (1 - rho) * gradient
-        elif self.classical:
-            change = (1 + rho) * velocity - ahead * old_velocity
+            change = (move * (1 + rho) - ahead) * velocity + ahead * of_gradient * gradient
         else:
-            change = ahead * old_velocity - learning_rate * (1 + rho) * velocity
-        look_ahead = rho if self.classical else learning_rate * rho
-        return change, {"velocity": velocity, "look_ahead": look_ahead}
+            change = move * (1 + rho) * velocity - ahead * old_velocity
+        return change, {"velocity": velocity, "look_ahead": sign * move * rho}
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Replaces the look-ahead point in the model by the weights themselves.

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -227,6 +227,9 @@ class Recorder:
 
 class RecordingOptimizer(SavedStateOptimizer):
     """An optimizer that can record its steps; callbacks ask for this class."""
+
+    evaluates_loss: ClassVar[bool] = False
+    """Whether it evaluates the loss itself, so that it cannot make a step from gradients."""
 
     @property
     def recorder(self) -> Recorder | None:

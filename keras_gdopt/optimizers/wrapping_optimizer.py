@@ -265,7 +265,7 @@ def _resolve(optimizer: Any) -> Any:
             f"Received: optimizer={optimizer!r} (of type {type(optimizer).__name__})"
         )
     for each in chain(resolved):
-        if hasattr(each, "attach"):
+        if isinstance(each, RecordingOptimizer) and each.evaluates_loss:
             raise ValueError(
                 "Argument `optimizer` must be an optimizer that makes a step from gradients. "
                 f"{type(each).__name__} evaluates the loss itself: compile with it and `attach` "
