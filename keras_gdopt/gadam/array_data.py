@@ -15,22 +15,23 @@ from keras_gdopt.gadam.training_data import MOST_STEPS, Portion, check_batch_siz
 
 
 class ArrayData:
-    """Samples that lie in memory; each member goes through them in an order of its own.
+    """Samples in memory. Each member goes through them in an order of its own.
 
     Args:
-        x: Inputs, an array or a structure of them.
-        y: Targets, likewise, or `None`.
-        sample_weight: One for each sample, or `None`.
+        x: The inputs, an array or a structure of arrays.
+        y: The targets, in the same form, or `None`.
+        sample_weight: A weight for each sample, or `None`.
         class_weight: A weight for each class, or `None`.
-        batch_size: Of training. 32 by default; where there are fewer samples, all of them.
-        steps_per_epoch: Batches of an epoch; by default one pass over the samples, the
-            last batch of which may be smaller.
-        fixed_batch_size: The only number of samples that the model takes, or `None`.
-        seed: Of the run.
+        batch_size: The batch size of training. Defaults to 32. If there are fewer samples, a
+            batch has all of them.
+        steps_per_epoch: The number of batches in an epoch. Defaults to one pass over the
+            samples; the last batch may then be smaller.
+        fixed_batch_size: The only batch size that the model accepts, or `None`.
+        seed: The seed of the run.
 
     Raises:
-        ValueError: If there are no samples, they differ in number, or some batch has
-            another size than the model takes.
+        ValueError: If there are no samples, arrays differ in their number of samples, or a
+            batch does not have the size that the model accepts.
     """
 
     def __init__(
@@ -58,14 +59,18 @@ class ArrayData:
         self._seed = seed
 
     def first_batch(self) -> Data | list[Data]:
-        """A batch from the beginning; in a list where batches differ in shape."""
+        """Returns the first samples as a batch, in a list if batches may differ in shape."""
         batch = take_rows(self.data, np.arange(self._batch_size))
         return batch if self._alike else [batch]
 
     def epoch(
         self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
     ) -> Iterator[Portion]:
-        """The steps of one epoch of the members in some places of the population."""
+        """Yields the steps of one epoch for the members at some places of the population.
+
+        Each member gets permutations of all samples, as many as the steps need. They depend on
+        the seed, the generation, the phase, the place and the epoch alone.
+        """
         needed = self._full_steps * self._batch_size
         passes = max(1, math.ceil(needed / self._count))
         orders = []
@@ -83,11 +88,11 @@ class ArrayData:
             yield Portion(self.data, tf.constant(rest), 1)
 
     def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data:
-        """A sample of all members' common batch, without repetition."""
+        """Draws the batch that all members are judged by, without repeated samples."""
         return drawn(self.data, size, keys.generator(self._seed, generation, phase))
 
     def _apart(self, order: np.ndarray) -> Iterator[Portion]:
-        """The steps of an epoch of ragged samples, in orders of shape `(members, samples)`."""
+        """Yields the steps of an epoch of ragged samples; `order` is `(members, samples)`."""
         size, end = self._batch_size, self._full_steps * self._batch_size + self._rest
         for first in range(0, self.steps_per_epoch, MOST_STEPS):
             last = min(first + MOST_STEPS, self.steps_per_epoch)

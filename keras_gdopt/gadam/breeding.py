@@ -1,4 +1,4 @@
-"""A generation's children: selection, crossover and mutation of whole members."""
+"""Makes a generation's children: selects parents, crosses their weights and mutates them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,21 +15,21 @@ SELECTIONS = ("all", "truncation")
 
 
 class Plan(NamedTuple):
-    """Who begets whom in a generation, and with which probabilities. All are arrays."""
+    """Which parents the children of a generation have, and the probabilities used."""
 
     generation: int
     probabilities: np.ndarray
-    """Each member's of being chosen as a parent."""
+    """The probability of each member to be drawn as a parent."""
     parents: np.ndarray
-    """Two places in the population for each child."""
+    """The places of each child's two parents in the population."""
     crossover_probabilities: np.ndarray
     mutation_probabilities: np.ndarray
     fitter: np.ndarray
-    """For each child the parent that its state and its hyper-parameters come from."""
+    """The place of each child's fitter parent, whose state and hyper-parameters it inherits."""
 
 
 class Breeding:
-    """Makes g children of g members, in one function on the device.
+    """Makes g children from g members, in one function on the device.
 
     Args:
         mutation_rate: See `Gadam`.
@@ -38,10 +38,11 @@ class Breeding:
         selection: See `Gadam`.
         crossover: See `Gadam`.
         inherit_optimizer_state: See `Gadam`.
-        seed: Of the run.
+        seed: The seed of the run.
 
     Attributes:
-        inherits_optimizer_state: Whether a child goes on with its fitter parent's.
+        inherits_optimizer_state: Whether a child continues with the optimizer's state of its
+            fitter parent.
     """
 
     def __init__(
@@ -66,18 +67,18 @@ class Breeding:
         self._breed = tf.function(self._bred, autograph=False)
 
     def plan(self, losses: Any, generation: int) -> Plan:
-        """Who begets whom.
+        """Draws the parents of each child.
 
         Args:
-            losses: The trained parents' fitness losses; at least one must be finite.
-            generation: Its number, a part of each key.
+            losses: The fitness losses of the trained parents; at least one must be finite.
+            generation: The number of the generation, on which the draws depend.
         """
         key = tf.constant(keys.key(self._seed, generation, Phase.SELECT))
         chosen = self._choose(tf.convert_to_tensor(losses), key)
         return Plan(generation, *(array.numpy() for array in chosen))
 
     def sources(self, plan: Plan) -> np.ndarray:
-        """For each child the two places in the population whose weights it comes from."""
+        """Returns, for each child, the places of the two members that its weights come from."""
         if self._crossover == "fitter":
             return np.stack([plan.fitter, plan.fitter], axis=1)
         return plan.parents
@@ -89,18 +90,21 @@ class Breeding:
         second: Sequence[Tensor],
         children: Sequence[int] | None = None,
     ) -> tuple[list[Tensor], np.ndarray]:
-        """The weights of children.
+        """Makes the weights of children.
+
+        Besides its parents' weights, a child depends only on the plan and its number, not on the
+        children made with it.
 
         Args:
-            plan: Of the generation.
-            first: The weights of each child's first parent in `sources`, or of shape `(g, ...)`
-                those of all members.
-            second: Those of the second one, likewise.
-            children: Whose parents these are, in their order. `None` for all children, of
-                all members' weights.
+            plan: The plan of the generation.
+            first: The weights of each child's first member in `sources`; if `children` is
+                `None`, the weights of all members, of shape `(g, ...)`.
+            second: The weights of the second member, likewise.
+            children: The numbers of the children to make, in the order of `first` and `second`.
+                `None` makes all children.
 
         Returns:
-            Weights of shape `(children, ...)`, and how many entries of each mutated.
+            Weights of shape `(children, ...)`, and the number of mutated entries of each child.
         """
         if children is None:
             children, rows = range(len(plan.parents)), self.sources(plan)
@@ -123,16 +127,17 @@ class Breeding:
         )
         return list(weights), mutated.numpy()
 
-    # --- what is traced ------------------------------------------------------
+    # --- traced functions ----------------------------------------------------
 
     def _chosen(self, losses: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """Computes the fields of a `Plan` from the members' fitness losses."""
         if self._selection == "truncation":
             losses = genetics.truncated(losses)
         probabilities = genetics.selection_probabilities(losses)
         parents = genetics.chosen_parents(probabilities, key)
         crossovers = genetics.crossover_probabilities(losses, parents)
         mutations = genetics.mutation_probabilities(self._rate, probabilities, parents)
-        # State comes whole, from the fitter parent; from the first where they are as fit.
+        # State is not mixed: it comes from the fitter parent, or the first of two equally fit.
         fitness = tf.gather(genetics.normalized_losses(losses), parents)
         fitter = tf.where(fitness[:, 1] < fitness[:, 0], parents[:, 1], parents[:, 0])
         if self._crossover == "fitter":
@@ -149,13 +154,20 @@ class Breeding:
         crossover_keys: Tensor,
         mutation_keys: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
+        """Crosses and mutates the weights of each child, and counts the mutated entries.
+
+        `rows` has, for each child, its row in each of `firsts` and its row in each of `seconds`.
+        Each weight of each child has keys of its own, derived from the child's two keys. So a
+        child is the same, whichever children are made in the same call.
+        """
+
         def child(inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
             (first, second), crossover, mutation, crossover_key, mutation_key = (
                 tf.unstack(inputs[0]), *inputs[1:],
             )  # fmt: skip
             arrays, mutated = [], tf.zeros((), tf.int64)
             for index, (a, b) in enumerate(zip(firsts, seconds, strict=True)):
-                number = (index + 1) << 4  # below it are the numbers of a mutation's draws
+                number = (index + 1) << 4  # smaller numbers tell apart the draws of a mutation
                 array = tf.gather(a, first)
                 if self._crossover == "mean":
                     array = genetics.mean(array, tf.gather(b, second), crossover)

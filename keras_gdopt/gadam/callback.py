@@ -1,4 +1,4 @@
-"""Callbacks that see a population."""
+"""The base class of callbacks that see the population."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,8 @@ import keras
 class PopulationCallback(keras.callbacks.Callback):
     """A Keras callback that also sees the population.
 
-    `gadam` is the `Gadam` that trains. To Keras's own methods a generation is an epoch.
+    Its attribute `gadam` is the `Gadam` that trains. For Keras's own methods, a generation is an
+    epoch.
     """
 
     gadam: Any
@@ -23,24 +24,31 @@ class PopulationCallback(keras.callbacks.Callback):
         self.gadam = gadam
 
     def on_generation_begin(self, generation: int, logs: dict[str, Any] | None = None) -> None:
-        """Called before a generation, counted from 0, is trained."""
+        """Called before a generation is trained; generations are counted from 0."""
 
     def on_generation_end(self, generation: int, logs: dict[str, Any] | None = None) -> None:
-        """Called after the survivors of a generation are chosen.
+        """Called after the survivors of a generation are selected.
+
+        Besides the logs of the epoch, `logs` has NumPy arrays of the whole population:
+
+        - `parent_losses`, `child_losses`: the training losses in the last epoch,
+        - `parent_fitness`, `child_fitness`: the fitness losses of the survival batch,
+        - `selection_probabilities`: the probability of each member to be drawn as a parent,
+        - `parents`: the places of each child's parents, of shape `(g, 2)`,
+        - `mutation_probabilities`, `mutated_entries`: of each child,
+        - `survivors`: for each place the place of the parent, or g plus the number of the child,
+          that holds it now,
+        - `identities`: the survivors' ids in the lineage,
+        - `parent_hyperparameters`, `child_hyperparameters`: dictionaries of the hyper-parameters
+          that evolve, by name.
+
+        With a `RayEngine`, `logs` also has the numbers `bytes_moved` (to breed children),
+        `bytes_rebalanced` (of members that moved to another worker) and `bytes_kept` (of the copy
+        of the survivors), and `events`, a list of what happened to workers, in words.
 
         Args:
-            generation: Counted from 0.
-            logs: What the epoch's logs have, and of the whole population, as NumPy
-                arrays: `parent_losses` and `child_losses` (the training losses of the
-                generation's last epoch), `parent_fitness` and `child_fitness` (on the
-                survival batch), `selection_probabilities` of the parents, `parents` of
-                the children (places in the population, of shape `(g, 2)`),
-                `mutation_probabilities`, `mutated_entries`, `survivors` (for each place
-                the parent's, or g plus the child's, that it holds now) and `identities`
-                (in the lineage), `parent_hyperparameters` and `child_hyperparameters` (those that
-                evolve, by name). With a `RayEngine` also `bytes_moved` to breed, `bytes_rebalanced`
-                where members moved to another worker, `bytes_kept` of the copy of the
-                survivors, and `events`, what befell workers, in words.
+            generation: The number of the generation, counted from 0.
+            logs: See above.
         """
 
 

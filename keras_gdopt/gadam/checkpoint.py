@@ -1,4 +1,4 @@
-"""Saves a run after each generation, and finds where it stopped."""
+"""Saves a run at the end of a generation, and restores it."""
 
 import json
 import warnings
@@ -15,18 +15,18 @@ class SavedRun(NamedTuple):
 
     members: Members
     record: dict[str, Any]
-    """What is not on the device, as JSON has it."""
+    """Everything about the run that is not in `members`, as JSON values."""
 
 
 class PopulationCheckpoint:
-    """A directory with the last two generations of a run.
+    """A directory with the last two saved generations of a run.
 
-    Each is written whole before it counts, by `tf.train.CheckpointManager`: whoever dies
-    while writing leaves the one before.
+    `tf.train.CheckpointManager` lists a generation only when it is completely written, so a
+    process that dies while writing leaves the previous one usable.
 
     Args:
-        directory: Made if it is not there.
-        identity: What a run must share with the one that wrote the directory, by name.
+        directory: The path of the directory, which is created if it does not exist.
+        identity: What a run must have in common with the run that wrote the directory, by name.
     """
 
     def __init__(self, directory: str, identity: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ class PopulationCheckpoint:
         self._manager: tf.train.CheckpointManager | None = None
 
     def save(self, members: Members, record: dict[str, Any]) -> None:
-        """Writes a generation; `record["generation"]` is its number."""
+        """Saves a generation, whose number is `record["generation"]`."""
         manager = self._made_for(members)
         for variable, value in zip(self._variables, tf.nest.flatten(members), strict=True):
             variable.assign(value)
@@ -45,13 +45,13 @@ class PopulationCheckpoint:
         manager.save(checkpoint_number=record["generation"])
 
     def restore(self, like: Members) -> SavedRun | None:
-        """The newest generation that can be read, or `None` in an empty directory.
+        """Reads the newest generation that is not damaged; `None` if there is no checkpoint.
 
         Args:
-            like: Members of the shapes and types that are expected.
+            like: Members of the expected shapes and types.
 
         Raises:
-            ValueError: If the directory is of another run, or nothing in it can be read.
+            ValueError: If the directory belongs to another run, or all checkpoints are damaged.
         """
         manager = self._made_for(like)
         failures, paths = [], list(manager.checkpoints)
@@ -65,7 +65,7 @@ class PopulationCheckpoint:
                 self._checkpoint.restore(path).assert_existing_objects_matched()
             except _OtherRunError:
                 raise
-            except Exception as error:  # whatever reading a damaged file may raise
+            except Exception as error:  # reading a damaged file may raise anything
                 failures.append(f"{path}: {str(error).splitlines()[0]}")
                 continue
             if failures:
@@ -85,7 +85,7 @@ class PopulationCheckpoint:
         return None
 
     def _without_a_list(self) -> list[str]:
-        """The checkpoints in a directory whose list of them is lost, oldest first."""
+        """Finds the checkpoints of a directory that has lost its list of them, oldest first."""
         found = Path(self._directory).glob("ckpt-*.index")
         stems = [str(path.with_suffix("")) for path in found]
         return sorted(stems, key=lambda stem: int(stem.rpartition("-")[2]))
@@ -103,7 +103,7 @@ class PopulationCheckpoint:
         return self._manager
 
     def _check_identity(self, record: dict[str, Any]) -> None:
-        """Raises if a checkpoint is of another run."""
+        """Raises an `_OtherRunError` if a checkpoint belongs to another run."""
         if record["identity"].get("engine") == "unrolled":
             raise _OtherRunError(
                 f"The directory '{self._directory}' is of the engine 'unrolled' of version 0.1.0, "
@@ -126,10 +126,10 @@ class PopulationCheckpoint:
 
 
 class _OtherRunError(ValueError):
-    """What a directory holds cannot be gone on with."""
+    """Raised if a directory holds a run that this one cannot continue."""
 
 
 def _record_in(path: str) -> dict[str, Any]:
-    """The record of a checkpoint, read before anything else is."""
+    """Reads the record of a checkpoint, and nothing else of it."""
     reader = tf.train.load_checkpoint(path)
     return json.loads(reader.get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))

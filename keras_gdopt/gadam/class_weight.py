@@ -1,4 +1,4 @@
-"""Weights of classes as weights of samples, as Keras's `fit` takes them."""
+"""Turns class weights into sample weights, as Keras's `fit` does."""
 
 import numbers
 import reprlib
@@ -11,7 +11,7 @@ from keras_gdopt.functional import Data
 
 
 def check_class_weight(class_weight: Any) -> None:
-    """Raises if it is not a dict of numbers by whole numbers."""
+    """Raises a `ValueError` if this is not a dict from integer labels to numbers."""
     if not isinstance(class_weight, dict) or not all(
         isinstance(label, numbers.Real)
         and float(label).is_integer()
@@ -26,14 +26,14 @@ def check_class_weight(class_weight: Any) -> None:
 
 
 def with_class_weight(data: Data, class_weight: dict[int, float] | None) -> Data:
-    """Data with a weight for each label as sample weights, as Keras weighs arrays.
+    """Adds the class weights of the labels as sample weights, as Keras does for arrays.
 
-    A label is rounded to a whole number, or is the place of the largest entry of a row; one
-    without a weight counts once. (In a `tf.data.Dataset` Keras takes no label below 0 and none
-    above those with a weight; here datasets are as arrays are.)
+    A label is rounded to an integer; of one-hot labels, it is the index of the largest entry. A
+    label without a class weight has the weight 1. (In a `tf.data.Dataset`, Keras accepts no
+    labels below 0, or above those with a weight; here datasets are treated like arrays.)
 
     Raises:
-        ValueError: If there is not one array of labels, or there are sample weights, too.
+        ValueError: If `y` is not one array of labels, or there are sample weights, too.
     """
     if class_weight is None:
         return data
@@ -66,7 +66,7 @@ def with_class_weight(data: Data, class_weight: dict[int, float] | None) -> Data
     if labels.dtype.is_floating:
         labels = tf.round(labels)
     labels = tf.cast(labels, tf.int64)
-    # A label without a weight counts once.
+    # Labels without a class weight keep the weight 1.
     known = sorted({int(label): float(weight) for label, weight in class_weight.items()}.items())
     weights = tf.ones_like(labels, keras.config.floatx())
     if known:

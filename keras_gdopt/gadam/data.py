@@ -1,4 +1,4 @@
-"""What `Gadam.fit` was given to train on, and what members are trained on and judged by."""
+"""The data arguments of `Gadam.fit`, and the batches that members train on and are judged by."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from keras_gdopt.optimizers.argument_checks import checked_count
 
 
 class DataArguments(NamedTuple):
-    """What was said of data to `Gadam.fit`, in a form that can be sent to a worker."""
+    """The arguments of `Gadam.fit` that concern data; `for_workers` makes them fit to be sent."""
 
     x: Any
     y: Any = None
@@ -41,12 +41,12 @@ class DataArguments(NamedTuple):
     members: int = 2
     seed: int = 0
     data_fn: Callable[[], Any] | None = None
-    """Makes `x` and what belongs to it."""
+    """Makes the training data, in place of `x`, `y` and `sample_weight`."""
     fixed_batch_size: int | None = None
-    """The only number of samples that the model takes."""
+    """The only batch size that the model accepts."""
 
     def made(self) -> "GenerationData":
-        """The data itself.
+        """Makes the data that the arguments describe.
 
         Raises:
             ValueError: See `Gadam.fit`.
@@ -79,10 +79,10 @@ class DataArguments(NamedTuple):
         )
 
     def for_workers(self) -> "DataArguments":
-        """The same with arrays of NumPy.
+        """Returns a copy with NumPy arrays, to be sent to workers; ragged tensors are kept.
 
         Raises:
-            ValueError: If there are datasets.
+            ValueError: If `x` or `fitness_data` is a dataset.
         """
         for name, value in (("x", self.x), ("fitness_data", self.fitness_data)):
             if isinstance(value, (tf.data.Dataset, keras.utils.PyDataset)):
@@ -134,18 +134,18 @@ class DataArguments(NamedTuple):
 
 
 class GenerationData:
-    """What members are trained on and judged by, in each phase of each generation.
+    """The batches that members train on and are judged by, in each phase of each generation.
 
-    It depends on the generation, the phase and the member alone, not on what was asked
-    for before.
+    They depend on the generation, the phase and the member alone, not on earlier calls.
 
     Args:
-        data: To train on.
-        fitness_data: To draw fitness batches from; `None`: from the training data.
-        fitness_samples: How many samples a fitness batch has, about.
-        epochs: Of a member in a generation.
-        fixed_batch_size: The only number of samples that the model takes, or `None`.
-        seed: Of the run.
+        data: The training data.
+        fitness_data: The samples that fitness batches are drawn from. `None` takes fitness
+            batches from the training data.
+        fitness_samples: The approximate number of samples in a fitness batch.
+        epochs: The number of epochs that a member trains in a generation.
+        fixed_batch_size: The only batch size that the model accepts, or `None`.
+        seed: The seed of the run.
     """
 
     def __init__(
@@ -168,17 +168,20 @@ class GenerationData:
 
     @property
     def steps(self) -> int:
-        """Of a member in a phase of training."""
+        """The number of steps that a member makes in a phase of training."""
         return self.epochs * self._data.steps_per_epoch
 
     def epoch(
         self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
     ) -> Iterator[Portion]:
-        """The steps of one epoch of the members in some places of the population."""
+        """Yields the steps of one epoch for the members at some places of the population."""
         return self._data.epoch(generation, phase, epoch, places)
 
     def first_batch(self) -> Data | list[Data]:
-        """A batch of the shapes that members are judged by; a list where they differ."""
+        """Returns a batch of the shapes that members are judged by.
+
+        If shapes differ, or if the model accepts only one batch size, it is a list of batches.
+        """
         batch: Data | list[Data]
         if self._fitness_data is None:
             batch = self._data.first_batch()
@@ -192,7 +195,10 @@ class GenerationData:
         )
 
     def fitness_batch(self, generation: int, phase: Phase) -> Data | list[Data]:
-        """What all members are judged by in a phase; a list where batches differ in shape."""
+        """Returns the batch that all members are judged by in a phase.
+
+        If shapes differ, or if the model accepts only one batch size, it is a list of batches.
+        """
         if self._latest_batch[0] == (generation, phase):
             return self._latest_batch[1]
         batch: Data | list[Data]

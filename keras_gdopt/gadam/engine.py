@@ -1,4 +1,4 @@
-"""Trains the members of a population: one member's step, mapped over all of them."""
+"""Trains the members of a population: the step of one member, mapped over all members."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from keras_gdopt.tensor import Tensor
 
 ENGINES = ("auto", "stacked", "mapped")
 
-# How TensorFlow's operations begin that change a variable.
+# Beginnings of the names of TensorFlow operations that change a variable.
 _ASSIGNING = (
     "Assign", "ResourceScatter", "ResourceApply", "ResourceStridedSliceAssign", "RngReadAndSkip",
     "RngSkip", "StatefulStandardNormal", "StatefulUniform", "StatefulTruncatedNormal",
@@ -24,26 +24,25 @@ _ASSIGNING = (
 
 
 class SharedVariableError(ValueError):
-    """A layer assigns a variable that the members of a population would share."""
+    """Raised if a layer changes a variable that the members of a population would share."""
 
 
 class Engine:
-    """The step of one member, as a pure function, mapped over all members.
+    """Runs the steps of all members, by mapping the pure step of one member over them.
 
-    Forward, backward, update and the loop over the steps are one function of the members, whose
-    weights lie in stacks. It is traced once for each shape of a batch. `"stacked"` makes each
-    operation one of all members (`tf.vectorized_map`), and XLA compiles the whole; `"mapped"`
-    goes through the members side by side (`tf.map_fn`), for layers that cannot be stacked or
-    lose by it.
+    Forward pass, backward pass, update and the loop over the steps are one function of the
+    members, whose weights are stacked. It is traced once for each shape of a batch. With
+    `"stacked"`, each operation works on all members at once (`tf.vectorized_map`), and XLA
+    compiles the function. With `"mapped"`, the members run side by side (`tf.map_fn`), for layers
+    that cannot be stacked or are slower in a stack.
 
     Args:
-        model: Compiled and built.
-        population_size: How many members.
-        name: `"stacked"`, for a model that `why_not_stacked` has nothing against, or
-            `"mapped"`.
+        model: The compiled and built model.
+        population_size: The number of members.
+        name: `"mapped"`, or `"stacked"` if `why_not_stacked` returns `None` for the model.
 
     Raises:
-        ValueError: If the optimizer's step cannot be made on values.
+        ValueError: If the optimizer has no pure step.
     """
 
     def __init__(self, model: keras.Model, population_size: int, name: str) -> None:
@@ -57,9 +56,9 @@ class Engine:
             for place, variable in enumerate(self._function.state_variables)
             if variable.name == "seed_generator_state"
         ]
-        """The places in the members' state of what random draws depend on."""
+        """The places in the members' state of the seed generators, on which random draws depend."""
         self._model_name = model.name
-        self._shares = ""  # an error, if tracing finds what members would share
+        self._shares = ""  # the error message, if tracing finds a variable that members would share
         stacks = name == "stacked"
         self._map: Callable[[Any, Any, Any], Any]
         self._map = self._stacked if stacks else self._side_by_side
@@ -68,36 +67,36 @@ class Engine:
         self._losses = tf.function(self._fitness_losses, jit_compile=stacks, autograph=False)
         self._judge = tf.function(self._metrics, autograph=False)
         self._finalize = tf.function(self._finalized, autograph=False)
-        # Of one member, for batches that differ in shape.
+        # Functions of one member, for batches that differ in shape.
         self._train_one = tf.function(self._member_step, autograph=False, reduce_retracing=True)
         self._loss_of_one = tf.function(self._fitness_loss, autograph=False, reduce_retracing=True)
 
-    # --- what is not training ------------------------------------------------
+    # --- state and learning rates --------------------------------------------
 
     def fresh_optimizer_state(self, count: int) -> Any:
-        """The state of optimizers that never stepped, for `count` members."""
+        """Returns the state of `count` optimizers that have not made a step, stacked."""
         return tf.nest.map_structure(
             lambda value: tf.repeat(value[None], count, axis=0), self._step.initial_state()
         )
 
     def load_optimizer(self, members: Members, member: int, optimizer: Any) -> None:
-        """Gives a built optimizer of the model's class the state of a member's."""
+        """Copies the state of a member's optimizer to a built optimizer of the model's class."""
         state = tf.nest.map_structure(lambda value: value[member], members.optimizer)
         pure_step(optimizer).load(state, members.batches[member])
 
     def learning_rates(self) -> list[float | None]:
-        """Those of the model's optimizers; `None` where there is a schedule."""
+        """The learning rates of the model's optimizers; `None` for one with a schedule."""
         return self._step.learning_rates()
 
     def set_learning_rates(self, rates: Sequence[float | None]) -> None:
-        """Gives the model's optimizers what `learning_rates` returned."""
+        """Sets the learning rates of the model's optimizers to what `learning_rates` returned."""
         self._step.set_learning_rates(rates)
 
     def with_sequences(self, members: Members) -> Members:
-        """The members as they are trained and judged.
+        """Prepares the members' state for training or judging.
 
-        What layers remember of the batch before (`stateful=True`) is part of their state, and
-        there is nothing yet.
+        Layers with `stateful=True` remember the previous batch in variables of the state, which
+        get their initial values. State that is not kept between phases is added.
         """
         places = range(len(self._function.state_variables))
         begun = {
@@ -108,7 +107,7 @@ class Engine:
         return members._replace(state=state)
 
     def without_sequences(self, members: Members) -> Members:
-        """The members as they are kept."""
+        """Returns the members without the state that is not kept between phases."""
         return members._replace(state=members.state[: self._kept_state])
 
     # --- training and judging ------------------------------------------------
@@ -122,22 +121,22 @@ class Engine:
         last: int,
         hyperparameters: Values,
     ) -> tuple[Members, np.ndarray]:
-        """Makes the steps from `first` up to, not including, `last`.
+        """Makes the steps from `first` up to, but not including, `last`.
 
         Args:
-            members: Before.
-            data: All samples; or without an `order`, batches of shape
+            members: The members before the steps.
+            data: All samples or, if `order` is `None`, batches of shape
                 `(steps, members, batch, ...)`.
-            order: The samples of each batch, of shape `(steps, members, batch)`.
+            order: The indices of the samples of each batch, of shape `(steps, members, batch)`.
             first: The first step.
             last: The step after the last one.
-            hyperparameters: Of the members, where they have some of their own.
+            hyperparameters: The members' own hyper-parameters, if there are any.
 
         Returns:
-            The members afterwards, and their losses, of shape `(last - first, members)`.
+            The members after the steps, and their losses, of shape `(last - first, members)`.
 
         Raises:
-            SharedVariableError: If a layer assigns a `tf.Variable` that Keras does not know.
+            SharedVariableError: If a layer changes a variable that is not one of the model's.
         """
         steps = tf.constant(first), tf.constant(last)
         with self._sharing_in_words():
@@ -149,18 +148,18 @@ class Engine:
     def train_apart(
         self, members: Members, steps: Sequence[Sequence[Data]], hyperparameters: Values
     ) -> tuple[Members, np.ndarray]:
-        """Makes steps with batches that differ in shape, one member after the other.
+        """Makes steps with batches that differ in shape, for one member after the other.
 
         Args:
-            members: Before.
-            steps: For each step the batch of each member.
-            hyperparameters: As for `train`.
+            members: The members before the steps.
+            steps: For each step, the batch of each member.
+            hyperparameters: See `train`.
 
         Returns:
-            The members afterwards, and their losses, of shape `(steps, members)`.
+            The members after the steps, and their losses, of shape `(steps, members)`.
 
         Raises:
-            SharedVariableError: As `train`.
+            SharedVariableError: See `train`.
         """
         rates, trained, of_all = self._rates(), [], _tensors(hyperparameters)
         losses = np.zeros((len(steps), self._size), keras.config.floatx())
@@ -176,22 +175,23 @@ class Engine:
         return tf.nest.map_structure(lambda *values: tf.stack(values), *trained), losses
 
     def finalized(self, members: Members) -> Members:
-        """The members as their training ends, see `finalize_variable_values`."""
+        """Finalizes the members at the end of training, see `finalize_variable_values`."""
         return self._finalize(members)
 
     def metric(self, name: str, members: Members, batch: Data) -> Tensor:
-        """Each member's compiled metric of one batch, of shape `(members,)`.
+        """Returns a compiled metric of one batch for each member, of shape `(members,)`.
 
-        NaN where its loss is not finite. Member after member, as a metric may do anything.
+        It is NaN where the member's loss is not finite. Members are judged one after the other,
+        because a metric may contain any operation.
         """
         return self._judge(name, members.weights, members.state, batch)
 
     def losses(self, members: Members, batch: Data) -> Tensor:
-        """Each member's loss of one batch, as in evaluation, of shape `(members,)`."""
+        """Returns each member's loss of one batch, as in `evaluate`, of shape `(members,)`."""
         return self._losses(members.weights, members.state, batch)
 
     def losses_apart(self, members: Members, batches: Sequence[Data]) -> Tensor:
-        """Each member's losses of batches that differ in shape: `(batches, members)`."""
+        """Returns each member's losses of batches that differ in shape: `(batches, members)`."""
         losses = []
         for place in range(self._size):
             weights, state = (
@@ -208,11 +208,11 @@ class Engine:
         rates = self._step.learning_rates()
         return [tf.constant(rate or 0.0, keras.config.floatx()) for rate in rates]
 
-    # --- what is traced ------------------------------------------------------
+    # --- traced functions ----------------------------------------------------
 
     def _stacked(self, function: Any, elements: Any, like: Any) -> Any:
         del like
-        # Random numbers are drawn in a loop, of which it would warn.
+        # Random draws are made in a loop, about which it would warn.
         return tf.vectorized_map(function, elements, warn=False)
 
     def _side_by_side(self, function: Any, elements: Any, like: Any) -> Any:
@@ -230,12 +230,16 @@ class Engine:
         first: Tensor,
         last: Tensor,
     ) -> tuple[Members, Tensor]:
-        # XLA needs a length that is known.
+        """Makes the steps in one loop, each of them mapped over the members.
+
+        XLA needs static shapes, but the number of steps differs from call to call. So there is a
+        row of losses for each step of the portion; the last `last - first` rows are filled.
+        """
         steps = tf.nest.flatten(data)[0].shape[0] if order is None else order.shape[0]
         losses = tf.zeros((steps, self._size), keras.config.floatx())
 
         def body(index: Tensor, members: Members, losses: Tensor) -> tuple:
-            # By gather: a slice would be compiled anew for each index.
+            # A slice would be compiled anew for each index.
             rows = index if order is None else tf.gather(order, index)
             batch = tf.nest.map_structure(lambda part: tf.gather(part, rows), data)
             members, loss = self._map(
@@ -261,6 +265,8 @@ class Engine:
         first: Tensor,
         last: Tensor,
     ) -> tuple[Members, Tensor]:
+        """Maps the whole loop over the members, so that each makes all its steps by itself."""
+
         def batch_of(index: Tensor, member: Tensor) -> Data:
             place = tf.stack([index, member])
             if order is None:
@@ -293,6 +299,7 @@ class Engine:
         rates: Sequence[Tensor],
         hyperparameters: dict[str, Tensor],
     ) -> tuple[Members, Tensor]:
+        """Makes one step of one member; returns the member and the loss before the update."""
         weights = member.weights
         with tf.GradientTape() as tape:
             tape.watch(weights)
@@ -311,9 +318,10 @@ class Engine:
         return member, tf.cast(loss, keras.config.floatx())
 
     def _check_nothing_is_shared(self) -> None:
-        """Raises if what is traced changes a variable, which all members would share.
+        """Raises a `ValueError` if the traced step changes a variable that members would share.
 
-        A layer's Keras variables are values here; only a raw `tf.Variable` is assigned.
+        The model's own variables are replaced by each member's values. That leaves Keras
+        variables that no layer tracks, and raw `tf.Variable`s.
         """
         if self._function.loses_updates:
             self._shares = (
@@ -336,7 +344,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _sharing_in_words(self) -> Iterator[None]:
-        """Passes on that something is shared, which tracing makes another error of."""
+        """Restores the error of `_check_nothing_is_shared`, which tracing turns into another."""
         try:
             yield
         except Exception:
@@ -385,14 +393,14 @@ class Engine:
 
 
 def chosen_engine(model: keras.Model, asked_for: str) -> tuple[str, str]:
-    """The engine for a model, and the reason.
+    """Chooses the engine for a model; returns its name and the reason.
 
     Args:
-        model: Compiled, its optimizer built.
+        model: The compiled model, whose optimizer is built.
         asked_for: One of `ENGINES`.
 
     Raises:
-        ValueError: If `"stacked"` was asked for and the model cannot be.
+        ValueError: If `asked_for` is `"stacked"` and the model cannot be stacked.
     """
     reason = why_not_stacked(model)
     if asked_for == "stacked" and reason:
@@ -407,7 +415,7 @@ def chosen_engine(model: keras.Model, asked_for: str) -> tuple[str, str]:
 
 
 def why_not_stacked(model: keras.Model) -> str | None:
-    """Why a model cannot be trained in a stack, or `None`."""
+    """Why the engine `"stacked"` cannot train a model, or `None` if it can."""
     losses = keras.tree.flatten(model._compile_config.config.get("loss"))
     if any(map(_is_hinge, losses)):
         return "its hinge loss looks at the labels of a batch to know their kind"
@@ -433,7 +441,7 @@ def _why_slow_in_a_stack(model: keras.Model) -> str | None:
 
 
 def _is_hinge(loss: Any) -> bool:
-    """Whether a loss takes labels of 0 and 1 as -1 and 1, by a condition on each batch."""
+    """Whether a loss maps labels of 0 and 1 to -1 and 1, after a look at those of the batch."""
     if isinstance(loss, str):
         loss = keras.losses.get(loss)
     return isinstance(loss, keras.losses.Hinge | keras.losses.SquaredHinge) or loss in (
@@ -443,11 +451,11 @@ def _is_hinge(loss: Any) -> bool:
 
 
 def _values_at_the_beginning(function: ModelFunction, kept: int) -> dict[int, Tensor]:
-    """What layers that remember the batch before begin with, by its place in the state.
+    """The initial values of state that each phase begins anew, by its place in the state.
 
     Args:
-        function: Of the model.
-        kept: How many variables are state that is kept; the others only remember.
+        function: The model as a function of its weights and state.
+        kept: How many variables of the state, from its beginning, are kept between phases.
     """
     with keras.StatelessScope() as scope:
         forget_sequences(function.model)
@@ -469,7 +477,7 @@ def _assigning_operation(graph: Any) -> str | None:
 
     def function_assigns(name: str) -> bool:
         if name not in found:
-            found[name] = False  # for functions that call themselves
+            found[name] = False  # so that recursive functions end
             found[name] = any(map(assigns, functions.get(name, ())))
         return found[name]
 
@@ -489,5 +497,5 @@ def _tensors(hyperparameters: Values) -> dict[str, Tensor]:
 
 
 def _one_of(members: Members) -> Any:
-    """The shapes and types of one member."""
+    """Returns the shapes and types of one member."""
     return tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape[1:], v.dtype), members)

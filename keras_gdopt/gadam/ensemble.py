@@ -1,4 +1,4 @@
-"""Several members of a population as one model, whose output is the mean of theirs."""
+"""Combines members of a population into one model, whose output is the mean of theirs."""
 
 import math
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ _LINKS = ("softmax", "sigmoid")
 
 @keras.saving.register_keras_serializable("keras_gdopt")
 class AverageOfLogits(keras.layers.Layer):
-    r"""Logits of the mean of the probabilities that several logits stand for.
+    r"""Averages the probabilities that logits stand for, and returns the logits of the mean.
 
     $$z = \log \frac{1}{n} \sum_i \text{softmax}(z_i) \qquad \text{or} \qquad
     z = \log \frac{\bar p}{1 - \bar p},\quad \bar p = \frac{1}{n} \sum_i \sigma(z_i)$$
 
-    so that a loss with `from_logits=True` and metrics of logits hold for the mean.
-    `keras.layers.Average` takes the mean of the logits themselves.
+    A loss with `from_logits=True`, and metrics that take logits, then apply to the mean of the
+    probabilities. `keras.layers.Average` takes the mean of the logits instead.
 
     Args:
         link: `"softmax"` or `"sigmoid"`.
-        axis: Of the classes, for `"softmax"`. Defaults to -1.
-        **kwargs: Keras's own, such as `name`.
+        axis: The axis of the classes, for `"softmax"`. Defaults to -1.
+        **kwargs: Keyword arguments of `keras.layers.Layer`, such as `name`.
 
     Raises:
-        ValueError: If `link` is another one.
+        ValueError: If `link` is neither of the two.
 
     Example:
 
@@ -49,41 +49,41 @@ class AverageOfLogits(keras.layers.Layer):
         self.supports_masking = True
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The logits of the mean.
+        """Returns the logits of the mean of the probabilities.
 
         Args:
-            inputs: Logits of the same shape.
+            inputs: Tensors of logits, all of the same shape.
         """
         logits = ops.stack(list(inputs))
         if self.link == "softmax":
-            axis = self.axis if self.axis < 0 else self.axis + 1  # behind that of the inputs
+            axis = self.axis if self.axis < 0 else self.axis + 1  # after the stacked axis
             return ops.logsumexp(ops.log_softmax(logits, axis), axis=0) - math.log(len(inputs))
         yes, no = (ops.logsumexp(ops.log_sigmoid(z), axis=0) for z in (logits, -logits))
         return yes - no
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        """That of the first input: all have the same."""
+        """Returns the mask of the first input; all inputs have the same mask."""
         del inputs
         return mask[0] if mask else None
 
     def compute_output_shape(self, input_shape: Sequence[Any]) -> Any:
-        """That of each input."""
+        """Returns the shape that all inputs have."""
         return input_shape[0]
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, for `from_config`."""
+        """Returns the constructor's arguments, for `from_config`."""
         return {**super().get_config(), "link": self.link, "axis": self.axis}
 
 
 def averaged(members: Sequence[keras.Model], model: keras.Model) -> keras.Model:
-    """One functional model of several that are alike.
+    """Combines clones of a model into one functional model that averages their outputs.
 
     Args:
-        members: Models, not compiled, whose names are changed.
-        model: Whose inputs, outputs and loss they have; compiled.
+        members: Clones of the model, not compiled. They are renamed.
+        model: The compiled model. Its loss decides how each output is averaged.
 
     Raises:
-        ValueError: If it has no `inputs`, as a subclassed model.
+        ValueError: If the model has no `inputs`, such as a subclassed one.
     """
     if not getattr(model, "inputs", None):
         raise ValueError(
@@ -113,7 +113,10 @@ def averaged(members: Sequence[keras.Model], model: keras.Model) -> keras.Model:
 
 
 def _mean_layer(loss: Any, name: str, dtype: Any) -> keras.layers.Layer:
-    """In the outputs' dtype, whatever Keras's policy is."""
+    """Makes the layer that averages an output, as its loss requires.
+
+    It computes in the dtype of the output, whatever Keras's dtype policy is.
+    """
     if not _takes_logits(loss):
         return keras.layers.Average(name=name, dtype=dtype)
     of_one = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
@@ -124,7 +127,7 @@ def _mean_layer(loss: Any, name: str, dtype: Any) -> keras.layers.Layer:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, those that are there again with a number."""
+    """Makes names distinct by appending a number to those that are repeated."""
     return [
         name if name not in names[:place] else f"{name}_{place}" for place, name in enumerate(names)
     ]
@@ -135,7 +138,7 @@ def _takes_logits(loss: Any) -> bool:
 
 
 def _losses_of_outputs(model: keras.Model) -> list[Any]:
-    """The compiled loss of each output, in their order."""
+    """Returns the compiled loss of each output, in the order of the outputs."""
     found = []
     outputs = keras.tree.flatten_with_path(model.output)
     for (path, _), name in zip(outputs, model.output_names, strict=True):
@@ -145,7 +148,7 @@ def _losses_of_outputs(model: keras.Model) -> list[Any]:
                 loss = loss.get(key, loss.get(name))
             elif isinstance(loss, (list, tuple)):
                 loss = loss[key]
-        if isinstance(loss, dict):  # of the only output, by its name
+        if isinstance(loss, dict):  # the loss of the only output, by its name
             loss = loss.get(name)
         elif isinstance(loss, (list, tuple)):
             (loss,) = loss

@@ -1,8 +1,8 @@
-r"""Hyper-parameters that the members of a population have of their own, and inherit.
+r"""Hyper-parameters that differ between the members of a population and are inherited.
 
-Each has a scale $u = \varphi(h)$ on which it is drawn and moved, so that a step means the same
-anywhere in the range: $\varphi = \log h$ where factors count, as of a learning rate, and
-$\varphi = \log(1 - h)$ where the distance from 1 does, as of a momentum.
+Each is drawn and perturbed on a scale $u = \varphi(h)$ on which a step means the same anywhere
+in the range: $\varphi = \log h$ if factors matter, as for a learning rate, and
+$\varphi = \log(1 - h)$ if the distance from 1 matters, as for a momentum.
 """
 
 import math
@@ -17,7 +17,7 @@ from keras_gdopt.gadam import keys
 from keras_gdopt.gadam.keys import Phase
 
 Values = dict[str, np.ndarray]
-"""By name the number of each member, in float64."""
+"""The values of all members, in float64, by the name of the hyper-parameter."""
 
 Range = tuple[float, float]
 
@@ -28,16 +28,16 @@ _SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 class Evolution:
-    """Draws hyper-parameters for a first population, and perturbs those that children inherit.
+    """Draws hyper-parameters for the first population, and perturbs those that children inherit.
 
-    The numbers are exact in the dtype that members compute in, and lie in their ranges.
+    All values lie in their ranges, and floatx, in which members compute, holds them exactly.
 
     Args:
-        ranges: Lowest and highest value by name.
-        kinds: `"positive"` or `"fraction"` by the same names.
-        perturbation: Standard deviation of a child's step, as a part of the range's width on
-            the scale of its hyper-parameter.
-        seed: Of the run.
+        ranges: The lowest and the highest value of each hyper-parameter, by name.
+        kinds: `"positive"` or `"fraction"`, by the same names.
+        perturbation: The standard deviation of a child's step on the scale of the
+            hyper-parameter, as a fraction of the width of the range.
+        seed: The seed of the run.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Evolution:
         self._seed = seed
 
     def drawn(self, places: Sequence[int]) -> Values:
-        """Those that members of the first population begin with.
+        """Draws the initial values of members, uniformly on the scale of each hyper-parameter.
 
         Args:
-            places: In the population.
+            places: The places of the members in the population.
         """
         values = {}
         for number, (name, bounds) in enumerate(self.ranges.items()):
@@ -70,14 +70,15 @@ class Evolution:
         return values
 
     def perturbed(self, inherited: Values, generation: int, children: Sequence[int]) -> Values:
-        r"""Those of children, $\varphi^{-1}(u + \sigma w z)$ with $z \sim N(0, 1)$.
+        r"""Perturbs what children inherit: $\varphi^{-1}(u + \sigma w z)$ with $z \sim N(0, 1)$.
 
-        What leaves the range is folded back into it, by reflection at its ends.
+        σ is the `perturbation` and w the width of the range on the scale. Values beyond the range
+        are reflected at its ends.
 
         Args:
-            inherited: What each child's fitter parent has.
-            generation: Its number.
-            children: Their numbers in the generation.
+            inherited: The values of each child's fitter parent.
+            generation: The number of the generation.
+            children: The numbers of the children in the generation.
         """
         values = {}
         for number, (name, bounds) in enumerate(self.ranges.items()):
@@ -97,7 +98,7 @@ class Evolution:
         return values
 
     def of_one(self, values: Values, place: int) -> dict[str, float]:
-        """A member's, or a child's, as plain numbers."""
+        """Returns the values of one member, or one child, as plain numbers."""
         return {name: float(of_all[place]) for name, of_all in values.items()}
 
     def _on_its_scale(self, name: str, bounds: Range) -> Range:
@@ -106,7 +107,7 @@ class Evolution:
         return low, high
 
     def _back(self, name: str, scaled: np.ndarray) -> np.ndarray:
-        """What was drawn, as the nearest number in the range that members can compute with."""
+        """Converts values from their scale to the nearest numbers that floatx has in the range."""
         low, high = self.ranges[name]
         _, from_scale = _SCALES[self._kinds[name]]
         exact = np.clip(from_scale(scaled), low, high)
@@ -114,25 +115,25 @@ class Evolution:
 
 
 def _representable(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The nearest numbers in a range that members can compute with, in float64."""
+    """Rounds to the nearest numbers that floatx has in a range; returns them in float64."""
     with np.errstate(over="ignore"):
         rounded = values.astype(keras.config.floatx())
     upward, downward = (np.nextafter(rounded, rounded.dtype.type(way)) for way in (np.inf, -np.inf))
-    exactly = rounded.astype("float64")  # else the ends would be rounded, too
+    exactly = rounded.astype("float64")  # otherwise `low` and `high` would be rounded, too
     inside = np.where(exactly < low, upward, np.where(exactly > high, downward, rounded))
     return inside.astype("float64")
 
 
 def checked_ranges(evolve: Any, optimizer: Any) -> dict[str, Range]:
-    """Returns the ranges of `Gadam(evolve=...)`, or raises.
+    """Checks the ranges of `Gadam(evolve=...)` and returns them.
 
     Args:
-        evolve: What the user passed.
+        evolve: The argument that the user passed.
         optimizer: The pure step of the model's optimizer.
 
     Raises:
-        ValueError: If it is no dictionary of ranges, a hyper-parameter cannot evolve, or a range
-            is empty or reaches beyond what the hyper-parameter takes.
+        ValueError: If `evolve` is not a dictionary of ranges, a hyper-parameter cannot evolve, or
+            a range is empty or has values that the hyper-parameter must not have.
     """
     kinds = optimizer.evolvable
     if not isinstance(evolve, Mapping) or not evolve:
@@ -173,7 +174,7 @@ def _why_not_evolvable(name: str, kinds: Mapping[str, str]) -> str:
 
 
 def _checked_range(name: str, bounds: Any, kind: str) -> Range:
-    """Its ends, which must not be forbidden in the dtype that members compute in, either."""
+    """Returns the ends of a range, which must be allowed even when rounded to floatx."""
     of = "above 0" if kind == "positive" else "of at least 0 and below 1"
     low = high = math.nan
     if isinstance(bounds, Sequence) and len(bounds) == 2:
@@ -192,6 +193,7 @@ def _checked_range(name: str, bounds: Any, kind: str) -> Range:
 
 
 def _folded(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Reflects values at the ends of a range, as often as needed to bring them into it."""
     width = high - low
     beyond = np.mod(values - low, 2 * width)
     return low + np.where(beyond > width, 2 * width - beyond, beyond)

@@ -1,4 +1,4 @@
-"""The keys of every random draw: what is drawn depends on nothing else."""
+"""The keys of all random draws. A draw depends on its key alone."""
 
 import enum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Phase(enum.IntEnum):
-    """What a random draw is for. The numbers are part of every key: append, never reorder."""
+    """The purpose of a random draw. Its number is part of the key: append, never reorder."""
 
     INITIALIZE = 0
     TRAIN_PARENTS = 1
@@ -24,16 +24,16 @@ def sequence(seed: int, generation: int, phase: Phase, *more: int) -> np.random.
     """The source of randomness for one purpose.
 
     Args:
-        seed: Of the whole run.
-        generation: The generation's number.
-        phase: What is drawn.
-        *more: A member's number, an epoch's, and so on.
+        seed: The seed of the run.
+        generation: The number of the generation.
+        phase: The purpose of the draw.
+        *more: The number of a member, an epoch and so on.
     """
     return np.random.SeedSequence(seed, spawn_key=(int(phase), generation, *more))
 
 
 def key(seed: int, generation: int, phase: Phase, *more: int) -> np.ndarray:
-    """Two integers for TensorFlow's stateless draws, see `sequence`."""
+    """Two integers as a key of TensorFlow's stateless draws, see `sequence`."""
     return sequence(seed, generation, phase, *more).generate_state(2).view(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""Who descends from whom in a population, and what became of each."""
+"""Records the parents of each individual of a population, and what became of it."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,22 +12,22 @@ from keras_gdopt.gadam.breeding import Plan
 
 
 class Lineage:
-    """Every individual that was ever born, in the order of birth.
+    """All individuals that were ever born, in the order of birth.
 
-    An individual is a dictionary, and its place in the lineage is its id:
+    An individual is a dictionary. Its id is its place in the lineage.
 
-    - `id`; `generation` in which it was born, 0 for the first population,
-    - `parents`: two ids (the same twice is possible), or none in the first population,
-    - `selection_probabilities` of the parents, `crossover_probability` with which an
-      entry came from the first of them, `mutation_rate` (the probability with which an
-      entry mutated) and `mutated_entries`, a count; all `None` in the first population,
-    - `heir_of`: the fitter parent's id, whose hyper-parameters it inherited, or `None`;
-      `hyperparameters` that evolve, by name,
-    - `first_step`: how many steps its line of fitter parents had made before its birth; `steps`:
-      how many it has made itself,
+    - `id`: its id; `generation`: the generation of its birth, 0 for the first population,
+    - `parents`: the ids of its two parents, which may be equal; empty in the first population,
+    - `selection_probabilities`: those of its parents; `crossover_probability`: the probability
+      with which an entry came from the first parent; `mutation_rate`: the probability with which
+      an entry mutated; `mutated_entries`: how many did. All are `None` in the first population,
+    - `heir_of`: the id of the fitter parent, whose hyper-parameters it inherited, or `None`;
+      `hyperparameters`: the values of those that evolve, by name,
+    - `first_step`: the number of steps that its line of fitter parents had made before its birth;
+      `steps`: the number of steps that it has made itself,
     - `fitness`: its fitness loss when it was first evaluated,
-    - `selections`: for each generation at whose end it was evaluated, `[generation,
-      fitness loss, whether it survived]`.
+    - `selections`: one `[generation, fitness loss, whether it survived]` for each selection of
+      survivors that it took part in.
 
     >>> from keras_gdopt.gadam.lineage import Lineage
     >>> lineage = Lineage()
@@ -62,12 +62,12 @@ class Lineage:
         heir_of: int | None = None,
         hyperparameters: dict[str, float] | None = None,
     ) -> int:
-        """Adds an individual, and returns its id."""
+        """Adds an individual and returns its id."""
         identity = len(self._individuals)
         first_step = 0
         if heir_of is not None:
             parent = self._individuals[heir_of]
-            # Version 0.1.0 counted no steps.
+            # Version 0.1.0 did not count steps.
             first_step = parent.get("first_step", 0) + parent.get("steps", 0)
         self._individuals.append(
             {
@@ -89,30 +89,30 @@ class Lineage:
         return identity
 
     def trained(self, identity: int, steps: int) -> None:
-        """Notes that an individual made some more steps."""
+        """Records that an individual made more steps."""
         individual = self._individuals[identity]
         individual["steps"] = individual.get("steps", 0) + steps
 
     def line(self, identity: int) -> list[dict[str, Any]]:
-        """The individual, its fitter parent, that one's, and so on."""
+        """Returns the individual, its fitter parent, that parent's fitter parent, and so on."""
         line = [self._individuals[identity]]
         while line[-1].get("heir_of") is not None:
             line.append(self._individuals[line[-1]["heir_of"]])
         return line
 
     def evaluated(self, identity: int, fitness: float) -> None:
-        """Notes an individual's fitness loss; the first one stays."""
+        """Records an individual's fitness loss, unless there is one already."""
         individual = self._individuals[identity]
         if individual["fitness"] is None:
             individual["fitness"] = fitness
 
     def selected(self, identity: int, generation: int, fitness: float, survives: bool) -> None:
-        """Notes how an individual fared at the end of a generation."""
+        """Records an individual's loss at the end of a generation, and whether it survived."""
         self.evaluated(identity, fitness)
         self._individuals[identity]["selections"].append([generation, fitness, survives])
 
     def ancestry(self, identity: int) -> list[dict[str, Any]]:
-        """The individual and all it descends from, youngest first, each once."""
+        """Returns the individual and all its ancestors, each once, the youngest first."""
         found, waiting = set(), [identity]
         while waiting:
             one = waiting.pop()
@@ -122,18 +122,19 @@ class Lineage:
         return [self._individuals[one] for one in sorted(found, reverse=True)]
 
     def to_json_lines(self, path: str | Path) -> None:
-        """Writes one line of JSON for each individual, to any path of `tf.io.gfile`."""
+        """Writes a line of JSON for each individual, to any path that `tf.io.gfile` accepts."""
         with tf.io.gfile.GFile(str(path), "w") as file:
             for individual in self:
                 file.write(json.dumps(individual) + "\n")
 
     def latest_json_lines(self, identities: Iterable[int]) -> str:
-        """Lines that bring a file up to date after a generation.
+        """Returns the lines to append to a file of the lineage after a generation.
+
+        A line has only the last of the individual's `selections`, so that it stays short however
+        long the individual lives. `from_json_lines` joins them.
 
         Args:
-            identities: Of all that were evaluated at its end. Each has a line with this
-                last one of its `selections` alone, so that a line stays short however long
-                its individual lives; `from_json_lines` joins them.
+            identities: The ids of all individuals that were evaluated at the generation's end.
         """
         latest = (
             {**self[identity], "selections": self[identity]["selections"][-1:]}
@@ -143,7 +144,7 @@ class Lineage:
 
     @classmethod
     def from_json_lines(cls, path: str | Path) -> "Lineage":
-        """Reads what `to_json_lines` wrote, and `latest_json_lines` after it."""
+        """Reads a file of `to_json_lines`, and lines of `latest_json_lines` appended to it."""
         individuals: dict[int, dict[str, Any]] = {}
         with tf.io.gfile.GFile(str(path)) as file:
             for line in file:
@@ -166,18 +167,18 @@ def record_generation(
     places: np.ndarray,
     hyperparameters: Sequence[dict[str, float]],
 ) -> list[int]:
-    """Notes what became of a generation's parents and children.
+    """Records what became of a generation's parents and children.
 
     Args:
-        lineage: Where to note it.
-        identities: The parents' ids.
+        lineage: The lineage to add them to.
+        identities: The ids of the parents.
         plan: Which parents each child has.
-        steps: How many each individual trained.
-        mutated: How many entries of each child mutated.
+        steps: The number of steps that each individual made.
+        mutated: The number of mutated entries of each child.
         fitness: The parents' losses by which parents of children were selected.
-        survival: Parents' and children's losses by which survivors were selected.
-        places: Of the survivors among both.
-        hyperparameters: Of each child.
+        survival: The losses of parents, then children, by which survivors were selected.
+        places: The indices of the survivors in `survival`.
+        hyperparameters: The hyper-parameters of each child.
 
     Returns:
         The ids of the survivors.

@@ -1,4 +1,4 @@
-"""What `Gadam` asks of a model, and errors that say what stands in the way."""
+"""Checks whether `Gadam` can train a population of a model."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from keras_gdopt.optimizers.recording import RecordingOptimizer
 
 
 def check_model(model: Any) -> None:
-    """Raises a `ValueError` for a model that no population can be made of.
+    """Raises a `ValueError` if `Gadam` cannot train a population of a model.
 
     Args:
-        model: What the user gave.
+        model: The model that the user passed.
     """
     _check_optimizer(model)
     check_is_trainable_by_its_loss(model)
@@ -36,7 +36,7 @@ def _check_optimizer(model: Any) -> None:
 
 
 def pure_step_of(model: keras.Model) -> AnyPureStep:
-    """The step of a model's optimizer on values, or an error that says why there is none."""
+    """Returns the pure step of a model's optimizer; a `ValueError` says why there is none."""
     built_for = [id(variable) for variable in model.optimizer._trainable_variables]
     if built_for != [id(variable) for variable in model.trainable_variables]:
         raise ValueError(
@@ -55,7 +55,7 @@ def pure_step_of(model: keras.Model) -> AnyPureStep:
 
 def _check_trainable_weights(model: keras.Model) -> None:
     for variable in model.trainable_variables:
-        # Mutation would draw fractions into it.
+        # Mutation would replace its entries by fractions.
         check_is_floating("Gadam", variable.path, variable.dtype)
     if not model.trainable_variables:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What `fit` prints of a generation, and what callbacks hear of its steps."""
+"""What `fit` prints during a generation, and its calls of the callbacks for batches."""
 
 import math
 import time
@@ -9,7 +9,16 @@ import numpy as np
 
 
 class Progress:
-    """Keras's bar over the steps of a generation, and the callbacks' batches."""
+    """Shows the steps of a generation in Keras's progress bar, and reports them to callbacks.
+
+    Args:
+        verbose: 0, 1 or 2, as in `Gadam.fit`.
+        generation: The number of the generation, counted from 0.
+        generations: The number of generations at the end of the run.
+        steps: The number of steps in the generation.
+        callbacks: Keras's `CallbackList`.
+        first_waits_for: What is done before the first step, if it takes long; it is printed.
+    """
 
     def __init__(
         self,
@@ -38,11 +47,11 @@ class Progress:
 
     @property
     def stride(self) -> int:
-        """How many steps are made between two looks at the losses."""
+        """The largest number of steps to make between two calls of `add`."""
         return 1 if self._waiting else self._usual_stride
 
     def add(self, steps: int, losses: np.ndarray) -> None:
-        """Shows steps that were made, and the best member's loss."""
+        """Shows that steps were made, with the best member's loss, and reports them as a batch."""
         if self._waiting:
             print(f"First losses after {time.perf_counter() - self._started:.1f} s.")
             self._waiting = False
@@ -56,7 +65,7 @@ class Progress:
             self._bar.update(self._made, [("loss", best)], finalize=False)
 
     def end(self, logs: dict[str, Any]) -> None:
-        """Shows what came out, as far as it is a number."""
+        """Shows those of the generation's logs that are single numbers."""
         shown = {name: value for name, value in logs.items() if np.ndim(value) == 0}
         if self._bar is not None:
             self._bar.stateful_metrics = set(shown)

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint must share with the one that stopped."""
+"""What a run must have in common with the run whose checkpoint it continues."""
 
 import json
 from collections.abc import Collection
@@ -10,13 +10,13 @@ import keras
 def identify_run(
     model: keras.Model, evolving: Collection[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The identity of a run, as JSON has it.
+    """Describes a run by its model, its optimizer and its settings, as JSON values.
 
     Args:
-        model: Compiled and built.
-        evolving: Names of the hyper-parameters that evolve, of which the optimizer's own values
-            do not matter.
-        settings: The population's, by name.
+        model: The compiled and built model.
+        evolving: The names of the hyper-parameters that evolve. The optimizer's own values of
+            them are left out, and so is its learning rate.
+        settings: The settings of the population, by name.
     """
     names = {"learning_rate", "name", *evolving}
     optimizer = [type(model.optimizer).__name__, _without(model.optimizer.get_config(), names)]
@@ -31,7 +31,7 @@ def identify_run(
 
 
 def _without(config: Any, names: set[str]) -> Any:
-    """A config without what may change in a run."""
+    """Returns a config without the entries of these names, at any depth."""
     if isinstance(config, dict):
         return {key: _without(value, names) for key, value in config.items() if key not in names}
     return config

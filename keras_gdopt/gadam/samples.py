@@ -1,4 +1,4 @@
-"""What users bring as data, as tensors and batches: checked, joined and cut."""
+"""Turns the user's data into tensors and batches: checks, joins and cuts it."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_gdopt.functional import Data
 from keras_gdopt.gadam.class_weight import with_class_weight
 
-# Seconds of going through data before it is said what takes so long.
+# Seconds of reading data before a warning says what takes so long.
 _PATIENCE = 10.0
 
 
@@ -26,10 +26,11 @@ def in_memory(
     *,
     what: str = "The training data",
 ) -> Data:
-    """Samples as tensors, checked; an error calls them `what`.
+    """Checks samples and returns them as tensors; errors call them `what`.
 
     Raises:
-        ValueError: If there are none, or the parts differ in their number.
+        ValueError: If there are no samples, the parts differ in their number of samples, or a
+            part cannot be converted to tensors.
     """
     parts = {"x": x, "y": y, "sample_weight": sample_weight}
     data = {name: _tensors(name, part) for name, part in parts.items() if part is not None}
@@ -45,10 +46,15 @@ def in_memory(
 
 
 def split(arrays: tuple[Any, Any, Any], part: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Inputs, targets and sample weights without their end, and the end.
+    """Splits inputs, targets and sample weights into their beginning and their end.
+
+    Args:
+        arrays: The inputs, the targets and the sample weights; the last two may be `None`.
+        part: The fraction of the samples that goes to the end.
 
     Raises:
-        ValueError: If they are no arrays, or nothing would be left.
+        ValueError: If `part` is not between 0 and 1, the data is not arrays, or one of the two
+            would be empty.
     """
     x = arrays[0]
     if x is None or is_dataset(x) or not 0.0 < part < 1.0:
@@ -76,14 +82,14 @@ def split(arrays: tuple[Any, Any, Any], part: float) -> tuple[tuple[Any, ...], t
 
 
 def is_endless(data: Any) -> bool:
-    """Whether it is a dataset that says that it has no end."""
+    """Whether data is a dataset that declares itself endless."""
     if isinstance(data, tf.data.Dataset):
         return int(data.cardinality()) == tf.data.INFINITE_CARDINALITY
     return isinstance(data, keras.utils.PyDataset) and _batches_of(data) is None
 
 
 def check_is_no_generator(name: str, data: Any) -> None:
-    """Raises if data can be gone through once only."""
+    """Raises a `ValueError` for a generator, which can be read only once, or PyTorch's data."""
     if hasattr(data, "__next__") or type(data).__module__.startswith("torch.utils"):
         raise ValueError(
             "A generator cannot be gone through again, as each generation and a resumed "
@@ -94,7 +100,7 @@ def check_is_no_generator(name: str, data: Any) -> None:
 
 
 def check_ends(name: str, data: Any) -> None:
-    """Raises if a dataset says that it has no end."""
+    """Raises a `ValueError` if a dataset declares itself endless."""
     if is_endless(data):
         raise ValueError(
             f"`{name}` must have an end, for all of it is gone through. Use as many batches as it "
@@ -103,7 +109,7 @@ def check_ends(name: str, data: Any) -> None:
 
 
 def all_of(data: Any) -> Data | list[Data]:
-    """All samples of fitness data, in memory; batches that differ in shape as a list."""
+    """Reads all fitness data into memory; returns a list if batches differ in shape."""
     if is_dataset(data):
         check_ends("fitness_data", data)
         dataset = as_dataset(data, what="`fitness_data`")
@@ -124,13 +130,16 @@ def all_of(data: Any) -> Data | list[Data]:
 
 
 def count_batches(batches: tf.data.Dataset) -> int:
-    """How many batches a dataset has that does not tell."""
+    """Counts the batches of a dataset that does not know its length."""
     what = "counts the batches of the training data, which does not tell its length"
     return sum(1 for _ in _patiently(batches, what, "`steps_per_epoch=...`"))
 
 
 def _patiently(batches: tf.data.Dataset, what: str, instead: str) -> Iterator[Data]:
-    """The batches; says what is waited for where that takes long."""
+    """Yields batches, and warns once if that takes long.
+
+    The warning says `what` Gadam is doing, and what to use `instead`.
+    """
     started, said = time.monotonic(), False
     for number, batch in enumerate(batches):
         if not said and time.monotonic() - started > _PATIENCE:
@@ -149,7 +158,7 @@ def as_dataset(
     *,
     what: str = "The training data",
 ) -> tf.data.Dataset:
-    """A dataset of `Data`, from one of tuples or from a `PyDataset`; errors call it `what`."""
+    """Makes a dataset of `Data` from one of tuples or a `PyDataset`; errors call it `what`."""
     if isinstance(dataset, keras.utils.PyDataset):
         dataset = _from_py_dataset(dataset, what)
     specs = [spec for spec in tf.nest.flatten(dataset.element_spec) if hasattr(spec, "shape")]
@@ -169,16 +178,16 @@ def as_dataset(
         data = {n: p for n, p in zip(names, parts, strict=False) if p is not None}
         return with_class_weight(data, class_weight)
 
-    return dataset.map(tf.autograph.experimental.do_not_convert(named))  # for errors in words
+    return dataset.map(tf.autograph.experimental.do_not_convert(named))  # keeps errors readable
 
 
 def is_dataset(data: Any) -> bool:
-    """Whether it brings its own targets and batches."""
+    """Whether data is a dataset, which brings its own targets and batches."""
     return isinstance(data, (tf.data.Dataset, keras.utils.PyDataset))
 
 
 def _batches_of(source: keras.utils.PyDataset) -> int | None:
-    """How many batches a `PyDataset` has, `None` where it is endless."""
+    """The number of batches of a `PyDataset`, or `None` if it is endless."""
     try:
         return source.num_batches
     except NotImplementedError as error:
@@ -188,7 +197,7 @@ def _batches_of(source: keras.utils.PyDataset) -> int | None:
 
 
 def _from_py_dataset(source: keras.utils.PyDataset, what: str) -> tf.data.Dataset:
-    """Its batches, in their order."""
+    """Makes a `tf.data.Dataset` of the batches of a `PyDataset`, in their order."""
     count = _batches_of(source)
     if count == 0:
         raise ValueError(f"{what} is empty. Expected at least one batch.")
@@ -197,7 +206,7 @@ def _from_py_dataset(source: keras.utils.PyDataset, what: str) -> tf.data.Datase
         own = source[index]
         return tuple(own) if isinstance(own, list) else own
 
-    # As Keras does: what differs in the first two batches may differ in all.
+    # Like Keras: a dimension that differs between the first two batches may differ in all.
     examples = [
         tf.nest.map_structure(_as_tensor, batch(index))
         for index in range(2 if count is None else min(2, count))
@@ -214,7 +223,7 @@ def _from_py_dataset(source: keras.utils.PyDataset, what: str) -> tf.data.Datase
 
 
 def _spec(*parts: Any) -> tf.TypeSpec:
-    """What batches have in common, but for the number of samples."""
+    """The type that all batches have, inferred from examples, for any number of samples."""
     shape = parts[0].shape.most_specific_compatible_shape(parts[-1].shape)
     if not isinstance(parts[0], tf.RaggedTensor):
         return tf.TensorSpec([None, *shape[1:]], parts[0].dtype)
@@ -227,12 +236,12 @@ def _spec(*parts: Any) -> tf.TypeSpec:
 
 
 def sample_count(data: Data) -> int:
-    """How many samples there are."""
+    """The number of samples."""
     return int(tf.nest.flatten(data)[0].shape[0])
 
 
 def drawn(data: Data, size: int, draw: np.random.Generator) -> Data:
-    """Some of the samples, without repetition; all of them where `size` is more."""
+    """Draws `size` samples without repetition, or returns all if there are fewer."""
     count = sample_count(data)
     if size >= count:
         return data
@@ -240,7 +249,7 @@ def drawn(data: Data, size: int, draw: np.random.Generator) -> Data:
 
 
 def drawn_batches(batches: list[Data], size: int, draw: np.random.Generator) -> list[Data]:
-    """Some of the batches, without repetition, of about as many samples as `size`."""
+    """Draws whole batches without repetition until they have `size` samples or none is left."""
     chosen: list[Data] = []
     for index in draw.permutation(len(batches)):
         if sum(map(sample_count, chosen)) >= size:
@@ -250,17 +259,21 @@ def drawn_batches(batches: list[Data], size: int, draw: np.random.Generator) -> 
 
 
 def take_rows(data: Data, indices: np.ndarray) -> Data:
-    """The samples with these indices."""
+    """Returns the samples with these indices."""
     return tf.nest.map_structure(lambda part: tf.gather(part, tf.constant(indices)), data)
 
 
 def stack_batches(batches: Sequence[Data]) -> Data:
-    """Batches of one shape along a new first axis."""
+    """Stacks batches of one shape along a new first axis."""
     return tf.nest.map_structure(lambda *parts: tf.stack(parts), *batches)
 
 
 def cut_to_size(batch: Data | list[Data], size: int) -> list[Data]:
-    """Batches of one size; what is too little for one more is left out."""
+    """Cuts each batch into batches of `size` samples, and drops the rest.
+
+    Raises:
+        ValueError: If no batch has as many samples.
+    """
     batches = batch if isinstance(batch, list) else [batch]
     cut = [
         take_rows(one, np.arange(first, first + size, dtype="int32"))
@@ -280,7 +293,7 @@ def cut_to_size(batch: Data | list[Data], size: int) -> list[Data]:
 
 
 def tells_its_shapes(batches: tf.data.Dataset) -> bool:
-    """Whether all batches are dense, and of one shape but for the number of samples."""
+    """Whether a dataset declares dense tensors, and the shape of a sample of each."""
     return all(
         isinstance(part, tf.TensorSpec)
         and part.shape.rank is not None
@@ -290,7 +303,7 @@ def tells_its_shapes(batches: tf.data.Dataset) -> bool:
 
 
 def are_alike(batches: Sequence[Data], *, but_for_samples: bool = False) -> bool:
-    """Whether batches are dense and of one shape, or of one but for the number of samples."""
+    """Whether batches are dense and of one shape, except perhaps the number of samples."""
     first = 1 if but_for_samples else 0
     shapes = [
         [
@@ -303,14 +316,14 @@ def are_alike(batches: Sequence[Data], *, but_for_samples: bool = False) -> bool
 
 
 def concatenate(batches: list[Data]) -> Data | list[Data]:
-    """All samples as one batch, where that is possible."""
+    """Joins batches into one, or returns them unchanged if their shapes do not match."""
     if not are_alike(batches, but_for_samples=True):
         return batches
     return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
 
 
 def check_counts(batch: Data) -> None:
-    """Raises if the parts of a batch differ in their number of samples."""
+    """Raises a `ValueError` if the parts of a batch differ in their number of samples."""
     if len({int(part.shape[0]) for part in tf.nest.flatten(batch)}) > 1:
         raise ValueError(
             "All inputs, targets and sample weights of a batch must have the same number of "
@@ -320,7 +333,7 @@ def check_counts(batch: Data) -> None:
 
 
 def _sizes(data: Data) -> str:
-    """How many samples each part has, in words."""
+    """Describes how many samples each part has."""
     words = []
     for (name, *path), part in keras.tree.flatten_with_path(data):
         count = f"{part.shape[0]} sample(s)" if part.shape.rank else "no axis of samples"
@@ -328,14 +341,14 @@ def _sizes(data: Data) -> str:
     return ", ".join(words[:6]) + (f" and {len(words) - 6} more" if len(words) > 6 else "")
 
 
-# --- parts --------------------------------------------------------------------------------
+# --- conversion to tensors ----------------------------------------------------------------
 
 
 def _tensors(name: str, part: Any) -> Any:
-    """A part of the data as tensors.
+    """Converts a part of the data to tensors.
 
     Raises:
-        ValueError: If it is none that can be trained on.
+        ValueError: If the part cannot be trained on.
     """
     try:
         return tf.nest.map_structure(_as_tensor, _without_lists(part))
@@ -352,7 +365,7 @@ def _tensors(name: str, part: Any) -> Any:
 
 
 def _kind(leaf: Any) -> str:
-    """What a leaf of the data is, in words."""
+    """Describes what a leaf of the data is."""
     if isinstance(leaf, np.ndarray) and leaf.dtype == object and leaf.size:
         return f"an array of objects ({type(leaf.flat[0]).__name__}) of shape {leaf.shape}"
     if isinstance(leaf, list):
@@ -363,12 +376,12 @@ def _kind(leaf: Any) -> str:
 def _as_tensor(part: Any) -> Any:
     if not isinstance(part, tf.RaggedTensor):
         part = tf.convert_to_tensor(part)
-    # As Keras does: Python and NumPy floats become floatx.
+    # Like Keras: float64, which Python and NumPy use by default, becomes floatx.
     return tf.cast(part, keras.config.floatx()) if part.dtype == tf.float64 else part
 
 
 def _without_lists(part: Any) -> Any:
-    """A list of arrays as a tuple; a list of numbers as an array."""
+    """Turns a list of arrays into a tuple, and a list of numbers into an array."""
     if isinstance(part, dict):
         return {name: _without_lists(value) for name, value in part.items()}
     if type(part) not in (list, tuple):

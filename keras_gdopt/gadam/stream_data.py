@@ -1,4 +1,4 @@
-"""Training data that comes in batches, one after the other."""
+"""Training data that comes as a stream of batches."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,13 +24,13 @@ from keras_gdopt.tensor import Tensor
 
 
 class Schedule(NamedTuple):
-    """How many steps of a stream the phases of a generation take."""
+    """How many steps of the stream a phase of training, and one of fitness, takes."""
 
     training: int
     fitness: int
 
     def start(self, generation: int, phase: Phase) -> int:
-        """The step of the stream with which a phase begins."""
+        """The step of the stream at which a phase of a generation begins."""
         before = {
             Phase.TRAIN_PARENTS: 0,
             Phase.FITNESS: self.training,
@@ -41,32 +41,32 @@ class Schedule(NamedTuple):
 
 
 class StreamData:
-    """Batches of a `tf.data.Dataset` or a `keras.utils.PyDataset`, dealt to the members.
+    """Batches of a `tf.data.Dataset` or a `keras.utils.PyDataset`, dealt out to the members.
 
-    The first batch goes to the first member, the next to the second, and so on; then
-    comes the next step. When the data ends it begins anew, and the deal moves on, so that
-    over the passes each member sees all of it. Batches are of the first one's size: the
-    last of a pass, if smaller, is filled up from the next pass. Fitness batches are whole
-    steps of the same stream.
+    In each step the first member gets the next batch, the second member the batch after it,
+    and so on. When the data ends, it is read again. When members would get the same batches
+    as in earlier passes, the deal moves on by one member, so that each member sees all of the
+    data in the end. All batches have the size of the first one: a smaller last batch is filled
+    up from the next pass. Fitness batches are whole steps of the same stream.
 
-    Where the dataset does not tell the shapes of samples, as after `padded_batch`, and where it is
-    ragged or sparse, batches are dealt as they are.
+    If the dataset does not declare the shapes of its samples, as after `padded_batch`, or if it
+    has ragged or sparse tensors, batches are dealt out unchanged.
 
     Args:
-        dataset: Of `x`, `(x, y)` or `(x, y, sample_weight)`.
+        dataset: A dataset of `x`, `(x, y)` or `(x, y, sample_weight)`.
         class_weight: A weight for each class, or `None`.
-        steps_per_epoch: Batches that each member gets in an epoch; by default as many as
-            the data has, which are counted where it does not tell.
-        fixed_batch_size: The only number of samples that the model takes, or `None`.
-        members: How many.
-        epochs: How many a member trains in each phase of a generation.
-        fitness_samples: How many samples a fitness batch has, about; `None` if members are judged
-            by other data.
-        portion: How many steps are handed to the device at a time, at most.
+        steps_per_epoch: The number of batches that each member gets in an epoch. Defaults to
+            the number of batches of the dataset, which are counted if it is unknown.
+        fixed_batch_size: The only batch size that the model accepts, or `None`.
+        members: The number of members.
+        epochs: The number of epochs that a member trains in each phase of a generation.
+        fitness_samples: The approximate number of samples in a fitness batch; `None` if members
+            are judged by other data.
+        portion: The largest number of steps that are handed to the device at a time.
 
     Raises:
         ValueError: If the data is empty, or endless without `steps_per_epoch`, or its batches
-            have another size than the model takes.
+            do not have the size that the model accepts.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class StreamData:
         self._portion = portion
         self._members = members
         self._fixed_batch_size = fixed_batch_size
-        # After as many passes as make whole steps, each member would get the same batches
-        # again; so the deal then begins with another member.
+        # After this many steps the passes end with a whole step, and each member would get the
+        # same batches again. The deal then begins with another member.
         self._together = math.lcm(max(count, 1), members) // members
         self._as_they_are = not tells_its_shapes(batches)
         if self._as_they_are:
@@ -118,17 +118,21 @@ class StreamData:
         self._first = first
 
     def first_batch(self) -> Data | list[Data]:
-        """A batch from the beginning, see `ArrayData.first_batch`; the stream stays where it is."""
+        """Returns the first batch, see `ArrayData.first_batch`; the stream does not move."""
         return [self._first] if self._as_they_are else self._first
 
     def epoch(
         self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
     ) -> Iterator[Portion]:
-        """The steps of one epoch of the members in some places of the population."""
+        """Yields the steps of one epoch for the members at some places of the population.
+
+        Each step is read for all members, and the batches of those elsewhere are dropped. So a
+        member gets the same batches whichever process trains it.
+        """
         self._go_to(self._schedule.start(generation, phase) + epoch * self.steps_per_epoch)
         everyone = list(places) == list(range(self._members))
         for first in range(0, self.steps_per_epoch, self._portion):
-            # Of two lengths at most, so that no more functions are compiled.
+            # Portions have at most two lengths, so that at most two functions are compiled.
             length = min(self._portion, self.steps_per_epoch - first)
             steps = [self._next() for _ in range(length)]
             if self._as_they_are:
@@ -143,7 +147,7 @@ class StreamData:
             yield Portion(data, None, length)
 
     def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data | list[Data]:
-        """The batches of a few steps together, see `TrainingData.fitness_batch`."""
+        """Joins the batches of a few steps, see `TrainingData.fitness_batch`."""
         self._go_to(self._schedule.start(generation, phase))
         steps = [self._next() for _ in range(self._fitness_steps(size))]
         if self._as_they_are:
@@ -155,16 +159,19 @@ class StreamData:
         return tf.nest.map_structure(joined, *steps)
 
     def _fitness_steps(self, size: int) -> int:
-        """How many steps of the stream a fitness batch of about `size` samples takes."""
+        """The number of steps that make a fitness batch of about `size` samples."""
         return max(1, size // (self._members * self._batch_size))
 
     def _go_to(self, step: int) -> None:
-        """Goes to a step of the stream, counted from its beginning."""
+        """Moves the stream to a step, counted from its beginning."""
         if step != self._taken:
             self._taken, self._stream = step, None
 
     def _next(self) -> Any:
-        """The next step: batches with an axis for the members, or a list of them."""
+        """Reads the next step: batches stacked along an axis of members, or a list of batches.
+
+        With every `_together` steps, the batches go to members one place further on.
+        """
         if self._stream is None:
             taken = self._taken * (self._members if self._as_they_are else 1)
             self._stream = iter(self._steps.skip(taken).prefetch(2))

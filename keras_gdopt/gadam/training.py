@@ -23,33 +23,33 @@ from keras_gdopt.gadam.training_data import Portion
 from keras_gdopt.tensor import Tensor
 
 _OF_TENSORFLOW = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)
-_LONGEST = 300  # characters of another's message
+_LONGEST = 300  # characters that are quoted of another error's message
 
 
 class Fitness(NamedTuple):
     """What members are judged by."""
 
     name: str
-    """`"loss"`, or a compiled metric."""
+    """`"loss"`, or the name of a compiled metric."""
     direction: str
-    """Whether the fittest member has the least of it, `"min"`, or the most, `"max"`."""
+    """`"min"` if the fittest member has the lowest value, `"max"` if it has the highest."""
 
     @property
     def sign(self) -> int:
-        """What makes a loss of it, of which less is better."""
+        """The factor that turns the value into a loss to minimize: 1 or -1."""
         return 1 if self.direction == "min" else -1
 
 
 class Training:
-    """What trains a number of members: an engine, built once, and the keys of their draws.
+    """Trains, judges and breeds members with an engine, which is built once.
 
     Args:
-        model: Compiled and built.
-        engine: `"stacked"` or `"mapped"`.
-        count: How many members it trains together.
-        breeding: Of the run.
+        model: The compiled and built model.
+        engine: The name of the engine, `"stacked"` or `"mapped"`.
+        count: The number of members that are trained together.
+        breeding: Makes the weights of children.
         fitness: What members are judged by.
-        seed: Of the run.
+        seed: The seed of the run.
     """
 
     def __init__(
@@ -84,17 +84,19 @@ class Training:
         stride: Callable[[], int] | None = None,
         heard: Callable[[int, np.ndarray], None] = lambda steps, losses: None,
     ) -> tuple[Members, np.ndarray]:
-        """Members after a phase of training, and their mean losses in its last epoch.
+        """Trains members for a phase; returns them and their mean losses in the last epoch.
+
+        Batches and random draws depend on a member's place, not on the members trained with it.
 
         Args:
-            members: Before.
-            places: In the population, one for each member.
-            generation: Its number.
-            phase: Whether they are trained as parents or as children.
-            hyperparameters: Theirs, where they have some of their own.
-            data: To train on.
-            stride: Tells how many steps to make until the next call of `heard`, at most.
-            heard: Called with a number of steps and the losses in the last of them.
+            members: The members before the phase.
+            places: The place of each member in the population, or the number of each child.
+            generation: The number of the generation.
+            phase: `Phase.TRAIN_PARENTS` or `Phase.TRAIN_CHILDREN`.
+            hyperparameters: The members' own hyper-parameters, if there are any.
+            data: The training data.
+            stride: Returns the largest number of steps to make before the next call of `heard`.
+            heard: Called with the number of steps made and the losses in the last of them.
         """
         members = self.engine.with_sequences(members)
         state = list(members.state)
@@ -123,10 +125,10 @@ class Training:
     def fitness(
         self, members: Members, generation: int, phase: Phase, data: GenerationData
     ) -> np.ndarray:
-        """The members' losses of what they are judged by in a phase.
+        """Returns the members' fitness losses in a phase.
 
-        Of several batches the mean over all samples, as of `evaluate`. Of a metric of which more
-        is better the negative.
+        For several batches this is the mean over all samples, as in `evaluate`; for a metric with
+        direction `"max"` its negative.
         """
         members = self.engine.with_sequences(members)
         batch = data.fitness_batch(generation, phase)
@@ -141,8 +143,8 @@ class Training:
         return np.average(losses, axis=0, weights=counts).astype(losses.dtype)
 
     def _metric(self, members: Members, batch: Data | list[Data]) -> np.ndarray:
-        assert not isinstance(batch, list)  # the driver has looked
-        if not self._has_metrics:  # they have variables only after a first batch
+        assert not isinstance(batch, list)  # the driver has checked this
+        if not self._has_metrics:  # metrics have no variables before a first batch
             self._model.test_on_batch(**batch)
             self._model.reset_metrics()
             self._has_metrics = True
@@ -158,15 +160,16 @@ class Training:
         inherited: tuple[Any, Tensor] | None = None,
         children: Sequence[int] | None = None,
     ) -> tuple[Members, np.ndarray]:
-        """Children before their training, and how many entries of each mutated.
+        """Makes children that are not trained yet, and counts the mutated entries of each.
 
         Args:
-            plan: Of the generation.
+            plan: See `Breeding.children`.
             first: See `Breeding.children`.
-            second: Likewise.
-            state: Of the children.
-            inherited: The state and the batches of their optimizers; fresh ones by default.
-            children: Likewise.
+            second: See `Breeding.children`.
+            state: The children's non-trainable state.
+            inherited: The state and the batch counts of the children's optimizers. Defaults to
+                those of fresh optimizers.
+            children: See `Breeding.children`.
         """
         weights, mutated = self._breeding.children(plan, first, second, children)
         if inherited is None:
@@ -191,7 +194,7 @@ class Training:
 
     @contextlib.contextmanager
     def _errors_in_words(self, data: Data) -> Iterator[None]:
-        """Says of which data a model does not take, without TensorFlow's graph."""
+        """Turns errors of the model into one that names the data and leaves out the graph."""
         try:
             yield
         except SharedVariableError:
@@ -212,13 +215,13 @@ class Training:
 
 
 def _core(error: Exception) -> str:
-    """What an error says, without the code that it came from."""
+    """Extracts the message of an error, without the code that raised it."""
     text = str(error)
-    bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", text, re.DOTALL)  # as Keras marks it
+    bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", text, re.DOTALL)  # Keras prints its messages in bold
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if bold:
         core = bold.group(1)
-    elif lines and lines[0] == "in user code:":  # and then come the places
+    elif lines and lines[0] == "in user code:":  # the places in the code follow
         core = re.sub(r"^\w+(Error|Exception): ", "", lines[-1])
     else:
         core = lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What training data is to a population, wherever it comes from."""
+"""The interface of training data, wherever it comes from."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -8,14 +8,14 @@ from keras_gdopt.gadam.keys import Phase
 from keras_gdopt.tensor import Tensor
 
 MOST_STEPS = 16
-"""Steps that are handed to the device at a time, at most."""
+"""The largest number of steps that are handed to the device at a time."""
 
 
 class Portion(NamedTuple):
-    """Steps that are made in one call.
+    """Consecutive steps that are handed to the engine together.
 
-    `data` and `order` are what an engine's `train` takes. Where batches differ in shape or are
-    ragged, `data` has a list for each step, with a batch for each member, as `train_apart` takes.
+    `data` and `order` are arguments of `Engine.train`. If batches differ in shape or are ragged,
+    `data` has a list for each step, with a batch for each member, as `Engine.train_apart` takes.
     """
 
     data: Data | list[list[Data]]
@@ -29,27 +29,27 @@ class TrainingData(Protocol):
     steps_per_epoch: int
 
     def first_batch(self) -> Data | list[Data]:
-        """A batch from the beginning; in a list where batches differ in shape."""
+        """Returns a batch from the beginning, in a list if batches may differ in shape."""
 
     def epoch(
         self, generation: int, phase: Phase, epoch: int, places: Sequence[int]
     ) -> Iterator[Portion]:
-        """The steps of one epoch of the members in some places of the population."""
+        """Yields the steps of one epoch for the members at some places of the population."""
 
     def fitness_batch(self, generation: int, phase: Phase, size: int) -> Data | list[Data]:
-        """What all members are judged by in a phase, of about `size` samples.
+        """Returns about `size` samples that all members are judged by in a phase.
 
-        Batches that differ in shape come as a list.
+        If batches differ in shape, it returns a list of them.
         """
 
 
 def check_batch_size(size: int, rest: int, fixed: int | None) -> None:
-    """Raises a `ValueError` if the model does not take batches of this size, or the last one's.
+    """Raises a `ValueError` if batches do not have the size that the model accepts.
 
     Args:
-        size: Of batches.
-        rest: Of the last batch, if it is smaller.
-        fixed: The only size that the model takes, or `None`.
+        size: The batch size.
+        rest: The size of the last batch if it is smaller, else 0.
+        fixed: The only batch size that the model accepts, or `None`.
     """
     if fixed is not None and (size != fixed or rest):
         smaller = f", the last of {rest}" if rest else ""
