@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.functional import Data
@@ -46,7 +47,8 @@ class StreamData:
     In each step the first member gets the next batch, the second member the batch after it,
     and so on. When the data ends, it is read again. When members would get the same batches
     as in earlier passes, the deal moves on by one member, so that each member sees all of the
-    data in the end. All batches have the size of the first one: a smaller last batch is filled
+    data in the end. If the length of a pass is not known, each step's deal begins with a random
+    member instead. All batches have the size of the first one: a smaller last batch is filled
     up from the next pass. Fitness batches are whole steps of the same stream.
 
     If the dataset does not declare the shapes of its samples, as after `padded_batch`, or if it
@@ -104,7 +106,7 @@ class StreamData:
         self._fixed_batch_size = fixed_batch_size
         # After this many steps the passes end with a whole step, and each member would get the
         # same batches again. The deal then begins with another member.
-        self._together = math.lcm(max(count, 1), members) // members
+        self._together = math.lcm(count, members) // members if count > 0 else None
         self._as_they_are = not tells_its_shapes(batches)
         if self._as_they_are:
             self._steps = batches.repeat()
@@ -170,12 +172,15 @@ class StreamData:
     def _next(self) -> Any:
         """Reads the next step: batches stacked along an axis of members, or a list of batches.
 
-        With every `_together` steps, the batches go to members one place further on.
+        See the class about which member the deal begins with.
         """
         if self._stream is None:
             taken = self._taken * (self._members if self._as_they_are else 1)
             self._stream = iter(self._steps.skip(taken).prefetch(2))
-        turned = self._taken // self._together % self._members
+        if self._together is None:
+            turned = int(np.random.default_rng(self._taken).integers(self._members))
+        else:
+            turned = self._taken // self._together % self._members
         self._taken += 1
         if self._as_they_are:
             batches = [next(self._stream) for _ in range(self._members)]

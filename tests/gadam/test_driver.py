@@ -396,6 +396,27 @@ def test_batches_are_dealt_in_turn_so_that_each_member_sees_all(batches, members
     assert all(set(one) == set(range(batches)) for one in seen)
 
 
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        tf.data.Dataset.range(4).filter(lambda _: True).batch(1),  # of unknown length
+        tf.data.Dataset.range(4).batch(1).repeat(),
+    ],
+    ids=["unknown", "endless"],
+)
+def test_each_member_sees_all_batches_where_a_pass_has_no_known_length(dataset):
+    def steps_of(stream):
+        portions = stream.epoch(0, Phase.TRAIN_PARENTS, 0, range(2))
+        return np.concatenate([portion.data["x"].numpy()[:, :, 0] for portion in portions])
+
+    steps = steps_of(StreamData(dataset, members=2, steps_per_epoch=40))
+    pairs = [(0, 1), (2, 3)] * 20  # two batches in each step
+    assert [tuple(sorted(step)) for step in steps] == pairs
+    assert set(steps[:, 0]) == set(steps[:, 1]) == {0, 1, 2, 3}
+    again = steps_of(StreamData(dataset, members=2, steps_per_epoch=40))
+    np.testing.assert_array_equal(again, steps)
+
+
 PHASES = (Phase.TRAIN_PARENTS, Phase.FITNESS, Phase.TRAIN_CHILDREN, Phase.SURVIVAL)
 
 
