@@ -12,7 +12,7 @@ from keras_gdopt.callbacks.optimizer_parts import named_optimizers
 from keras_gdopt.optimizers.argument_checks import BASE_ARGUMENTS
 from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
 
-_DEFAULTS = {**BASE_ARGUMENTS, "lazy": False}
+_DEFAULTS = {**BASE_ARGUMENTS, "lazy": False, "skip_nonfinite": False}
 # Arguments that are text for one optimizer and a number for another.
 _KEYS_OF_TEXT = {"beta": "beta_formula"}
 

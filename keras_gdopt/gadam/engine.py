@@ -311,10 +311,10 @@ class Engine:
         ]
         if all(gradient is None for gradient in grads):
             raise ValueError("Its loss depends on none of its trainable weights.")
-        weights, optimizer = self._step(
+        weights, optimizer, batches = self._step(
             grads, weights, member.optimizer, rates, member.batches, hyperparameters
         )
-        member = Members(weights, state, optimizer, member.batches + 1)
+        member = Members(weights, state, optimizer, batches)
         return member, tf.cast(loss, keras.config.floatx())
 
     def _check_nothing_is_shared(self) -> None:

@@ -31,7 +31,14 @@ def identify_run(
 
 
 def _without(config: Any, names: set[str]) -> Any:
-    """Returns a config without the entries of these names, at any depth."""
+    """Returns a config without the entries of these names, at any depth.
+
+    Nor has it `skip_nonfinite=False`, which version 0.1.0 did not know.
+    """
     if isinstance(config, dict):
-        return {key: _without(value, names) for key, value in config.items() if key not in names}
+        return {
+            key: _without(value, names)
+            for key, value in config.items()
+            if key not in names and (key, value) != ("skip_nonfinite", False)
+        }
     return config

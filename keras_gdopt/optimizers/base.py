@@ -1,7 +1,7 @@
 """The base class that turns a pure update rule into a Keras optimizer."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -10,12 +10,14 @@ from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import (
     check_is_floating,
+    check_tensorflow,
     checked_base_arguments,
     checked_flag,
     checked_learning_rate,
 )
 from keras_gdopt.optimizers.arithmetic import computation_dtype, constrain
 from keras_gdopt.optimizers.compilation import after
+from keras_gdopt.optimizers.nonfinite import all_finite
 from keras_gdopt.optimizers.recording import Recorder, RecordingOptimizer
 from keras_gdopt.optimizers.rule import Slots, StepSettings, StepVariables, Update
 from keras_gdopt.optimizers.saved_state import StateGroup, variable_path
@@ -54,6 +56,14 @@ class GradientOptimizer(RecordingOptimizer):
             backend and cannot be combined with `gradient_accumulation_steps`, whose
             accumulators are dense. `use_ema` and constraints apply to the whole
             variable in either case.
+        skip_nonfinite: Whether a step is skipped if an entry of its gradients is not
+            finite (under a strategy, of their sum over the replicas). A skipped step
+            changes neither the weights nor the optimizer's state: `iterations` does not
+            advance, so schedules, bias corrections, moving averages and accumulation
+            stand still. `step_metrics` counts such steps as `skipped_steps`. The state of
+            layers, such as the statistics of batch normalization, is not undone. With
+            `False` (the default), NaN reaches the weights, as with Keras's optimizers.
+            `True` needs the TensorFlow backend.
         **kwargs: The arguments of Keras's base class, with its defaults:
 
             - `weight_decay` (`None`): each step subtracts
@@ -137,6 +147,7 @@ class GradientOptimizer(RecordingOptimizer):
         learning_rate: Any,
         *,
         lazy: bool = False,
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
         arguments = checked_base_arguments(type(self).__name__, kwargs)
@@ -148,6 +159,9 @@ class GradientOptimizer(RecordingOptimizer):
                 f"lazy={lazy}, "
                 f"gradient_accumulation_steps={arguments['gradient_accumulation_steps']}"
             )
+        skip_nonfinite = checked_flag("skip_nonfinite", skip_nonfinite)
+        if skip_nonfinite:
+            check_tensorflow("`skip_nonfinite=True`")
         if lazy and keras.backend.backend() != "tensorflow":
             raise ValueError(
                 "`lazy=True` needs the TensorFlow backend, whose embeddings have sparse "
@@ -156,6 +170,7 @@ class GradientOptimizer(RecordingOptimizer):
             )
         super().__init__(checked_learning_rate(learning_rate), **arguments)
         self.lazy = lazy
+        self.skip_nonfinite = skip_nonfinite
         self._slots: dict[str, list[Any]] = {}
         self._excluded_from_weight_decay: dict[str, list[Any]] = {}
         # Bypasses Keras's tracking: neither holds state that is saved.
@@ -354,14 +369,17 @@ class GradientOptimizer(RecordingOptimizer):
             # place of Keras's, do not require another compiled step.
             indices = map(self._get_variable_index, variables)
             gradients = dict(sorted(zip(indices, grads, strict=True), key=lambda pair: pair[0]))
+            is_taken = None
             if gradients:
-                self._tensorflow_step.apply(gradients, self._all_reduce_sum_gradients)
-            self._iterations.assign_add(1)
+                is_taken = self._tensorflow_step.apply(gradients, self._all_reduce_sum_gradients)
+            count = 1 if is_taken is None else tf.cast(is_taken, self._iterations.dtype)
+            self._iterations.assign_add(count)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, for `from_config`."""
         config = super().get_config()
         config["lazy"] = self.lazy
+        config["skip_nonfinite"] = self.skip_nonfinite
         for name in self.hyperparameters:
             config[name] = getattr(self, name)
         if self._excluded_from_weight_decay:
@@ -442,9 +460,24 @@ class GradientOptimizer(RecordingOptimizer):
         - the metrics that the algorithm adds in `rule_metrics`,
         - `effective_learning_rate_p10`, `_p50` and `_p90`: quantiles of
           `effective_learning_rate` over a fixed sample of at most 4,096 entries, if it
-          differs between entries.
+          differs between entries,
+        - `skipped_steps`: with `skip_nonfinite`, how many steps were skipped since the
+          optimizer was made; known even without a recorded step.
         """
         return super().step_metrics
+
+    def takes_step(self, grads: Iterable[Tensor | None]) -> Tensor | None:
+        """Whether a step with these gradients, of one replica, is taken.
+
+        Args:
+            grads: Gradients as for `apply`.
+
+        Returns:
+            A boolean scalar, which a strategy's replicas may differ in; `None` without
+            `skip_nonfinite`, where each step is taken.
+        """
+        known = [gradient for gradient in grads if gradient is not None]
+        return all_finite(known) if self.skip_nonfinite and known else None
 
     # --- what a step needs ---------------------------------------------------
 
@@ -461,6 +494,7 @@ class GradientOptimizer(RecordingOptimizer):
             ema_overwrite_frequency=self.ema_overwrite_frequency if self.use_ema else None,
             loss_scale_factor=self.loss_scale_factor,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
+            skip_nonfinite=self.skip_nonfinite,
         )
 
     @property

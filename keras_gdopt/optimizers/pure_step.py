@@ -142,7 +142,7 @@ class PureStep:
         learning_rates: Sequence[Tensor],
         batches: Tensor,
         hyperparameters: Hyperparameters | None = None,
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[list[Tensor], State, Tensor]:
         """Makes one step.
 
         Args:
@@ -152,11 +152,12 @@ class PureStep:
             weights: The weights, in the same order.
             state: The state before the step.
             learning_rates: One scalar, which a schedule overrides.
-            batches: The number of earlier steps, in an integer dtype.
+            batches: The number of earlier steps that were taken, in an integer dtype.
             hyperparameters: Replace the optimizer's own numbers, and `learning_rates` too.
 
         Returns:
-            The new weights, in their dtypes, and the new state.
+            The new weights, in their dtypes, the new state, and the new number of steps. With
+            `skip_nonfinite`, all are as before if a gradient is not finite.
         """
         optimizer, count = self._optimizer, self._batches_per_update
         (learning_rate,), own = learning_rates, dict(hyperparameters or {})
@@ -199,10 +200,18 @@ class PureStep:
         new["slots"] = {
             name: [slots[index][name] for index in range(len(weights))] for name in state["slots"]
         }
-        return [
+        moved = [
             tf.cast(done.weights.get(index, weight), weight.dtype)
             for index, weight in enumerate(weights)
-        ], new
+        ]
+        is_taken = optimizer.takes_step(grads)
+        if is_taken is None:
+            return moved, new, batches + 1
+        return tf.nest.map_structure(
+            lambda after, before: tf.where(is_taken, after, before),
+            (moved, new, batches + 1),
+            (list(weights), dict(state), batches),
+        )
 
     def finalized(
         self, weights: Sequence[Tensor], state: State, batches: Tensor
@@ -287,17 +296,19 @@ class PureLookahead:
         learning_rates: Sequence[Tensor],
         batches: Tensor,
         hyperparameters: Hyperparameters | None = None,
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[list[Tensor], State, Tensor]:
         """Makes a step of the inner optimizer and, if it is due, one of the slow weights."""
         count, alpha = state["fast_updates"], self._optimizer.slow_step_size
-        slow = [
-            start_slow_weight(weight, value, count == 0)
-            for weight, value in zip(weights, state["slow"], strict=True)
-        ]
-        weights, inner = self._inner(
+        before = weights
+        weights, inner, batches_after = self._inner(
             grads, weights, state["inner"], learning_rates, batches, hyperparameters
         )
-        updates = self.makes_update(batches)
+        is_taken = batches_after > batches
+        slow = [
+            start_slow_weight(weight, value, is_taken & (count == 0))
+            for weight, value in zip(before, state["slow"], strict=True)
+        ]
+        updates = is_taken & self.makes_update(batches)
         count += tf.cast(updates, count.dtype)
         due = updates & (count % self._optimizer.sync_period == 0)
         pairs = [
@@ -305,7 +316,8 @@ class PureLookahead:
             for variable, weight, value in zip(self.trainable, weights, slow, strict=True)
         ]
         weights, slow = map(list, zip(*pairs, strict=True))
-        return weights, {"inner": inner, "slow": slow, "fast_updates": count}
+        state = {"inner": inner, "slow": slow, "fast_updates": count}
+        return weights, state, batches_after
 
     def finalized(
         self, weights: Sequence[Tensor], state: State, batches: Tensor
@@ -338,6 +350,12 @@ class PureMultiOptimizer:
         self.trainable: Sequence[Any] = optimizer._trainable_variables
         place = {id(variable): index for index, variable in enumerate(self.trainable)}
         used = [each for each in optimizer.optimizers if each.built]
+        if any(isinstance(each, GradientOptimizer) and each.skip_nonfinite for each in used):
+            raise ValueError(
+                "`skip_nonfinite` in a `MultiOptimizer` would make its optimizers count different "
+                "steps, but a member of a population counts one number of them. Leave it out. "
+                "Received: skip_nonfinite=True"
+            )
         self._steps = [pure_step(each) for each in used]
         self._places = [[place[id(v)] for v in step.trainable] for step in self._steps]
 
@@ -393,20 +411,20 @@ class PureMultiOptimizer:
         learning_rates: Sequence[Tensor],
         batches: Tensor,
         hyperparameters: Hyperparameters | None = None,
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[list[Tensor], State, Tensor]:
         """Makes a step of each optimizer."""
         del hyperparameters
         weights, new = list(weights), []
         for step, places, own, rate in zip(
             self._steps, self._places, state, learning_rates, strict=True
         ):
-            moved, own = step(
+            moved, own, _ = step(
                 [grads[i] for i in places], [weights[i] for i in places], own, [rate], batches
             )
             new.append(own)
             for place, weight in zip(places, moved, strict=True):
                 weights[place] = weight
-        return weights, new
+        return weights, new, batches + 1
 
     def finalized(
         self, weights: Sequence[Tensor], state: State, batches: Tensor

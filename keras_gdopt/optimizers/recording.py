@@ -62,6 +62,7 @@ class Recorder:
         self._frequencies: tf.Variable | None = None
         self._latest_iterations: tf.Variable | None = None
         self._latest: dict[str, tf.Variable] = {}
+        self._skipped: tf.Variable | None = None
         self._names: tuple[str, ...] = ()
         self._variable_names: tuple[str, ...] = ()
         self._tier = TIERS.index("layers") if records_all else -1
@@ -189,19 +190,32 @@ class Recorder:
         for name, value in values.items():
             self._latest[name].assign(value)
 
+    def add_skipped(self, count: Tensor) -> None:
+        """Adds to the number of skipped steps, of which no record is kept."""
+        with tf.init_scope():
+            if self._skipped is None:
+                self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._skipped.assign_add(count)
+
     def _stack(self, values: Iterable[Any]) -> Tensor:
         return tf.stack([tf.cast(value, self._dtype) for value in values])
 
     # --- afterwards ----------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of the last record and its `iterations`; empty before there is one."""
+        """The numbers of the last record and its `iterations`, if there is one.
+
+        With them, or alone, the count of `skipped_steps`, once a step could be skipped.
+        """
+        skipped: dict[str, float] = {}
+        if self._skipped is not None:
+            skipped["skipped_steps"] = int(self._skipped.value())
         update = self._latest_update()
         if not update:
-            return {}
+            return skipped
         # `Variable.numpy()` would first copy on the device.
         values = self._latest["numbers"].value().numpy().tolist()
-        return {"iterations": update, **dict(zip(self._names, values, strict=True))}
+        return {"iterations": update, **dict(zip(self._names, values, strict=True)), **skipped}
 
     def metrics_of_variables(self) -> dict[str, dict[str, float]]:
         """The numbers of each variable in the last record, by its path."""

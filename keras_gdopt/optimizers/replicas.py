@@ -37,6 +37,17 @@ def on_every_device(anchor: Any, function: Callable[..., None], *args: Any) -> N
     tf.__internal__.distribute.interim.maybe_merge_call(across_replicas, strategy, *args)
 
 
+def true_on_all_replicas(flag: tf.Tensor) -> tf.Tensor:
+    """Whether a replica's flag is true on every replica of a strategy; a scalar."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return flag
+    others = context.all_reduce(
+        tf.distribute.ReduceOp.SUM, tf.cast(tf.logical_not(flag), tf.float32)
+    )
+    return tf.equal(others, 0.0)
+
+
 def raw_variable(variable: Any) -> tf.Variable:
     """The TensorFlow variable inside a Keras variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable

@@ -32,6 +32,8 @@ class StepSettings(NamedTuple):
     ema_overwrite_frequency: int | None
     loss_scale_factor: float | None
     gradient_accumulation_steps: int | None
+    skip_nonfinite: bool
+    """Whether gradients that are not all finite leave everything as it is."""
 
     @property
     def schedule(self) -> keras.optimizers.schedules.LearningRateSchedule | None:

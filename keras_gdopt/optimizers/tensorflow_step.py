@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,6 +25,7 @@ from keras_gdopt.optimizers.dense_step import (
     trained_variables,
     unscale,
 )
+from keras_gdopt.optimizers.nonfinite import all_finite
 from keras_gdopt.optimizers.recording import Record, Recorder, summarize_step
 from keras_gdopt.optimizers.replicas import is_distributed, on_every_device, raw_variable
 from keras_gdopt.optimizers.rule import (
@@ -99,7 +100,9 @@ class TensorFlowStep:
     # --- a whole step --------------------------------------------------------
 
     @tf.autograph.experimental.do_not_convert
-    def apply(self, gradients: Mapping[int, Any], all_reduce: Callable[..., Sequence[Any]]) -> None:
+    def apply(
+        self, gradients: Mapping[int, Any], all_reduce: Callable[..., Sequence[Any]]
+    ) -> Tensor | None:
         """Updates the variables, after summing the repeated rows of sparse gradients.
 
         Args:
@@ -107,27 +110,57 @@ class TensorFlowStep:
                 compiled step.
             all_reduce: Sums the gradients in pairs of gradient and variable over the replicas
                 of a strategy.
+
+        Returns:
+            Whether the step was taken; `None` if it always is.
         """
         gradients = self._merge(gradients)
         variables = [self._variables.trainable[index] for index in gradients]
         if not any(is_distributed(variable) for variable in variables):
-            self._apply_here(gradients)
-            return
+            is_taken = self._is_taken(gradients.values())
+            self._apply_if(is_taken, gradients)
+            return is_taken
         # Each device makes the whole step by itself, so that clipping and accumulation see the
         # gradient of the whole batch, as they do on a single device.
         raw = [raw_variable(variable) for variable in variables]
-        reduced = all_reduce(zip(gradients.values(), raw, strict=True))
+        reduced = [g for g, _ in all_reduce(zip(gradients.values(), raw, strict=True))]
+        is_taken = self._is_taken(reduced)
 
-        def apply_here(grads: Sequence[Any], *, device: str, first: bool) -> None:
+        def apply_here(
+            grads: Sequence[Any], is_taken: Tensor | None, *, device: str, first: bool
+        ) -> None:
             # The same row may come from several replicas.
             summed = self._merge(dict(zip(gradients, grads, strict=True)))
-            self._apply_here(summed, device=device, record=first)
+            self._apply_if(is_taken, summed, device=device, record=first)
 
-        on_every_device(raw[0], apply_here, [gradient for gradient, _ in reduced])
+        on_every_device(raw[0], apply_here, reduced, is_taken)
+        return is_taken
 
-    def _apply_here(
-        self, gradients: Mapping[int, Any], *, device: str = "", record: bool = True
+    def _is_taken(self, gradients: Iterable[Any]) -> Tensor | None:
+        """Whether a step with these gradients is taken; `None` if it always is."""
+        return all_finite(gradients) if self._settings.skip_nonfinite else None
+
+    def _apply_if(
+        self,
+        is_taken: Tensor | None,
+        gradients: Mapping[int, Any],
+        *,
+        device: str = "",
+        record: bool = True,
     ) -> None:
+        """Makes one step on one device, or skips and counts it."""
+
+        def apply() -> None:
+            self._apply_here(gradients, device=device, record=record)
+
+        if is_taken is None:
+            apply()
+            return
+        if record:
+            self._recorder.add_skipped(tf.cast(tf.logical_not(is_taken), tf.int64))
+        tf.cond(is_taken, apply, lambda: None)
+
+    def _apply_here(self, gradients: Mapping[int, Any], *, device: str, record: bool) -> None:
         """Makes one step on one device, from gradients without repeated rows."""
         optimizer, recorder = self._optimizer, self._recorder
         rows = {i: unscale(g, self._settings) for i, g in gradients.items() if is_sparse(g)}

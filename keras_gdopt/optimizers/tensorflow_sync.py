@@ -31,6 +31,8 @@ class SlowWeights:
     """Moves the slow weights towards the weights, then sets the weights to them."""
     assign: Callable[[Any, Tensor], None]
     """Sets a variable."""
+    takes_step: Callable[[Iterable[Any]], Tensor | None]
+    """Whether the inner optimizer takes a step; `None` if it always does."""
     inner_recorder: Callable[[], Recorder | None]
     """Records the steps of the inner optimizer."""
 
@@ -61,7 +63,7 @@ class TensorFlowSync:
             grads: The step's gradients.
         """
         with after(grads):
-            self._on_each_device(self._start)
+            self._on_each_device(self._start, self._slow_weights.takes_step(grads))
             updates_before = self._slow_weights.iterations() + 0  # copies the value
             yield
             updates = self._slow_weights.iterations() - updates_before
@@ -74,9 +76,11 @@ class TensorFlowSync:
         else:
             function(*args)
 
-    def _start(self, *, device: str = "", first: bool = True) -> None:
+    def _start(self, is_taken: Tensor | None, *, device: str = "", first: bool = True) -> None:
         del first
         is_new = tf.equal(tf.convert_to_tensor(self._slow_weights.fast_updates), 0)
+        if is_taken is not None:
+            is_new &= is_taken
         tf.cond(is_new, self._function(self._slow_weights.start, device), lambda: None)
 
     def _count(self, updates: Tensor, *, device: str = "", first: bool = True) -> None:

@@ -57,7 +57,9 @@ def test_equals_apply_and_finalize(case, setting, rng, float64):
     compiled = tf.function(step, jit_compile=True)
     for t in range(7):
         grads = [tf.constant(rng.normal(size=v.shape)) for v in variables]
-        weights, state = compiled(grads, weights, state, [schedule(t)], tf.constant(t, tf.int64))
+        batches = tf.constant(t, tf.int64)
+        weights, state, batches = compiled(grads, weights, state, [schedule(t)], batches)
+        assert int(batches) == t + 1
         optimizer.apply(grads, variables)
         for received, expected in zip(weights, variables, strict=True):
             np.testing.assert_allclose(received, expected.numpy(), rtol=1e-11, atol=1e-12)
@@ -81,10 +83,10 @@ def test_members_of_a_stack_do_not_see_one_another(case, rng, float64):
     def alone(ages, gradients):
         weights, state = [tf.constant(v.numpy()) for v in variables], step.initial_state()
         for t in ages:
-            weights, state = step(
+            weights, state, _ = step(
                 gradients, weights, state, [tf.constant(0.1)], tf.constant(t, tf.int64)
             )
-        return weights, state
+        return weights, state, tf.constant(t + 1, tf.int64)
 
     gradients = [[tf.constant(s * rng.normal(size=v.shape)) for v in variables] for s in (0.01, 9)]
     young, old = alone([0], gradients[0]), alone([0, 1, 2], gradients[1])
@@ -92,10 +94,10 @@ def test_members_of_a_stack_do_not_see_one_another(case, rng, float64):
     stacked_gradients = tf.nest.map_structure(lambda *parts: tf.stack(parts), *gradients)
 
     def one(member):
-        (weights, state), grads, batches = member
+        (weights, state, batches), grads = member
         return step(grads, weights, state, [tf.constant(0.1)], batches)
 
-    received = tf.vectorized_map(one, (stacked, stacked_gradients, tf.constant([1, 3], tf.int64)))
+    received = tf.vectorized_map(one, (stacked, stacked_gradients))
     expected = [alone([0, 1], gradients[0]), alone([0, 1, 2, 3], gradients[1])]
     for member in range(2):
         for a, b in zip(tf.nest.flatten(received), tf.nest.flatten(expected[member]), strict=True):
@@ -126,7 +128,7 @@ def test_several_optimizers_equal_their_apply(rng, float64):
             step.set_learning_rates([rate and 0.05 for rate in rates])
         now = [rate or 0.0 for rate in step.learning_rates()]
         grads = [tf.constant(rng.normal(size=v.shape)) for v in variables]
-        weights, state = step(
+        weights, state, _ = step(
             grads, weights, state, tf.constant(now, tf.float64), tf.constant(t, tf.int64)
         )
         optimizer.apply(grads, variables)
@@ -224,7 +226,7 @@ def test_members_have_hyperparameters_of_their_own(case, name, values, rng, floa
     def one(member):
         weights, state, own = member
         for t, gradient in enumerate(gradients):
-            weights, state = step(
+            weights, state, _ = step(
                 [tf.constant(gradient)], weights, state, rates, tf.constant(t, tf.int64), own
             )
         return weights
