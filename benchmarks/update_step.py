@@ -2,7 +2,7 @@
 
 python -m benchmarks.update_step              # all of it
 python -m benchmarks.update_step resnet50     # one of: resnet50 rules one-tensor mlp
-                                              #   embedding settings metrics lookahead
+                                              #   embedding settings metrics guard lookahead
 
 The contenders from optax and torch need the extra `bench`.
 """
@@ -261,6 +261,16 @@ def metrics() -> list[Work]:
     ]
 
 
+def guard() -> list[Work]:
+    """The cost of looking for gradients that are not finite before each step."""
+    shapes = resnet50_shapes()
+    contenders = [
+        with_keras("Adam", gdopt.Adam, shapes),
+        with_keras("Adam(skip_nonfinite=True)", lambda: gdopt.Adam(skip_nonfinite=True), shapes),
+    ]
+    return [Work("Guard, ResNet-50", contenders, bounds={"Adam(skip_nonfinite=True)": 1.25})]
+
+
 def lookahead() -> list[Work]:
     """The cost that Lookahead adds to steps, without and with a synchronization."""
     shapes = resnet50_shapes()
@@ -322,7 +332,7 @@ def _embedding(count: int, width: int, bounds: dict[str, float]) -> Work:
 WORKS = {
     function.__name__.replace("_", "-"): function
     for function in (
-        resnet50, rules, one_tensor, mlp, embedding, settings, metrics, lookahead,
+        resnet50, rules, one_tensor, mlp, embedding, settings, metrics, guard, lookahead,
     )
 }  # fmt: skip
 

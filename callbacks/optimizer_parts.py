@@ -32,7 +32,13 @@ class OptimizerPart:
         self._innermost = chain(optimizer)[-1]
         self._last_update = 0
         self._updates_of_gradients = 0
+        self._skipped_steps = 0
         self._names: dict[str, str] = {}
+
+    @property
+    def prefix(self) -> str:
+        """What the tags of its curves begin with, after `optimizer/`."""
+        return f"{self.name}/" if self.name else ""
 
     @property
     def variables(self) -> list[Any]:
@@ -62,6 +68,7 @@ class OptimizerPart:
         if update == self._last_update:
             return updates, {}
         self._last_update = update
+        self._skipped_steps = int(metrics.get("skipped_steps", 0))
         if self.recording is None:
             metrics = self._metrics_of_any(self.variables if self.name else model_variables)
         if not self.name:
@@ -69,6 +76,16 @@ class OptimizerPart:
         # A `MultiOptimizer` counts batches; an inner optimizer that accumulates counts updates.
         batches = self._innermost.gradient_accumulation_steps or 1
         return updates - (count(self._innermost) - update) * batches, metrics
+
+    def new_skipped_steps(self) -> int | None:
+        """The count of skipped steps, if it has grown since it or the metrics were returned."""
+        if self.recording is None:
+            return None
+        skipped = int(self.recording.step_metrics.get("skipped_steps", 0))
+        if skipped <= self._skipped_steps:
+            return None
+        self._skipped_steps = skipped
+        return skipped
 
     def new_gradients(self) -> Mapping[str, Any]:
         """The gradients of the last recorded step; empty if they were returned before."""

@@ -54,6 +54,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     | `optimizer/weight_norm` | norm of all weights after that change |
     | `optimizer/update_ratio_log10` | log10 of update norm to weight norm; around -3 is healthy |
     | `optimizer/loss_scale` | the loss scale, in mixed float16 |
+    | `optimizer/skipped_steps` | how many steps were skipped, with `skip_nonfinite=True` |
 
     and one tag for each of the algorithm's own metrics: `velocity_norm` (Momentum, NAG),
     `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 4,096
@@ -211,7 +212,14 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         if self.tier == "histograms":
             values += self._histograms()
         updates = self._updates()
-        if not updates and not self._has_warned:
+        # Also if no step was taken that could be written.
+        skipped: list[Summary.Value] = []
+        for part in self._parts:
+            number = part.new_skipped_steps()
+            if number is not None:
+                skipped += _curves(part.prefix, {"skipped_steps": number})
+        self._write(skipped, step=updates)
+        if not updates and not skipped and not self._has_warned:
             self._has_warned = True
             warnings.warn(_message_about_no_update(self.model.optimizer), stacklevel=2)
         self._write(values, step=updates or self._batches)
@@ -245,7 +253,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             now = {part: metrics for part, at, metrics in found if at == step}
             values: list[Summary.Value] = []
             for part, metrics in now.items():
-                values += _curves(f"{part.name}/" if part.name else "", metrics)
+                values += _curves(part.prefix, metrics)
                 if self.tier != "scalars" and part.recording is not None:
                     values += self._of_layers(part)
             is_whole = all(part in now or not part.variables for part in self._parts)

@@ -1,13 +1,11 @@
 """Nonlinear conjugate gradient."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_gdopt.closures import line_search as searches
 from keras_gdopt.closures.batch_loss import BatchLoss
 from keras_gdopt.closures.line_search_optimizer import (
     LineSearchOptimizer,
@@ -18,8 +16,6 @@ from keras_gdopt.closures.minimize import Memory, Point
 from keras_gdopt.closures.vectors import norm
 from keras_gdopt.optimizers.argument_checks import checked_choice
 from keras_gdopt.tensor import Tensor
-
-_CURVATURE = 0.2  # of the Wolfe conditions; conjugate directions need an accurate search
 
 
 def polak_ribiere(old: Tensor, new: Tensor) -> Tensor:
@@ -92,10 +88,7 @@ class ConjugateGradient(LineSearchOptimizer):
 
     hyperparameters = ("beta",)
     own_metrics = ("beta",)
-    line_searches = {
-        **LineSearchOptimizer.line_searches,
-        "wolfe": functools.partial(searches.strong_wolfe, curvature=_CURVATURE),
-    }
+    curvature = 0.2
 
     def __init__(
         self,
@@ -139,7 +132,7 @@ class ConjugateGradient(LineSearchOptimizer):
         return {
             "direction": proposal.direction,
             "beta": tf.maximum(beta, 0.0),
-            "descent": tf.where(steepness > _CURVATURE, longer * descent, descent),
+            "descent": tf.where(steepness > self.curvature, longer * descent, descent),
         }
 
     def forget(self, memory: Memory) -> Memory:

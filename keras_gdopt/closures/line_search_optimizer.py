@@ -1,5 +1,6 @@
 """Base class of the optimizers with a line search."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,7 +39,7 @@ class LineSearchOptimizer(ClosureOptimizer):
         line_search: `"wolfe"` (strong Wolfe conditions), `"armijo"` (enough decrease, by
             backtracking) or `"exact"` (the minimum along the direction, to machine
             precision).
-        iterations_per_step: The most iterations in a training step.
+        iterations_per_step: The most iterations in a training step. Defaults to 1.
         **kwargs: See `ClosureOptimizer`.
 
     Raises:
@@ -47,15 +48,20 @@ class LineSearchOptimizer(ClosureOptimizer):
 
     statuses = searches.STATUSES
 
-    line_searches: ClassVar[Mapping[str, LineSearch]] = {
-        "wolfe": searches.strong_wolfe,
-        "armijo": searches.armijo,
-        "exact": searches.exact,
-    }
-    """The searches that the argument `line_search` names."""
+    curvature: ClassVar[float] = 0.9
+    """$c_2$ of the strong Wolfe conditions."""
+
+    @property
+    def line_searches(self) -> Mapping[str, LineSearch]:
+        """The searches that the argument `line_search` names."""
+        return {
+            "wolfe": functools.partial(searches.strong_wolfe, curvature=self.curvature),
+            "armijo": searches.armijo,
+            "exact": searches.exact,
+        }
 
     def __init__(
-        self, learning_rate: Any, line_search: str, iterations_per_step: int, **kwargs: Any
+        self, learning_rate: Any, line_search: str, iterations_per_step: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(learning_rate, iterations_per_step=iterations_per_step, **kwargs)
         self.line_search = checked_choice("line_search", line_search, tuple(self.line_searches))

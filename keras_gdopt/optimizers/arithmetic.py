@@ -57,20 +57,32 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's squared entries.
+    """The sum of a tensor's squared entries."""
+    parts, rest = cut_into_parts(ops.square(tensor))
+    total = ops.sum(sum(parts[1:], start=parts[0]))
+    return total if rest is None else total + ops.sum(rest)
 
-    On a CPU, XLA sums in a single thread, and slowly over several axes. A large tensor
-    is therefore cut into parts that are first added entry by entry, which XLA does in
-    all threads.
+
+def cut_into_parts(tensor: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Cuts a tensor that is to be reduced to a scalar into parts to combine entry by entry first.
+
+    On a CPU, XLA reduces in a single thread, and slowly over several axes, but combines tensors
+    entry by entry in all threads.
+
+    Args:
+        tensor: Of any shape and dtype.
+
+    Returns:
+        Vectors of equal length, and the entries that are left, if any. A small tensor is returned
+        whole.
     """
     size = math.prod(tensor.shape) if None not in tuple(tensor.shape) else 0
-    parts = min(size // _SMALLEST_PART, _MOST_PARTS)
-    if parts < 2:
-        return ops.sum(ops.square(tensor))
-    squares = ops.square(ops.reshape(tensor, (size,)))
-    length = size // parts
-    total = ops.sum(sum(squares[i * length : (i + 1) * length] for i in range(parts)))
-    return total + ops.sum(squares[parts * length :]) if size % parts else total
+    count = min(size // _SMALLEST_PART, _MOST_PARTS)
+    if count < 2:
+        return [tensor], None
+    entries, length = ops.reshape(tensor, (size,)), size // count
+    parts = [entries[i * length : (i + 1) * length] for i in range(count)]
+    return parts, entries[count * length :] if size % count else None
 
 
 def common_dtype(arrays: Iterable[Any]) -> str:

@@ -17,7 +17,6 @@ from keras_gdopt.optimizers.argument_checks import (
 )
 from keras_gdopt.optimizers.arithmetic import computation_dtype, constrain
 from keras_gdopt.optimizers.compilation import after
-from keras_gdopt.optimizers.nonfinite import all_finite
 from keras_gdopt.optimizers.recording import Recorder, RecordingOptimizer
 from keras_gdopt.optimizers.rule import Slots, StepSettings, StepVariables, Update
 from keras_gdopt.optimizers.saved_state import StateGroup, variable_path
@@ -467,17 +466,11 @@ class GradientOptimizer(RecordingOptimizer):
         return super().step_metrics
 
     def takes_step(self, grads: Iterable[Tensor | None]) -> Tensor | None:
-        """Whether a step with these gradients, of one replica, is taken.
-
-        Args:
-            grads: Gradients as for `apply`.
-
-        Returns:
-            A boolean scalar, which a strategy's replicas may differ in; `None` without
-            `skip_nonfinite`, where each step is taken.
-        """
+        """See `RecordingOptimizer.takes_step`."""
         known = [gradient for gradient in grads if gradient is not None]
-        return all_finite(known) if self.skip_nonfinite and known else None
+        if self._tensorflow_step is None or not known:
+            return None
+        return self._tensorflow_step.takes_step(known)
 
     # --- what a step needs ---------------------------------------------------
 

@@ -1,13 +1,12 @@
 """Lookahead: Zhang, Lucas, Hinton and Ba 2019, Algorithm 1."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_gdopt.optimizers.argument_checks import checked_count, checked_number
-from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.recording import Recorder
 from keras_gdopt.optimizers.saved_state import StateGroup
 from keras_gdopt.optimizers.slow_weights import (
@@ -15,7 +14,7 @@ from keras_gdopt.optimizers.slow_weights import (
     start_slow_weight,
     synchronize_weight,
 )
-from keras_gdopt.optimizers.wrapping_optimizer import WrappingOptimizer, chain
+from keras_gdopt.optimizers.wrapping_optimizer import WrappingOptimizer
 from keras_gdopt.tensor import Tensor
 
 
@@ -193,15 +192,6 @@ class Lookahead(WrappingOptimizer):
         count = StateGroup.single(self._fast_updates)
         return {"fast_updates": count, **super().state_layout(variables)}
 
-    def _takes_step(self, grads: Iterable[Tensor | None]) -> Tensor | None:
-        """Whether the inner optimizer takes a step with these gradients; `None` if always."""
-        # Here, as it needs TensorFlow.
-        from keras_gdopt.optimizers.replicas import true_on_all_replicas
-
-        inner = chain(self)[-1]
-        is_taken = inner.takes_step(grads) if isinstance(inner, GradientOptimizer) else None
-        return None if is_taken is None else true_on_all_replicas(is_taken)
-
     def _new_tensorflow_sync(self) -> Any:
         if keras.backend.backend() != "tensorflow":
             return None
@@ -216,7 +206,7 @@ class Lookahead(WrappingOptimizer):
                 start=self._start,
                 synchronize=self._synchronize,
                 assign=self.assign,
-                takes_step=self._takes_step,
+                takes_step=self.takes_step,
                 inner_recorder=lambda: self.recorder,
             )
         )

@@ -1,10 +1,13 @@
 """Tells whether gradients are finite, before a step uses them."""
 
+import functools
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
 
+from keras_gdopt.optimizers.arithmetic import cut_into_parts
 from keras_gdopt.optimizers.dense_step import is_sparse
 from keras_gdopt.tensor import Tensor
 
@@ -13,7 +16,15 @@ def all_finite(gradients: Iterable[Any]) -> Tensor:
     """Whether all entries of all gradients are finite; a scalar.
 
     Args:
-        gradients: Dense tensors or `tf.IndexedSlices`.
+        gradients: Dense tensors or `tf.IndexedSlices`; at least one.
     """
-    values = [gradient.values if is_sparse(gradient) else gradient for gradient in gradients]
-    return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values]))
+    return tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in gradients]))
+
+
+def _is_finite(gradient: Any) -> Tensor:
+    """Whether all entries of one gradient are finite."""
+    if is_sparse(gradient):
+        return tf.reduce_all(tf.math.is_finite(gradient.values))
+    parts, rest = cut_into_parts(tf.math.is_finite(gradient))
+    found = tf.reduce_all(functools.reduce(operator.and_, parts))
+    return found if rest is None else found & tf.reduce_all(rest)

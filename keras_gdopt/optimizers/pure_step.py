@@ -11,6 +11,7 @@ from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.dense_step import accumulate, take_step, trained_variables, unscale
 from keras_gdopt.optimizers.lookahead import Lookahead
 from keras_gdopt.optimizers.nag import NAG
+from keras_gdopt.optimizers.nonfinite import all_finite
 from keras_gdopt.optimizers.slow_weights import (
     final_weight,
     start_slow_weight,
@@ -204,9 +205,9 @@ class PureStep:
             tf.cast(done.weights.get(index, weight), weight.dtype)
             for index, weight in enumerate(weights)
         ]
-        is_taken = optimizer.takes_step(grads)
-        if is_taken is None:
+        if not settings.skip_nonfinite:
             return moved, new, batches + 1
+        is_taken = all_finite([gradient for gradient in grads if gradient is not None])
         return tf.nest.map_structure(
             lambda after, before: tf.where(is_taken, after, before),
             (moved, new, batches + 1),

@@ -190,12 +190,16 @@ class Recorder:
         for name, value in values.items():
             self._latest[name].assign(value)
 
-    def add_skipped(self, count: Tensor) -> None:
-        """Adds to the number of skipped steps, of which no record is kept."""
+    def expect_skipped(self) -> None:
+        """Begins to count skipped steps, unless it has begun before."""
         with tf.init_scope():
             if self._skipped is None:
                 self._skipped = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._skipped.assign_add(count)
+
+    def add_skipped(self) -> None:
+        """Counts the present step as skipped, of which no record is kept."""
+        assert self._skipped is not None
+        self._skipped.assign_add(1)
 
     def _stack(self, values: Iterable[Any]) -> Tensor:
         return tf.stack([tf.cast(value, self._dtype) for value in values])
@@ -249,6 +253,19 @@ class RecordingOptimizer(SavedStateOptimizer):
     def recorder(self) -> Recorder | None:
         """The recorder, which decides what is recorded and keeps it; `None` if there is none."""
         raise NotImplementedError
+
+    def takes_step(self, grads: Iterable[Tensor | None]) -> Tensor | None:
+        """Whether a step with these gradients, of one replica, is taken.
+
+        Args:
+            grads: Gradients as for `apply`.
+
+        Returns:
+            A boolean scalar, in which a strategy's replicas may differ; `None` if each step is
+            taken, as without `skip_nonfinite`.
+        """
+        del grads
+        return None
 
     def record_step_metrics(
         self, every: int = 1, *, tier: str = "scalars", listener: Any = None

@@ -69,6 +69,7 @@ class TensorFlowStep:
         self._recorder = recorder
         self._compiled_steps: dict[_Plan, Callable[..., Any]] = {}
         self._dense_square: Callable[..., Any] | None = None
+        self._all_finite: Callable[..., Any] | None = None
 
     @property
     def compiled_steps(self) -> Mapping[_Plan, Callable[..., Any]]:
@@ -117,14 +118,14 @@ class TensorFlowStep:
         gradients = self._merge(gradients)
         variables = [self._variables.trainable[index] for index in gradients]
         if not any(is_distributed(variable) for variable in variables):
-            is_taken = self._is_taken(gradients.values())
+            is_taken = self.takes_step(gradients.values())
             self._apply_if(is_taken, gradients)
             return is_taken
         # Each device makes the whole step by itself, so that clipping and accumulation see the
         # gradient of the whole batch, as they do on a single device.
         raw = [raw_variable(variable) for variable in variables]
         reduced = [g for g, _ in all_reduce(zip(gradients.values(), raw, strict=True))]
-        is_taken = self._is_taken(reduced)
+        is_taken = self.takes_step(reduced)
 
         def apply_here(
             grads: Sequence[Any], is_taken: Tensor | None, *, device: str, first: bool
@@ -136,9 +137,25 @@ class TensorFlowStep:
         on_every_device(raw[0], apply_here, reduced, is_taken)
         return is_taken
 
-    def _is_taken(self, gradients: Iterable[Any]) -> Tensor | None:
-        """Whether a step with these gradients is taken; `None` if it always is."""
-        return all_finite(gradients) if self._settings.skip_nonfinite else None
+    def takes_step(self, gradients: Iterable[Any]) -> Tensor | None:
+        """Whether a step with these gradients is taken; `None` if it always is.
+
+        Args:
+            gradients: Dense tensors or `tf.IndexedSlices`, at least one.
+        """
+        if not self._settings.skip_nonfinite:
+            return None
+        gradients = list(gradients)
+        rows = [gradient for gradient in gradients if is_sparse(gradient)]
+        dense = [gradient for gradient in gradients if not is_sparse(gradient)]
+        found = []
+        if rows:  # not compiled, as their number differs from step to step
+            found.append(all_finite(rows))
+        if dense:
+            if self._all_finite is None:
+                self._all_finite = compiled(all_finite, dense)
+            found.append(self._all_finite(dense))
+        return functools.reduce(tf.logical_and, found)
 
     def _apply_if(
         self,
@@ -156,9 +173,8 @@ class TensorFlowStep:
         if is_taken is None:
             apply()
             return
-        if record:
-            self._recorder.add_skipped(tf.cast(tf.logical_not(is_taken), tf.int64))
-        tf.cond(is_taken, apply, lambda: None)
+        self._recorder.expect_skipped()
+        tf.cond(is_taken, apply, self._recorder.add_skipped if record else lambda: None)
 
     def _apply_here(self, gradients: Mapping[int, Any], *, device: str, record: bool) -> None:
         """Makes one step on one device, from gradients without repeated rows."""

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_gdopt.optimizers.arithmetic import global_norm
 from keras_gdopt.optimizers.compilation import after, compiled, constraint_compiles
 from keras_gdopt.optimizers.recording import Recorder
-from keras_gdopt.optimizers.replicas import is_distributed, on_every_device
+from keras_gdopt.optimizers.replicas import is_distributed, on_every_device, true_on_all_replicas
 from keras_gdopt.tensor import Tensor
 
 
@@ -63,7 +63,10 @@ class TensorFlowSync:
             grads: The step's gradients.
         """
         with after(grads):
-            self._on_each_device(self._start, self._slow_weights.takes_step(grads))
+            is_taken = self._slow_weights.takes_step(grads)
+            if is_taken is not None:
+                is_taken = true_on_all_replicas(is_taken)
+            self._on_each_device(self._start, is_taken)
             updates_before = self._slow_weights.iterations() + 0  # copies the value
             yield
             updates = self._slow_weights.iterations() - updates_before

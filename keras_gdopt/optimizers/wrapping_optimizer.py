@@ -1,6 +1,6 @@
 """The base class of optimizers that wrap another one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -134,6 +134,13 @@ class WrappingOptimizer(RecordingOptimizer):
     ) -> None:
         """Excludes variables from the inner optimizer's weight decay, before `build`."""
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    def takes_step(self, grads: Iterable[Tensor | None]) -> Tensor | None:
+        """Whether the inner optimizer takes a step, see `RecordingOptimizer.takes_step`."""
+        for inner in chain(self.inner_optimizer):
+            if isinstance(inner, RecordingOptimizer):
+                return inner.takes_step(grads)
+        return None
 
     # --- step metrics --------------------------------------------------------
 

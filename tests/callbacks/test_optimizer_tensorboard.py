@@ -110,6 +110,20 @@ def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
             assert written[f"optimizer/{tag}"][step] == pytest.approx(values[step], rel=1e-3), tag
 
 
+def test_skipped_steps_are_counted_even_if_no_step_is_taken(rng, tmp_path, recwarn):
+    x, y = _data(rng)
+    model = _model(gdopt.Adam(skip_nonfinite=True))
+    callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=2)
+    broken = np.full_like(x, np.nan)
+    model.fit(broken, y, batch_size=4, epochs=2, verbose=0, callbacks=[callback])
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+    written = read(tmp_path)
+    taken = list(written["optimizer/grad_norm"])
+    assert list(written["optimizer/skipped_steps"]) == [0, *taken]
+    assert set(written["optimizer/skipped_steps"].values()) == {2 * len(x) // 4}
+    assert not [warning for warning in recwarn if "made no update" in str(warning.message)]
+
+
 def test_a_second_fit_goes_on_and_traces_nothing_again(rng, tmp_path):
     x, y = _data(rng)
     model = _model(gdopt.Adam())
