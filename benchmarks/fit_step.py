@@ -1,7 +1,7 @@
 """A whole step of `model.fit`, ours against Keras's, both as Keras compiles by default.
 
 python -m benchmarks.fit_step                # all models
-python -m benchmarks.fit_step mlp-51k        # one of: mlp-2048 mlp-51k guard
+python -m benchmarks.fit_step mlp-51k        # one of: mlp-2048 mlp-51k guard range
 """
 
 import itertools
@@ -18,7 +18,7 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
 
-BATCH = 32
+BATCH, RATES = 32, 100
 
 
 def _contender(
@@ -116,7 +116,44 @@ def guard() -> list[Work]:
     return [Work("fit, MLP of 51 k, guarded", contenders, calls=4, bounds=bounds)]
 
 
-WORKS = {"mlp-2048": mlp_2048, "mlp-51k": mlp_51k, "guard": guard}
+def learning_rate_range() -> list[Work]:
+    """A search for the learning rate, of 100 rates, against 100 steps of `fit`."""
+
+    def contender(name: str, run: Callable[[keras.Model, tf.data.Dataset], object]) -> Contender:
+        def make() -> Callable[[], object]:
+            rng = np.random.default_rng(0)
+            x = rng.normal(size=(BATCH * RATES, 784)).astype("float32")
+            y = rng.integers(0, 10, size=len(x))
+            data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).cache().prefetch(4)
+            keras.utils.set_random_seed(0)
+            layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
+            model = keras.Sequential([keras.Input((784,)), *layers])
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(gdopt.Adam(), loss)
+            return lambda: run(model, data)
+
+        return Contender(name, make, steps=RATES)
+
+    search = "find_learning_rate"
+    contenders = [
+        contender("fit", lambda model, data: model.fit(data, verbose=0)),
+        # Rates so low that the loss does not explode, which would end it early.
+        contender(
+            search,
+            lambda model, data: gdopt.find_learning_rate(
+                model, data, steps=RATES, max_learning_rate=1e-5, verbose=0
+            ),
+        ),
+    ]
+    return [Work(f"{RATES} rates, MLP of 51 k", contenders, calls=3, bounds={search: 1.3})]
+
+
+WORKS = {
+    "mlp-2048": mlp_2048,
+    "mlp-51k": mlp_51k,
+    "guard": guard,
+    "range": learning_rate_range,
+}
 
 
 if __name__ == "__main__":

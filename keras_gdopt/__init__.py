@@ -11,6 +11,7 @@ from keras_gdopt.closures.lbfgs import LBFGS
 from keras_gdopt.closures.levenberg_marquardt import LevenbergMarquardt
 from keras_gdopt.closures.newton import Newton
 from keras_gdopt.gadam import Gadam, RayEngine
+from keras_gdopt.learning_rate_range import find_learning_rate
 from keras_gdopt.optimizers.adadelta import Adadelta
 from keras_gdopt.optimizers.adagrad import Adagrad
 from keras_gdopt.optimizers.adam import Adam
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "constraints",
+    "find_learning_rate",
     "initializers",
     "losses",
 ]
