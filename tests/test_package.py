@@ -106,6 +106,7 @@ PRIVATE_IN_KERAS = {
     "_compute_loss",
     "_flatten_layers",
     "_iterations",
+    "_learning_rate",
     "_loss_tracker",
     "_optimizer_map",
     "_output_shape",
