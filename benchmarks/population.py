@@ -164,25 +164,36 @@ def evolving_search(members: int, generations: int) -> Contender:
     return Contender("Gadam, evolving", lambda: step)
 
 
-def average_of_models(members: int) -> Contender:
+def mlp_of_probabilities() -> keras.Model:
+    """The MLP with a softmax at its end."""
+    model = mlp()
+    model.add(keras.layers.Softmax())
+    return model
+
+
+def average_of_models(build: Callable[[], keras.Model], members: int) -> Contender:
     """`predict` of models under `keras.layers.Average`."""
 
     def make() -> Callable[[], object]:
         x, _ = data()
         inputs = keras.Input((784,))
-        outputs = keras.layers.Average()([mlp()(inputs) for _ in range(members)])
+        outputs = keras.layers.Average()([build()(inputs) for _ in range(members)])
         model = keras.Model(inputs, outputs)
         return lambda: model.predict(x[:1024], verbose=0)
 
     return Contender("Keras's Average of models", make)
 
 
-def ensemble(members: int) -> Contender:
-    """`predict` of a population's ensemble; it averages probabilities, as the loss takes logits."""
+def ensemble(build: Callable[[], keras.Model], members: int) -> Contender:
+    """`predict` of a population's ensemble, which averages probabilities, also those of logits."""
 
     def make() -> Callable[[], object]:
         x, y = data()
-        gadam = gdopt.Gadam(compiled(mlp, gdopt.Adam()), members, seed=0)
+        model = build()
+        takes_logits = not isinstance(model.layers[-1], keras.layers.Softmax)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=takes_logits)
+        model.compile(gdopt.Adam(), loss)
+        gadam = gdopt.Gadam(model, members, seed=0)
         gadam.fit(x, y, generations=1, batch_size=BATCH, steps_per_epoch=1, verbose=0)
         model = gadam.ensemble()
         return lambda: model.predict(x[:1024], verbose=0)
@@ -359,10 +370,14 @@ def _evolving() -> list[Work]:
             [random_search(16, 5), evolving_search(16, 5)],
             bounds={"Gadam, evolving": 1 / 8},
         ),
-        Work(
-            "MLP 784-64-10, 10 models, predict 1,024",
-            [average_of_models(10), ensemble(10)],
-            bounds={"Gadam's ensemble": 1.0},
+        *(
+            Work(
+                f"10 MLPs, {name}, predict 1,024",
+                [average_of_models(build, 10), ensemble(build, 10)],
+                calls=3,
+                bounds={"Gadam's ensemble": 1.0},
+            )
+            for name, build in (("probabilities", mlp_of_probabilities), ("logits", mlp))
         ),
     ]
 

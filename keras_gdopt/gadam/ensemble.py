@@ -1,6 +1,5 @@
 """Combines members of a population into one model, whose output is the mean of theirs."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +56,12 @@ class AverageOfLogits(keras.layers.Layer):
         logits = ops.stack(list(inputs))
         if self.link == "softmax":
             axis = self.axis if self.axis < 0 else self.axis + 1  # after the stacked axis
-            return ops.logsumexp(ops.log_softmax(logits, axis), axis=0) - math.log(len(inputs))
+            logs = ops.log_softmax(logits, axis)
+            # As `ops.logsumexp`, with half of its operations, which is a percent of `predict`.
+            # A class that no member considers possible has no finite logarithm.
+            lowest = -3e4 if keras.backend.standardize_dtype(logs.dtype) == "float16" else -1e30
+            most = ops.maximum(ops.max(logs, axis=0), lowest)
+            return most + ops.log(ops.mean(ops.exp(logs - most), axis=0))
         yes, no = (ops.logsumexp(ops.log_sigmoid(z), axis=0) for z in (logits, -logits))
         return yes - no
 

@@ -618,6 +618,14 @@ def test_logits_that_are_large_keep_their_mean():
         AverageOfLogits("tanh")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_class_that_no_member_considers_possible_stays_impossible(dtype):
+    logits = np.array([[1.0, -np.inf, 2.0]], dtype)
+    z = AverageOfLogits("softmax", dtype=dtype)([logits, logits])
+    expected = logits - np.log(np.sum(np.exp(logits.astype("float64"))))
+    np.testing.assert_allclose(z, expected, rtol=2e-3 if dtype == "float16" else 1e-6)
+
+
 @pytest.mark.parametrize("axis", [1, -2])
 def test_classes_may_lie_on_any_axis(axis):
     logits = np.random.default_rng(0).normal(size=(3, 2, 5, 4))  # members, samples, classes, places
