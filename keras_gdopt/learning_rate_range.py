@@ -81,7 +81,7 @@ def find_learning_rate(
     reached or the loss explodes: is not finite, or rises to several times what it was. The
     suggestion is the rate at which the smoothed loss falls fastest,
 
-    $$\eta^* = \arg\min_\eta \frac{d \bar L}{d \log \eta}$$
+    $$\eta^* = \text{argmin}_\eta \frac{d \bar L}{d \log \eta}$$
 
     which suits a constant rate, or the highest rate of a schedule. The suggestion is for the
     optimizer, batch size and model that it was found with, and differs a little from run to run.
