@@ -21,7 +21,11 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
 from benchmarks.update_step import resnet50_shapes
-from keras_gdopt.callbacks import OptimizerTensorBoard, PopulationTensorBoard
+from keras_gdopt.callbacks import (
+    OptimizerMetrics,
+    OptimizerTensorBoard,
+    PopulationTensorBoard,
+)
 from keras_gdopt.gadam import Lineage
 
 SAMPLES, BATCH, EPOCHS, MODELS = 1797, 32, 20, 3
@@ -76,7 +80,7 @@ def _population(members: int) -> list[Work]:
     ]
 
 
-def epochs(tier: str | None) -> Contender:
+def _epochs(name: str, callback: Callable[[], keras.callbacks.Callback] | None) -> Contender:
     """Epochs of `fit` of the digits MLP, on batches cached in memory.
 
     Several models take turns, because one of two equal models may be a few percent faster than the
@@ -90,14 +94,28 @@ def epochs(tier: str | None) -> Contender:
         models = itertools.cycle([digits_mlp() for _ in range(MODELS)])
 
         def step() -> object:
-            callbacks = []
-            if tier is not None:  # each `fit` is a run
-                callbacks = [OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
+            callbacks = [] if callback is None else [callback()]  # each `fit` is a run
             return next(models).fit(data, epochs=EPOCHS, callbacks=callbacks, verbose=0)
 
         return step
 
-    return Contender(_name(tier), make, steps=EPOCHS * math.ceil(SAMPLES / BATCH))
+    return Contender(name, make, steps=EPOCHS * math.ceil(SAMPLES / BATCH))
+
+
+def epochs(tier: str | None) -> Contender:
+    """With an `OptimizerTensorBoard` of a tier, or without."""
+    if tier is None:
+        return _epochs(_name(tier), None)
+    return _epochs(_name(tier), lambda: OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier))
+
+
+def _logged() -> list[Work]:
+    name = "with OptimizerMetrics(update_freq=10)"
+    contenders = [
+        _epochs("without", None),
+        _epochs(name, lambda: OptimizerMetrics(update_freq=10)),
+    ]
+    return [Work("fit of a digits MLP, logged", contenders, bounds={name: 1.08})]
 
 
 class _OfShapes(keras.Model):
@@ -146,6 +164,7 @@ def _optimizer(name: str, contender: Callable[[str | None], Contender]) -> list[
 
 
 WORKS = {
+    "logs": _logged,
     "digits": lambda: _optimizer(f"fit of a digits MLP, batch {BATCH}", epochs),
     "resnet-50": lambda: _optimizer("update of ResNet-50, 25.6 M", updates),
     "population-16": lambda: _population(16),
