@@ -25,6 +25,7 @@ from keras_gdopt.callbacks import (
     OptimizerMetrics,
     OptimizerTensorBoard,
     PopulationTensorBoard,
+    TrainingAlarms,
 )
 from keras_gdopt.gadam import Lineage
 
@@ -80,7 +81,7 @@ def _population(members: int) -> list[Work]:
     ]
 
 
-def _epochs(name: str, callback: Callable[[], keras.callbacks.Callback] | None) -> Contender:
+def _epochs(name: str, callbacks: Callable[[], list[keras.callbacks.Callback]]) -> Contender:
     """Epochs of `fit` of the digits MLP, on batches cached in memory.
 
     Several models take turns, because one of two equal models may be a few percent faster than the
@@ -94,8 +95,8 @@ def _epochs(name: str, callback: Callable[[], keras.callbacks.Callback] | None) 
         models = itertools.cycle([digits_mlp() for _ in range(MODELS)])
 
         def step() -> object:
-            callbacks = [] if callback is None else [callback()]  # each `fit` is a run
-            return next(models).fit(data, epochs=EPOCHS, callbacks=callbacks, verbose=0)
+            # Each `fit` is a run.
+            return next(models).fit(data, epochs=EPOCHS, callbacks=callbacks(), verbose=0)
 
         return step
 
@@ -104,18 +105,34 @@ def _epochs(name: str, callback: Callable[[], keras.callbacks.Callback] | None) 
 
 def epochs(tier: str | None) -> Contender:
     """With an `OptimizerTensorBoard` of a tier, or without."""
-    if tier is None:
-        return _epochs(_name(tier), None)
-    return _epochs(_name(tier), lambda: OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier))
+
+    def callbacks() -> list[keras.callbacks.Callback]:
+        return [] if tier is None else [OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
+
+    return _epochs(_name(tier), callbacks)
 
 
 def _logged() -> list[Work]:
     name = "with OptimizerMetrics(update_freq=10)"
     contenders = [
-        _epochs("without", None),
-        _epochs(name, lambda: OptimizerMetrics(update_freq=10)),
+        _epochs("without", list),
+        _epochs(name, lambda: [OptimizerMetrics(update_freq=10)]),
     ]
     return [Work("fit of a digits MLP, logged", contenders, bounds={name: 1.08})]
+
+
+def _watched() -> list[Work]:
+    """`TrainingAlarms` beside `OptimizerTensorBoard`."""
+    name = "and TrainingAlarms"
+
+    def board() -> keras.callbacks.Callback:
+        return OptimizerTensorBoard(tempfile.mkdtemp())
+
+    contenders = [
+        _epochs("with OptimizerTensorBoard", lambda: [board()]),
+        _epochs(name, lambda: [board(), TrainingAlarms()]),
+    ]
+    return [Work("fit of a digits MLP, watched", contenders, bounds={name: 1.04})]
 
 
 class _OfShapes(keras.Model):
@@ -165,6 +182,7 @@ def _optimizer(name: str, contender: Callable[[str | None], Contender]) -> list[
 
 WORKS = {
     "logs": _logged,
+    "alarms": _watched,
     "digits": lambda: _optimizer(f"fit of a digits MLP, batch {BATCH}", epochs),
     "resnet-50": lambda: _optimizer("update of ResNet-50, 25.6 M", updates),
     "population-16": lambda: _population(16),
