@@ -26,9 +26,9 @@ class ConvergenceStopping(keras.callbacks.Callback):
 
     With `relative=True`, the thresholds are multiplied by $\max(|L_\tau|, |L_{\tau-1}|)$ and
     $\max_i |\theta_{\tau,i}|$. With `norm="euclidean"`, $\|\cdot\|_2$ replaces both maxima over
-    the entries. A third condition holds if the optimizer reports that it has `converged`, as
-    `BFGS`, `LBFGS`, `Newton` and `ConjugateGradient` do. Training stops as soon as one condition
-    has held for `patience` epochs in a row. The weights stay as they are.
+    the entries. A third condition holds if the optimizer reports that it has `converged`, as those
+    do that evaluate the loss themselves (`LBFGS` and its relatives). Training stops as soon as one
+    condition has held for `patience` epochs in a row. The weights stay as they are.
 
     An epoch takes the place of the paper's iteration: with `batch_size=len(x)` both are one
     update. With mini-batches, `loss` is the mean over an epoch during which the weights move, and
