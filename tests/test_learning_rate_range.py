@@ -9,6 +9,7 @@ from scipy.ndimage import gaussian_filter1d
 import keras_gdopt as gdopt
 from keras_gdopt import learning_rate_range
 from tests.optimizer_cases import closure_classes, every_optimizer_alike
+from tests.parameters import slow
 
 
 def _data(rng, samples=48):
@@ -191,9 +192,9 @@ def _with_a_callable():
             ),
             {"steps_per_execution": 2},
         ),
-        (lambda: keras.optimizers.RMSprop(0.01), {"jit_compile": True}),
-        (lambda: gdopt.Adam(0.01, gradient_accumulation_steps=2), {}),
-        (lambda: keras.optimizers.LossScaleOptimizer(gdopt.Adam(0.01)), {}),
+        slow(lambda: keras.optimizers.RMSprop(0.01), {"jit_compile": True}),
+        slow(lambda: gdopt.Adam(0.01, gradient_accumulation_steps=2), {}),
+        slow(lambda: keras.optimizers.LossScaleOptimizer(gdopt.Adam(0.01)), {}),
     ],
     ids=["schedule", "callable", "Keras inside", "executions", "Keras", "accumulation", "scaled"],
 )

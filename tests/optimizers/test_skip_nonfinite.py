@@ -8,7 +8,6 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from keras_gdopt.optimizers.pure_step import pure_step
 from tests.optimizer_cases import (
-    CASES,
     every_optimizer_alike,
     every_optimizer_with,
     every_rule_alike,
@@ -176,33 +175,33 @@ def test_under_a_strategy(case, two_devices, rng):
         np.testing.assert_allclose(received, expected, rtol=1e-6)
 
 
-def test_a_member_of_a_population_skips_by_itself(rng):
-    for case in CASES:
-        optimizer = case(learning_rate=0.1, skip_nonfinite=True, use_ema=True)
-        variables = _variables(rng)
-        optimizer.build(variables)
-        step = pure_step(optimizer)
-        state, batches = step.initial_state(), tf.constant(0, tf.int64)
-        weights = [tf.constant(v.numpy()) for v in variables]
-        two = tf.nest.map_structure(lambda v: tf.stack([v, v]), (weights, state, batches))
-        for gradients in _steps(rng, variables):
-            finite = [tf.where(tf.math.is_finite(g), g, 1.0) for g in gradients]
-            both = [tf.stack(pair) for pair in zip(gradients, finite, strict=True)]
+@every_optimizer_alike
+def test_a_member_of_a_population_skips_by_itself(case, rng):
+    optimizer = case(learning_rate=0.1, skip_nonfinite=True, use_ema=True)
+    variables = _variables(rng)
+    optimizer.build(variables)
+    step = pure_step(optimizer)
+    state, batches = step.initial_state(), tf.constant(0, tf.int64)
+    weights = [tf.constant(v.numpy()) for v in variables]
+    two = tf.nest.map_structure(lambda v: tf.stack([v, v]), (weights, state, batches))
+    for gradients in _steps(rng, variables):
+        finite = [tf.where(tf.math.is_finite(g), g, 1.0) for g in gradients]
+        both = [tf.stack(pair) for pair in zip(gradients, finite, strict=True)]
 
-            def member(parts, step=step):
-                (weights, state, batches), gradients = parts
-                return step(gradients, weights, state, [tf.constant(0.1)], batches)
+        def member(parts, step=step):
+            (weights, state, batches), gradients = parts
+            return step(gradients, weights, state, [tf.constant(0.1)], batches)
 
-            two = tf.vectorized_map(member, (two, both))
-            bad = not all(np.all(np.isfinite(gradient)) for gradient in gradients)
-            if not bad:
-                optimizer.apply(gradients, variables)
-        weights, state, batches = tf.nest.map_structure(lambda v: v[0], two)
-        assert two[2].numpy().tolist() == [STEPS - len(BAD_STEPS), STEPS]
-        assert int(batches) == int(optimizer.iterations)
-        own = [v.numpy() for v in (*variables, *tf.nest.flatten(step.variables()))]
-        for received, expected in zip(tf.nest.flatten((weights, state)), own, strict=True):
-            np.testing.assert_allclose(received, expected, rtol=2e-5, atol=1e-6)
+        two = tf.vectorized_map(member, (two, both))
+        bad = not all(np.all(np.isfinite(gradient)) for gradient in gradients)
+        if not bad:
+            optimizer.apply(gradients, variables)
+    weights, state, batches = tf.nest.map_structure(lambda v: v[0], two)
+    assert two[2].numpy().tolist() == [STEPS - len(BAD_STEPS), STEPS]
+    assert int(batches) == int(optimizer.iterations)
+    own = [v.numpy() for v in (*variables, *tf.nest.flatten(step.variables()))]
+    for received, expected in zip(tf.nest.flatten((weights, state)), own, strict=True):
+        np.testing.assert_allclose(received, expected, rtol=2e-5, atol=1e-6)
 
 
 @every_optimizer_alike
