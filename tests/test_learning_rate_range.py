@@ -202,6 +202,7 @@ def test_every_kind_of_rate_and_step_is_put_back(optimizer, arguments, rng):
     _assert_leaves_no_trace(lambda: _model(optimizer(), **arguments), _data(rng))
 
 
+@pytest.mark.slow
 def test_under_a_strategy(two_devices, rng):
     def make():
         with two_devices.scope():

@@ -10,6 +10,7 @@ from keras_gdopt.callbacks import TrainingAlarms
 from keras_gdopt.callbacks.alarms import ALARMS
 from keras_gdopt.callbacks.training_alarms import NAMES
 from tests.optimizer_cases import closure_classes, every_optimizer_alike
+from tests.parameters import slow
 
 
 def _data(samples=160):
@@ -144,7 +145,16 @@ DISEASES = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    # One of each kind in the default run: of a step, of its layers, of an epoch, of a population.
+    [
+        name
+        if name in ("nonfinite", "zero_gradients", "overfitting", "children_die")
+        else slow(name)
+        for name in NAMES
+    ],
+)
 def test_a_training_with_the_disease_raises_the_alarm(name):
     alarms, layer, step = DISEASES[name]()
     assert name in alarms.raised, sorted(alarms.raised)
