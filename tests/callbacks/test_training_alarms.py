@@ -144,17 +144,12 @@ DISEASES = {
 }
 
 
+# One of each kind: of a step, of its layers, of an epoch, of a population.
+IN_THE_DEFAULT_RUN = ("nonfinite", "zero_gradients", "overfitting", "children_die")
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name",
-    # One of each kind in the default run: of a step, of its layers, of an epoch, of a population.
-    [
-        name
-        if name in ("nonfinite", "zero_gradients", "overfitting", "children_die")
-        else slow(name)
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", [n if n in IN_THE_DEFAULT_RUN else slow(n) for n in NAMES])
 def test_a_training_with_the_disease_raises_the_alarm(name):
     alarms, layer, step = DISEASES[name]()
     assert name in alarms.raised, sorted(alarms.raised)
