@@ -6,7 +6,13 @@ from typing import Any
 
 import keras
 
-from keras_gdopt.callbacks.optimizer_parts import OptimizerPart, count, optimizer_parts
+from keras_gdopt.callbacks.optimizer_parts import (
+    OptimizerPart,
+    count,
+    optimizer_parts,
+    start_recording,
+    stop_recording,
+)
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
@@ -100,21 +106,13 @@ class OptimizerMetrics(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Ends the recording."""
-        for part in self._parts:
-            if part.recording is not None:
-                part.recording.record_step_metrics(0, listener=self)
+        stop_recording(self._parts, self)
 
     # --- the parts -----------------------------------------------------------
 
     def _begin_recording(self) -> None:
         self._parts = optimizer_parts(self.model.optimizer)
-        need_trace = [
-            part.recording.record_step_metrics(self.update_freq, listener=self)
-            for part in self._parts
-            if part.recording is not None
-        ]
-        if any(need_trace):
-            self.model.make_train_function(force=True)
+        start_recording(self.model, self._parts, self.update_freq, "scalars", self)
         for part in self._parts:
             for name in self.names:
                 self._known[f"{part.prefix}{name}"] = math.nan

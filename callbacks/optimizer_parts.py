@@ -139,6 +139,26 @@ def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart
     return [OptimizerPart(inner, name) for name, inner in named_optimizers(multi).items()]
 
 
+def start_recording(
+    model: Any, parts: Sequence[OptimizerPart], every: int, tier: str, listener: Any
+) -> None:
+    """Asks the optimizers for every n-th step; the model's step is traced again if it must be."""
+    need_trace = [
+        part.recording.record_step_metrics(every, tier=tier, listener=listener)
+        for part in parts
+        if part.recording is not None
+    ]
+    if any(need_trace):
+        model.make_train_function(force=True)
+
+
+def stop_recording(parts: Sequence[OptimizerPart], listener: Any) -> None:
+    """Ends what `start_recording` began for a listener."""
+    for part in parts:
+        if part.recording is not None:
+            part.recording.record_step_metrics(0, listener=listener)
+
+
 def named_optimizers(multi_optimizer: Any) -> dict[str, Any]:
     """The optimizers inside a `MultiOptimizer`, by names that are the same in every run.
 

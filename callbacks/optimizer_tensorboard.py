@@ -22,6 +22,8 @@ from keras_gdopt.callbacks.optimizer_parts import (
     OptimizerPart,
     count,
     optimizer_parts,
+    start_recording,
+    stop_recording,
     totals,
 )
 from keras_gdopt.optimizers.argument_checks import (
@@ -178,13 +180,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         silent = [part for part in self._parts if part.recording is None]
         if silent:
             warnings.warn(_message_about(silent), stacklevel=3)
-        need_trace = [
-            part.recording.record_step_metrics(self.update_freq, tier=self.tier, listener=self)
-            for part in self._parts
-            if part.recording is not None
-        ]
-        if any(need_trace):
-            self.model.make_train_function(force=True)
+        start_recording(self.model, self._parts, self.update_freq, self.tier, self)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Records how many batches came before the epoch."""
@@ -227,9 +223,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Writes what is left, ends the recording and closes the event files."""
         self._write_step()
-        for part in self._parts:
-            if part.recording is not None:
-                part.recording.record_step_metrics(0, listener=self)
+        stop_recording(self._parts, self)
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
             self._write(values_of(ended))

@@ -13,7 +13,13 @@ from tensorboard.plugins.text import summary_v2 as text_summary
 from keras_gdopt.callbacks.alarms import ALARMS, Alarm, Epoch, Finding, RecordedStep
 from keras_gdopt.callbacks.event_files import EventFiles, values_of
 from keras_gdopt.callbacks.logs import number, numbers
-from keras_gdopt.callbacks.optimizer_parts import OptimizerPart, count, optimizer_parts
+from keras_gdopt.callbacks.optimizer_parts import (
+    OptimizerPart,
+    count,
+    optimizer_parts,
+    start_recording,
+    stop_recording,
+)
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
@@ -146,9 +152,7 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Ends the recording and closes the event file."""
-        for part in self._parts:
-            if part.recording is not None:
-                part.recording.record_step_metrics(0, listener=self)
+        stop_recording(self._parts, self)
         if self._files is not None:
             self._files.close()
 
@@ -168,13 +172,7 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     def _begin_recording(self) -> None:
         self._parts = optimizer_parts(self.model.optimizer)
-        need_trace = [
-            part.recording.record_step_metrics(self.update_freq, tier="layers", listener=self)
-            for part in self._parts
-            if part.recording is not None
-        ]
-        if any(need_trace):
-            self.model.make_train_function(force=True)
+        start_recording(self.model, self._parts, self.update_freq, "layers", self)
 
     def _judge_step(self, logs: dict[str, Any] | None) -> None:
         loss = number((logs or {}).get("loss"))

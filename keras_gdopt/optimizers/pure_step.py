@@ -17,7 +17,7 @@ from keras_gdopt.optimizers.slow_weights import (
     start_slow_weight,
     synchronize_weight,
 )
-from keras_gdopt.optimizers.wrapping_optimizer import is_multi_optimizer
+from keras_gdopt.optimizers.wrapping_optimizer import chain, is_multi_optimizer
 from keras_gdopt.tensor import Tensor
 
 State = Any
@@ -351,7 +351,7 @@ class PureMultiOptimizer:
         self.trainable: Sequence[Any] = optimizer._trainable_variables
         place = {id(variable): index for index, variable in enumerate(self.trainable)}
         used = [each for each in optimizer.optimizers if each.built]
-        if any(isinstance(each, GradientOptimizer) and each.skip_nonfinite for each in used):
+        if any(getattr(chain(each)[-1], "skip_nonfinite", False) for each in used):
             raise ValueError(
                 "`skip_nonfinite` in a `MultiOptimizer` would make its optimizers count different "
                 "steps, but a member of a population counts one number of them. Leave it out. "

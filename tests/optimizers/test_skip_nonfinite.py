@@ -251,10 +251,13 @@ def test_wrong_values_are_refused():
         gdopt.Adam(skip_nonfinite="yes")
 
 
-def test_a_population_refuses_it_inside_a_multi_optimizer(rng):
+@pytest.mark.parametrize("wrap", [lambda inner: inner, gdopt.Lookahead])
+def test_a_population_refuses_it_inside_a_multi_optimizer(wrap, rng):
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         pytest.skip("this version of Keras has no MultiOptimizer")
-    chosen = keras.optimizers.OptimizerMap(gdopt.Adam(skip_nonfinite=True), {"x": gdopt.NAG()})
+    chosen = keras.optimizers.OptimizerMap(
+        wrap(gdopt.Adam(skip_nonfinite=True)), {"x": gdopt.NAG()}
+    )
     optimizer = keras.optimizers.MultiOptimizer(chosen)
     optimizer.build(_variables(rng))
     with pytest.raises(ValueError, match=r"count different steps.*Received: skip_nonfinite=True"):
