@@ -23,6 +23,8 @@ class RecordedStep(NamedTuple):
     """The optimizer's `step_metrics`."""
     layers: Mapping[str, Mapping[str, float]]
     """Its `variable_metrics`, by the variable's path, in the model's order."""
+    epsilon: float = 1.2e-7
+    """The machine epsilon of the weights' dtype."""
 
 
 class Epoch(NamedTuple):
@@ -270,7 +272,7 @@ class LearningRateGone(Alarm):
 
 
 class NoMovement(Alarm):
-    """Ten recorded steps in a row change the weights by less than their rounding in float32.
+    """Ten recorded steps in a row change the weights by less than their rounding.
 
     Gradients and learning rate are not 0.
     """
@@ -286,7 +288,7 @@ class NoMovement(Alarm):
             seen.metrics.get(name, math.nan)
             for name in ("update_norm", "weight_norm", "grad_norm", "learning_rate")
         )
-        is_still = update < 6e-8 * weight and gradient > 0 and rate > 0
+        is_still = update < 0.5 * seen.epsilon * weight and gradient > 0 and rate > 0
         if not self._streak.reached(is_still):
             return None
         return Finding(

@@ -21,6 +21,7 @@ from keras_gdopt.callbacks.optimizer_parts import (
     stop_recording,
 )
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
+from keras_gdopt.optimizers.arithmetic import common_dtype, machine_epsilon
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 NAMES = tuple(sorted(alarm.name for alarm in ALARMS))
@@ -177,6 +178,7 @@ class TrainingAlarms(keras.callbacks.Callback):
     def _judge_step(self, logs: dict[str, Any] | None) -> None:
         loss = number((logs or {}).get("loss"))
         updates = self._updates
+        epsilon = machine_epsilon(common_dtype(self.model.trainable_variables))
         for part in self._parts:
             step, metrics = part.new_metrics(updates, self.model.trainable_variables)
             layers = {}
@@ -186,7 +188,7 @@ class TrainingAlarms(keras.callbacks.Callback):
             if skipped is not None:
                 metrics = {**metrics, "skipped_steps": skipped}
             if metrics or (loss is not None and not math.isfinite(loss)):
-                seen = RecordedStep(step, loss, metrics, layers)
+                seen = RecordedStep(step, loss, metrics, layers, epsilon)
                 for alarm in self._alarms:
                     self._raise(alarm, step, alarm.on_step(seen))
 

@@ -212,6 +212,12 @@ def test_an_alarm_can_end_the_training_and_is_written(tmp_path):
     assert tf.make_ndarray(text.tensor).item().decode() == alarms.raised["nonfinite"].message
 
 
+def test_small_steps_in_float64_move_the_weights():
+    keras.config.set_floatx("float64")
+    model = _mlp(gdopt.GradientDescent(1e-9))
+    assert "no_movement" not in _alarms(model, *_data()).raised
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_skipped_steps_are_named(tmp_path):
     x, y = _data()
