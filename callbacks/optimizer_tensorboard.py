@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,11 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams import summary as hparams_session
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 
+from keras_gdopt.callbacks.curvature import (
+    Curvature,
+    check_curvature_data,
+    highest_stable_learning_rate,
+)
 from keras_gdopt.callbacks.event_files import EventFiles, scalar, values_of, write_layout
 from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
@@ -32,10 +37,7 @@ from keras_gdopt.optimizers.argument_checks import (
     checked_count,
 )
 from keras_gdopt.optimizers.recording import TIERS, distinct_paths
-from keras_gdopt.optimizers.wrapping_optimizer import chain
-
-# The healthy range of log10 of update norm to weight norm.
-_HEALTHY = (-4.0, -2.0)
+from keras_gdopt.optimizers.wrapping_optimizer import chain, is_multi_optimizer
 
 
 class OptimizerTensorBoard(keras.callbacks.Callback):
@@ -50,6 +52,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     | tag | meaning |
     | --- | --- |
     | `optimizer/learning_rate` | the rate of the step |
+    | `optimizer/learning_rate_log10` | its log10, if it is above 0 |
     | `optimizer/grad_norm` | norm of all gradients together, before clipping |
     | `optimizer/clipped_grad_norm` | the same after clipping, if the optimizer clips |
     | `optimizer/update_norm` | norm of the change that the rule made |
@@ -70,9 +73,25 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     `update_ratio_log10` is left out if a norm is 0 or not finite. The numbers in each epoch's
     logs are written too (`epoch_loss`, `epoch_val_loss`, ...), and so are the optimizer's
     hyper-parameters, so that the HParams tab compares the runs. A learning rate that is not a
-    number is text under `learning_rate_schedule`. The Custom Scalars tab shows the learning
-    rate, the gradient norm, the update ratio with its healthy band (`healthy/...`), and the
-    losses of all runs.
+    number is text under `learning_rate_schedule`. The Custom Scalars tab shows the logarithm of
+    the learning rate, the gradient norm, the update ratio, and the losses of all runs.
+
+    With `curvature_data`, it also measures the largest eigenvalue λ of the Hessian of the loss on
+    those samples, at the start and then every `curvature_freq` batches:
+
+    | tag | meaning |
+    | --- | --- |
+    | `curvature/largest_eigenvalue` | λ, also called the sharpness |
+    | `curvature/learning_rate` | the rate in use |
+    | `curvature/highest_stable_learning_rate` | the rate above which steps along the \
+    eigenvector diverge: 2 / λ for gradient descent, 2(1 + ρ) / λ for classical momentum |
+
+    The last one is for `GradientDescent`, `Momentum`, `NAG` and Keras's `SGD`, without their
+    clipping, and where λ is above 0. Training with full batches often settles where the rate in
+    use equals it (Cohen et al. 2021, *Gradient descent on neural networks typically occurs at the
+    edge of stability*, arXiv 2103.00065). A measurement takes about ten products of the Hessian
+    with a vector (at most 40), each the work of about three gradients of these samples, and the
+    memory of as many copies of the weights. A few hundred samples are enough.
 
     Works with mixed precision (the optimizer inside Keras's `LossScaleOptimizer`),
     `jit_compile`, distribution strategies (only the chief writes) and `steps_per_execution`,
@@ -101,11 +120,16 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             each epoch, histograms of the weights, the slots and the gradients of the last
             step that was written, which needs memory for another copy of the gradients.
             Defaults to `"scalars"`.
+        curvature_data: The samples on which the curvature is measured, as (x, y) or
+            (x, y, sample_weight). Defaults to `None`: it is not measured.
+        curvature_freq: Batches between two measurements of the curvature, or `"epoch"` for one
+            after each epoch. Defaults to `"epoch"`.
 
     Raises:
-        ValueError: If `update_freq` is not a positive integer or `tier` is unknown; before
-            training starts, if the directory cannot be written or the model is not
-            compiled.
+        ValueError: If `update_freq` or `curvature_freq` is not a positive integer, `tier` is
+            unknown or `curvature_data` are not arrays as described; before training starts, if
+            the directory cannot be written, the model is not compiled, or it cannot compute its
+            loss from `curvature_data` or computes in half precision.
         RuntimeError: With a backend other than TensorFlow.
 
     If the optimizer records no steps, as Keras's own do not, a warning says so, and only the
@@ -130,18 +154,33 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         log_dir: str | os.PathLike[str],
         update_freq: int = 100,
         tier: str = "scalars",
+        curvature_data: Sequence[Any] | None = None,
+        curvature_freq: int | str = "epoch",
     ) -> None:
         check_tensorflow(type(self).__name__)
         super().__init__()
         self.log_dir = os.fspath(log_dir)
         self.update_freq = checked_count("update_freq", update_freq, minimum=1)
         self.tier = checked_choice("tier", tier, TIERS)
+        self.curvature_data = curvature_data
+        if curvature_data is not None:
+            check_curvature_data(curvature_data)
+        self.curvature_freq = curvature_freq
+        if curvature_freq != "epoch":
+            self.curvature_freq = checked_count("curvature_freq", curvature_freq, minimum=1)
+            if curvature_data is None:
+                raise ValueError(
+                    "Argument `curvature_freq` needs `curvature_data`, the samples on which the "
+                    f"curvature is measured. Received: curvature_freq={curvature_freq} and "
+                    "curvature_data=None"
+                )
+        self._curvature: Curvature | None = None
         self._parts: list[OptimizerPart] = []
         self._files: EventFiles | None = None
         self._has_begun = self._has_parts = self._has_warned = False
         self._batches = 0
         self._batches_before_epoch = 0
-        self._last_look = 0
+        self._last_look = self._last_measurement = 0
 
     # --- what Keras calls ----------------------------------------------------
 
@@ -156,10 +195,11 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             )
         self._files = None
         if self.model.distribute_strategy.extended.should_save_summary:  # the chief
-            write_layout(self.log_dir, _layout(self.tier), owner=type(self).__name__)
+            layout = _layout(self.tier, self.curvature_data is not None)
+            write_layout(self.log_dir, layout, owner=type(self).__name__)
             self._files = EventFiles(self.log_dir, owner=type(self).__name__)
         self._has_begun = self._has_parts = self._has_warned = False
-        self._parts = []
+        self._parts, self._curvature = [], None
         self._begin_recording()
 
     def _begin_recording(self) -> None:
@@ -191,6 +231,9 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._batches = self._last_look = updates * accumulated
             if updates and self._files is not None:
                 self._files.restart(updates + 1)
+            if self.curvature_data is not None and self._files is not None:
+                self._curvature = Curvature(self.model, self.curvature_data)
+                self._measure_curvature()
         self._batches_before_epoch = self._batches
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -201,6 +244,9 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         if self._batches // self.update_freq > self._last_look // self.update_freq:
             self._last_look = self._batches
             self._write_step()
+        every = self.curvature_freq
+        if isinstance(every, int) and self._batches // every > self._last_measurement // every:
+            self._measure_curvature()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the epoch's logs and histograms."""
@@ -219,11 +265,14 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             self._has_warned = True
             warnings.warn(_message_about_no_update(self.model.optimizer), stacklevel=2)
         self._write(values, step=updates or self._batches)
+        if self.curvature_freq == "epoch":
+            self._measure_curvature()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Writes what is left, ends the recording and closes the event files."""
         self._write_step()
         stop_recording(self._parts, self)
+        self._curvature = None
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
             self._write(values_of(ended))
@@ -253,14 +302,24 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             is_whole = all(part in now or not part.variables for part in self._parts)
             if is_whole and self._parts[0].name:
                 values += _curves("", totals(list(now.values())))
-            if any(value.tag.endswith("update_ratio_log10") for value in values):
-                low, high = _HEALTHY
-                values.append(scalar("healthy/update_ratio_low", low))
-                values.append(scalar("healthy/update_ratio_high", high))
             scale = _loss_scale(self.model.optimizer)
             if scale is not None:
                 values.append(scalar("optimizer/loss_scale", scale))
             self._write(values, step=step)
+
+    def _measure_curvature(self) -> None:
+        if self._curvature is None:
+            return
+        self._last_measurement = self._batches
+        eigenvalue = self._curvature.largest_eigenvalue()
+        values = [scalar("curvature/largest_eigenvalue", eigenvalue)]
+        if not is_multi_optimizer(_innermost(self.model.optimizer)):
+            rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+            values.append(scalar("curvature/learning_rate", rate))
+            stable = highest_stable_learning_rate(self.model.optimizer, eigenvalue)
+            if stable is not None:
+                values.append(scalar("curvature/highest_stable_learning_rate", stable))
+        self._write(values)
 
     def _of_layers(self, part: OptimizerPart) -> Iterator[Summary.Value]:
         for own_path, metrics in part.recording.variable_metrics.items():
@@ -306,6 +365,9 @@ def _curves(prefix: str, metrics: dict[str, float]) -> Iterator[Summary.Value]:
     """The metrics of an optimizer, with the ratio of two of them."""
     for name, value in metrics.items():
         yield scalar(f"optimizer/{prefix}{name}", value)
+    rate = metrics.get("learning_rate", 0.0)
+    if 0 < rate < math.inf:
+        yield scalar(f"optimizer/{prefix}learning_rate_log10", math.log10(rate))
     ratio = _ratio_log10(metrics)
     if ratio is not None:
         yield scalar(f"optimizer/{prefix}update_ratio_log10", ratio)
@@ -350,20 +412,18 @@ def _message_about_no_update(optimizer: Any) -> str:
     )
 
 
-def _layout(tier: str) -> layout_pb2.Layout:
-    """Charts for the Custom Scalars tab, the same for all runs of a tier."""
+def _layout(tier: str, has_curvature: bool) -> layout_pb2.Layout:
+    """Charts for the Custom Scalars tab. TensorBoard merges the layouts of several runs."""
 
     def lines(title: str, *tags: str) -> layout_pb2.Chart:
         return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
 
     charts = [
-        lines("learning rate", "^optimizer/(.+/)?learning_rate$"),
+        lines("learning rate, log10", "^optimizer/(.+/)?learning_rate_log10$"),
         lines("gradient norm", "^optimizer/(.+/)?(clipped_)?grad_norm$"),
-        # Lines, because the shaded bands of several runs would hide the curves.
+        # In words, because each run would draw the band once more.
         lines(
-            "update to weight, log10, and its healthy band",
-            "^optimizer/(.+/)?update_ratio_log10$",
-            "^healthy/update_ratio_(low|high)$",
+            "update to weight, log10 (healthy: -4 to -2)", "^optimizer/(.+/)?update_ratio_log10$"
         ),
         lines("loss", "^epoch_(val_)?loss$"),
     ]
@@ -371,5 +431,13 @@ def _layout(tier: str) -> layout_pb2.Layout:
         charts += [
             lines("gradient norm by layer", "^layer_grad_norm/"),
             lines("update to weight by layer, log10", "^layer_update_ratio_log10/"),
+        ]
+    if has_curvature:
+        charts += [
+            lines("largest eigenvalue of the Hessian", "^curvature/largest_eigenvalue$"),
+            lines(
+                "learning rate, and where it becomes unstable",
+                "^curvature/(highest_stable_)?learning_rate$",
+            ),
         ]
     return layout_pb2.Layout(category=[layout_pb2.Category(title="Optimizer", chart=charts)])

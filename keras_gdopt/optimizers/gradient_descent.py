@@ -64,3 +64,8 @@ class GradientDescent(GradientOptimizer):
         """The rule above, see `GradientOptimizer.update_rule`."""
         del slots, step
         return -learning_rate * gradient, {}
+
+    @property
+    def stability_bound(self) -> float:
+        """2: a step on a curvature of λ multiplies the distance to the minimum by 1 - ηλ."""
+        return 2.0

@@ -98,6 +98,12 @@ class Momentum(GradientOptimizer):
         velocity = self.momentum * slots["velocity"] + (1 - self.momentum) * gradient
         return -learning_rate * velocity, {"velocity": velocity}
 
+    @property
+    def stability_bound(self) -> float:
+        """2(1 + ρ) in the classical form, and 1 / (1 - ρ) times that in the default form."""
+        bound = 2 * (1 + self.momentum)
+        return bound if self.classical else bound / (1 - self.momentum)
+
     def rule_metrics(
         self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
     ) -> dict[str, Tensor]:

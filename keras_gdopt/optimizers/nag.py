@@ -147,6 +147,12 @@ class NAG(GradientOptimizer):
         rest = {"look_ahead": ops.zeros_like(ops.convert_to_tensor(slots["look_ahead"]))}
         return weight + way, {**slots, **rest}
 
+    @property
+    def stability_bound(self) -> float:
+        """2(1 + ρ) / (1 + 2ρ) in the classical form; in the default form 1 / (1 - ρ) times that."""
+        bound = 2 * (1 + self.momentum) / (1 + 2 * self.momentum)
+        return bound if self.classical else bound / (1 - self.momentum)
+
     def rule_metrics(
         self, slots: Mapping[str, Sequence[Tensor]], learning_rate: Tensor, step: Tensor
     ) -> dict[str, Tensor]:

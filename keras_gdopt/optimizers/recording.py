@@ -254,6 +254,15 @@ class RecordingOptimizer(SavedStateOptimizer):
         """The recorder, which decides what is recorded and keeps it; `None` if there is none."""
         raise NotImplementedError
 
+    @property
+    def stability_bound(self) -> float | None:
+        """The product of learning rate and curvature above which steps on a quadratic diverge.
+
+        `None` if there is no such number, because the steps depend on more than the gradients'
+        average.
+        """
+        return None
+
     def takes_step(self, grads: Iterable[Tensor | None]) -> Tensor | None:
         """Whether a step with these gradients, of one replica, is taken.
 

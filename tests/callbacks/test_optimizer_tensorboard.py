@@ -27,7 +27,9 @@ from tests.optimizer_cases import (
 )
 from tests.parameters import slow
 
-TAGS = ["learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
+OF_ANY = ["learning_rate", "learning_rate_log10", "weight_norm"]
+NORMS = ["grad_norm", "update_norm", "weight_norm", "update_ratio_log10"]
+TAGS = ["learning_rate", "learning_rate_log10", *NORMS]
 
 
 def read(log_dir, *prefixes):
@@ -72,7 +74,7 @@ class _Weights(keras.callbacks.Callback):
 def _expected(after, x, y, batch_size):
     """Norms at every step from weights alone; gradients by a tape of our own."""
     twin = _model("sgd")
-    expected = {tag: {} for tag in TAGS[1:]}
+    expected = {tag: {} for tag in NORMS}
     batches = len(x) // batch_size
     for step in range(1, len(after)):
         twin.set_weights(after[step - 1])
@@ -106,6 +108,7 @@ def test_every_tag_at_every_expected_step(case, jit_compile, rng, tmp_path):
         expected = {"grad_norm": expected["grad_norm"]}
     for step in steps:
         assert written["optimizer/learning_rate"][step] == pytest.approx(0.01, rel=1e-6)
+        assert written["optimizer/learning_rate_log10"][step] == pytest.approx(-2.0)
         for tag, values in expected.items():
             assert written[f"optimizer/{tag}"][step] == pytest.approx(values[step], rel=1e-3), tag
 
@@ -323,7 +326,7 @@ def test_an_optimizer_that_records_nothing(rng, tmp_path):
     with pytest.warns(UserWarning, match=r"adam\.Adam records no step metrics.*keras_gdopt\.Adam"):
         model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[weights, callback])
     written = read(tmp_path)
-    assert set(written) == {"optimizer/learning_rate", "optimizer/weight_norm"}
+    assert set(written) == {f"optimizer/{tag}" for tag in OF_ANY}
     assert written["optimizer/learning_rate"] == pytest.approx({4: 1e-3, 8: 1e-3, 10: 1e-3})
     expected = {step: _norm(weights.after[step]) for step in (4, 8, 10)}
     assert written["optimizer/weight_norm"] == pytest.approx(expected, rel=1e-5)
@@ -423,7 +426,7 @@ def test_lookahead_around_keras(rng, tmp_path):
     callback = gdopt.callbacks.OptimizerTensorBoard(tmp_path, update_freq=10)
     with pytest.warns(UserWarning, match=r"Lookahead around keras.*SGD records no step"):
         model.fit(*_data(rng), batch_size=4, verbose=0, callbacks=[callback])
-    assert set(read(tmp_path)) == {"optimizer/learning_rate", "optimizer/weight_norm"}
+    assert set(read(tmp_path)) == {f"optimizer/{tag}" for tag in OF_ANY}
 
 
 # --- layers and histograms -----------------------------------------------------------
