@@ -384,8 +384,8 @@ def test_tensorboard_shows_what_it_did(cls, tmp_path):
     model.fit(*_data(), batch_size=24, epochs=3, verbose=0, callbacks=[callback])
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     tags = events.Tags()["tensors"]
-    expected = {"learning_rate", "grad_norm", "update_norm", "weight_norm", "update_ratio_log10"}
-    expected |= {"step_length", "evaluations", "steps_made"} | OWN[cls.__name__]
+    expected = {"learning_rate", "learning_rate_log10", "grad_norm", "update_norm", "weight_norm"}
+    expected |= {"update_ratio_log10", "step_length", "evaluations", "steps_made"} | OWN[cls.__name__]
     assert {tag for tag in tags if tag.startswith("optimizer/")} == {
         f"optimizer/{name}" for name in expected
     }
