@@ -184,9 +184,9 @@ def _with_a_callable():
     ("optimizer", "arguments"),
     [
         (lambda: gdopt.Adam(keras.optimizers.schedules.CosineDecay(0.1, 9)), {}),
-        (_with_a_callable, {}),
-        (lambda: gdopt.Lookahead(keras.optimizers.SGD(0.1, momentum=0.9)), {}),
-        (
+        slow(_with_a_callable, {}),
+        slow(lambda: gdopt.Lookahead(keras.optimizers.SGD(0.1, momentum=0.9)), {}),
+        slow(
             lambda: gdopt.Lookahead(
                 gdopt.NAG(keras.optimizers.schedules.CosineDecay(0.1, 9)), sync_period=3
             ),

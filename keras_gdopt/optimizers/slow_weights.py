@@ -57,4 +57,5 @@ def final_weight(
             it is what training began with.
         where: Whether there is a slow weight.
     """
+    weight = ops.convert_to_tensor(weight)
     return constrain(constraint, ops.where(where, ops.cast(slow, weight.dtype), weight))

@@ -13,7 +13,6 @@ from keras_gdopt.callbacks.curvature import (
 )
 from tests.callbacks.test_optimizer_tensorboard import read
 from tests.optimizer_cases import rule_classes
-from tests.parameters import slow
 
 
 def _model(optimizer="sgd", *layers, inputs=4):
@@ -51,13 +50,6 @@ def _hessian(model, x, y, weights=None):
     ]
     gradient(start)  # puts the weights back
     return np.array(columns)
-
-
-@pytest.fixture
-def float64():
-    keras.config.set_floatx("float64")
-    yield
-    keras.config.set_floatx("float32")
 
 
 @pytest.mark.parametrize("has_weights", [False, True])
@@ -152,7 +144,7 @@ def test_only_gradient_descent_and_momentum_have_a_highest_stable_rate():
     assert highest_stable_learning_rate(gdopt.GradientDescent(), -4.0) is None
 
 
-@slow
+@pytest.mark.slow
 def test_digits_becomes_unstable_where_the_callback_says(tmp_path):
     """Full-batch gradient descent from one point, below and above the rate that is written."""
     from sklearn.datasets import load_digits
@@ -218,7 +210,7 @@ def test_training_is_the_same_with_and_without(rng, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "convolution", "embedding", "attention"])
 def test_ordinary_layers(kind, rng, tmp_path):
     x = rng.integers(0, 9, (12, 6)) if kind == "embedding" else rng.normal(size=(12, 6, 4))

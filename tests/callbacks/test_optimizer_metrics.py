@@ -107,6 +107,7 @@ def test_keras_optimizers_and_several(rng):
         assert history["NAG/learning_rate"] == [0.125]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", closure_classes()[:1])
 def test_optimizers_that_evaluate_the_loss(cls, rng):
     model = _model(cls())

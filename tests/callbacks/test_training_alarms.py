@@ -234,6 +234,7 @@ def test_with_an_optimizer_of_keras():
     assert alarms.raised["nonfinite"].step in (7, 8, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", closure_classes()[:1])
 def test_with_an_optimizer_that_evaluates_the_loss(cls):
     x, y = _data()

@@ -146,6 +146,7 @@ def test_systems_of_rows_and_of_products_are_the_dense_one(rng, float64):
         assert float(system.largest) == pytest.approx(np.max(diagonal))
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_solve_to_a_thousandth_of_the_gradient(rng, float64):
     x, y = rng.normal(size=(17, INPUTS)), rng.normal(size=(17, OUTPUTS))
     optimizer = gdopt.LevenbergMarquardt(1.0, "cg", **PLAIN)
@@ -386,7 +387,7 @@ class _Centered(keras.layers.Layer):
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (keras.layers.LayerNormalization, True),
+        slow(keras.layers.LayerNormalization, True),
         (_Centered, False),
         slow(lambda: keras.layers.Dropout(0.5), False),
     ],

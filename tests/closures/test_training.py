@@ -385,7 +385,8 @@ def test_tensorboard_shows_what_it_did(cls, tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     tags = events.Tags()["tensors"]
     expected = {"learning_rate", "learning_rate_log10", "grad_norm", "update_norm", "weight_norm"}
-    expected |= {"update_ratio_log10", "step_length", "evaluations", "steps_made"} | OWN[cls.__name__]
+    expected |= {"update_ratio_log10", "step_length", "evaluations", "steps_made"}
+    expected |= OWN[cls.__name__]
     assert {tag for tag in tags if tag.startswith("optimizer/")} == {
         f"optimizer/{name}" for name in expected
     }

@@ -255,8 +255,8 @@ def committed(monkeypatch):
     taken = []
     trained = RayPopulation._trained
 
-    def noted(population, members, shards, *rest):
-        values = trained(population, members, shards, *rest)
+    def noted(population, generation, members, shards, *rest):
+        values = trained(population, generation, members, shards, *rest)
         taken.extend((s.generation, s.phase, p) for s in shards.values() for p in s.places)
         return values
 

@@ -449,7 +449,7 @@ def test_two_devices_equal_one(case, setting, two_devices, rng):
         np.testing.assert_array_equal(first, second)
 
 
-@every_optimizer_with("lazy", [True, False], alike=True)
+@every_optimizer_with("lazy", [True], alike=True, slow_values=[False])
 def test_two_devices_sum_repeated_rows(case, lazy, two_devices, rng):
     """The same row may come from both devices."""
     ids = rng.integers(0, 5, size=(32, 3))

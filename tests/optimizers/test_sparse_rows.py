@@ -124,7 +124,7 @@ def _fit_both(new_optimizer, rng, jit_compile):
     return model.get_weights(), twin.get_weights()
 
 
-@every_optimizer_with("jit_compile", [True, False], alike=True)
+@every_optimizer_with("jit_compile", [True], alike=True, slow_values=[False])
 def test_fit_of_an_embedding_equals_its_dense_twin(case, jit_compile, rng):
     received, expected = _fit_both(lambda: case(learning_rate=0.05), rng, jit_compile)
     for a, b in zip(received, expected, strict=True):
