@@ -53,6 +53,8 @@ class Alarm:
     """Looks for one thing that is wrong; the name is what `stop_on` takes."""
 
     name: ClassVar[str]
+    judges_line_searches: ClassVar[bool] = False
+    """Whether `on_step` also judges optimizers that find the length of a step by themselves."""
 
     def on_step(self, seen: RecordedStep) -> Finding | None:
         """Judges a recorded step."""
@@ -84,6 +86,7 @@ class NonFinite(Alarm):
     """
 
     name = "nonfinite"
+    judges_line_searches = True
 
     def on_step(self, seen: RecordedStep) -> Finding | None:
         """Judges a recorded step."""
@@ -298,24 +301,26 @@ class NoMovement(Alarm):
 
 
 class Overfitting(Alarm):
-    """The validation loss has risen for longer than it fell, and for at least three epochs.
+    """The validation loss has risen for longer than it fell, and for at least five epochs.
 
-    It must lie above its minimum by at least a fiftieth.
+    It must lie above its minimum by at least a fiftieth, and the training loss below what it was
+    then.
     """
 
     name = "overfitting"
 
     def __init__(self) -> None:
-        self._lowest, self._at = math.inf, 0
+        self._lowest, self._at, self._training_loss = math.inf, 0, math.inf
 
     def on_epoch(self, seen: Epoch) -> Finding | None:
         """Judges an epoch by its logs."""
-        loss = seen.logs.get("val_loss", math.nan)
+        loss, training_loss = (seen.logs.get(name, math.nan) for name in ("val_loss", "loss"))
         if loss < self._lowest:
-            self._lowest, self._at = loss, seen.number
+            self._lowest, self._at, self._training_loss = loss, seen.number, training_loss
         since = seen.number - self._at
         has_risen = loss > self._lowest + 0.02 * abs(self._lowest)
-        if not (has_risen and since >= 3 and since > self._at + 1):
+        is_learning = training_loss < self._training_loss
+        if not (has_risen and is_learning and since >= 5 and since > self._at + 1):
             return None
         return Finding(
             f"The validation loss was lowest in epoch {self._at + 1} ({self._lowest:.4g}) and is "

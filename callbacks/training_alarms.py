@@ -189,8 +189,10 @@ class TrainingAlarms(keras.callbacks.Callback):
                 metrics = {**metrics, "skipped_steps": skipped}
             if metrics or (loss is not None and not math.isfinite(loss)):
                 seen = RecordedStep(step, loss, metrics, layers, epsilon)
+                searches = part.recording is not None and part.recording.evaluates_loss
                 for alarm in self._alarms:
-                    self._raise(alarm, step, alarm.on_step(seen))
+                    if not searches or alarm.judges_line_searches:
+                        self._raise(alarm, step, alarm.on_step(seen))
 
     def _raise(self, alarm: Alarm, step: int, found: Finding | None) -> None:
         if found is None or alarm.name in self.raised:

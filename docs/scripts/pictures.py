@@ -1,10 +1,11 @@
-"""Draws the pictures of the pages when the site is built; none of them is in the repository.
+"""Draws pictures of the pages when the site is built; those in `examples/pictures` are added.
 
 For `mkdocs serve`, they are kept in `build/docs_pictures` until the package or the drawing
 changes.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 SCRIPTS = Path(__file__).parent
 ROOT = SCRIPTS.parents[1]
+SYMPTOMS = SCRIPTS.parent / "training_fails.md"
 KEPT = ROOT / "build" / "docs_pictures"
 
 
@@ -41,6 +43,9 @@ def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
     paths = [SCRIPTS / "paths_on_a_surface.py"]
     for room in ("optimizers", "closures"):
         paths += sorted((ROOT / "keras_gdopt" / room).glob("*.py"))
+    watched = [SCRIPTS / "symptoms.py", *sorted((ROOT / "callbacks").glob("*alarms.py"))]
+    for name in re.findall(r"pictures/(symptom_\w+)\.svg", SYMPTOMS.read_text()):
+        yield name, watched, _symptom
     for page in sorted((SCRIPTS.parent / "algorithms").glob("*.md")):
         if f"pictures/{page.stem}.svg" in page.read_text():
             yield page.stem, paths, _path
@@ -53,6 +58,12 @@ def _diagram(name: str) -> bytes:
     import diagrams
 
     return getattr(diagrams, name)()
+
+
+def _symptom(name: str) -> bytes:
+    import symptoms
+
+    return symptoms.picture(name)
 
 
 def _path(name: str) -> bytes:

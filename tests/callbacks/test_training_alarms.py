@@ -1,5 +1,7 @@
 """Each alarm is raised by a training that has its disease, and by no healthy one."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -7,10 +9,12 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from keras_gdopt.callbacks import TrainingAlarms
-from keras_gdopt.callbacks.alarms import ALARMS
+from keras_gdopt.callbacks.alarms import ALARMS, Epoch, Overfitting
 from keras_gdopt.callbacks.training_alarms import NAMES
 from tests.optimizer_cases import closure_classes, every_optimizer_alike
 from tests.parameters import slow
+
+PAGE = Path(__file__).parents[2] / "docs" / "training_fails.md"
 
 
 def _data(samples=160):
@@ -121,11 +125,11 @@ def _children():
     return alarms, None, None
 
 
-def _rounding():
+def _rounding(epochs=4):
     x, y = _data()
     model = _mlp(gdopt.LBFGS(iterations_per_step=400, relative_gradient_tolerance=0.0), depth=0)
     model.optimizer.attach(model)
-    return _alarms(model, x, y, batch_size=len(x), epochs=4), None, None
+    return _alarms(model, x, y, batch_size=len(x), epochs=epochs), None, None
 
 
 DISEASES = {
@@ -167,6 +171,7 @@ def test_every_alarm_has_a_name_and_a_definition():
     for alarm in ALARMS:
         assert len(alarm.__doc__) > 40
         assert f"| `{alarm.name}` |" in TrainingAlarms.__doc__
+        assert f"`{alarm.name}`" in PAGE.read_text()
 
 
 @every_optimizer_alike
@@ -241,6 +246,26 @@ def test_with_an_optimizer_that_evaluates_the_loss(cls):
     model = _mlp(cls())
     model.optimizer.attach(model)
     assert _alarms(model, x, y, batch_size=len(x)).raised == {}
+
+
+@pytest.mark.parametrize("is_learning", [True, False])
+def test_a_loss_that_rises_with_the_validation_loss_does_not_overfit(is_learning):
+    alarm = Overfitting()
+    validation = [2.0, 1.0, *(1.1 + 0.1 * epoch for epoch in range(10))]
+    losses = [2.0, 1.0, *(0.9 if is_learning else 1.1 for _ in range(10))]
+    found = [
+        alarm.on_epoch(Epoch(number, number, {"loss": loss, "val_loss": of_others}, None))
+        for number, (loss, of_others) in enumerate(zip(losses, validation, strict=True))
+    ]
+    raised = [number for number, finding in enumerate(found) if finding is not None]
+    assert raised[:1] == ([6] if is_learning else [])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_steps_of_a_line_search_are_not_judged_by_their_length():
+    alarms, _, _ = _rounding(epochs=14)  # of which the last ten change nothing
+    assert set(alarms.raised) == {"ended_by_rounding"}
 
 
 def test_wrong_arguments():
