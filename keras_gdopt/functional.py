@@ -11,9 +11,12 @@ import keras
 from keras.src.backend.common import global_state
 
 # For operations such as `keras.random.normal(shape)`; Keras has no public access to it.
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.random.seed_generator import global_seed_generator
 
 from keras_gdopt.tensor import Tensor
+
+# Where Keras keeps it. (Not every version that we run on has a constant for it.)
+_GLOBAL_SEED_GENERATOR = "global_seed_generator"
 
 Data = dict[str, Any]
 """The parts of a `Batch` that are not `None`, by name."""
@@ -231,10 +234,10 @@ def in_another_thread(function: Callable[[], Any]) -> Any:
 
     Keras has one global seed generator per thread; the new thread uses the caller's.
     """
-    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    generator = global_state.get_global_attribute(_GLOBAL_SEED_GENERATOR)
 
     def call() -> Any:
-        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+        global_state.set_global_attribute(_GLOBAL_SEED_GENERATOR, generator)
         return function()
 
     with ThreadPoolExecutor(max_workers=1) as thread:
