@@ -81,6 +81,18 @@ def test_a_csv_file_has_all_columns_from_the_first_epoch_on(rng, tmp_path):
     assert norms[2] == norms[1]
 
 
+@pytest.mark.slow
+def test_mlflow_logs_them(rng, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which MLflow no longer develops
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"file:{tmp_path / 'runs'}")
+    with mlflow.start_run() as run:
+        callbacks = [OptimizerMetrics(update_freq=1), mlflow.keras.MlflowCallback()]
+        history = _model(gdopt.Adam()).fit(*_data(rng), epochs=2, verbose=0, callbacks=callbacks)
+    logged = mlflow.MlflowClient().get_metric_history(run.info.run_id, "grad_norm")
+    assert [metric.value for metric in logged] == pytest.approx(history.history["grad_norm"])
+
+
 def test_executions_of_several_steps(rng):
     x, y = _data(rng)
     model = _model(gdopt.Adam(), steps_per_execution=2)
