@@ -2,9 +2,9 @@
 
     python examples/tensorboard_pictures.py
 
-Runs the main job and a population, starts TensorBoard on what they wrote, takes screenshots
-with headless Chromium (on Debian: `apt install chromium`), and crops each to the part that the
-README shows, as a small PNG file.
+Runs the main job and a population, starts TensorBoard on what they wrote, and takes screenshots
+of the parts that the README shows, as small PNG files. Needs Playwright and Chromium:
+`pip install playwright`, and on Debian `apt install chromium`.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 EXAMPLES = Path(__file__).parent
 POPULATION = "Gadam, evolving"
+FEW = ("Adam", "Momentum", "RMSprop")
+SECONDS_TO_DRAW = 20
 
 
 class Picture(NamedTuple):
@@ -29,16 +31,22 @@ class Picture(NamedTuple):
     runs: str
     """The folder of runs that the page shows, as a pattern."""
     page: str
+    """The end of its address."""
     window: tuple[int, int]
-    crop: tuple[int, int, int, int]
+    part: tuple[int, int, int, int]
     """Left, upper, right and lower edges, in pixels of the window."""
 
 
 PICTURES = {
-    "optimizers": Picture("optimizers", "custom_scalars", (1850, 620), (358, 70, 1850, 460)),
-    "hparams": Picture("optimizers", "hparams", (1700, 640), (342, 64, 1700, 560)),
-    "population": Picture("population/*", "custom_scalars", (1500, 1200), (358, 70, 1500, 1070)),
-    "family_tree": Picture("population/*", "images", (1300, 900), (333, 122, 720, 482)),
+    "optimizers": Picture(
+        "few",
+        "?tagFilter=epoch_loss|optimizer/grad_norm|update_ratio_log10&smoothing=0.6#timeseries",
+        (1700, 640),
+        (345, 155, 1445, 600),
+    ),
+    "hparams": Picture("optimizers", "#hparams", (1700, 640), (342, 64, 1700, 560)),
+    "population": Picture("population/*", "#custom_scalars", (1500, 1200), (358, 70, 1500, 1070)),
+    "family_tree": Picture("population/*", "#images", (1300, 900), (333, 122, 720, 482)),
 }
 
 
@@ -55,10 +63,16 @@ def train(folder: Path, epochs: int, generations: int) -> None:
     for script, *arguments in jobs:
         command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
         subprocess.run(command, check=True, cwd=folder)
+    for name in FEW:
+        (run,) = folder.glob(f"optimizers/*/{name}")
+        shutil.copytree(run, folder / "few" / name)
 
 
 def take(picture: Picture, folder: Path, browser: str, path: Path) -> None:
     """Starts TensorBoard, renders a page in the browser, and keeps a part of it."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,21 +81,26 @@ def take(picture: Picture, folder: Path, browser: str, path: Path) -> None:
     server = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL
     )
+    left, upper, right, lower = picture.part
     try:
         _wait_for(f"http://127.0.0.1:{port}/data/runs")
-        with tempfile.TemporaryDirectory() as profile:
-            arguments = [
-                "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic",
-                "--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}",
-                "--virtual-time-budget=40000",
-                f"--window-size={picture.window[0]},{picture.window[1]}",
-                f"--screenshot={path}", f"http://127.0.0.1:{port}/#{picture.page}",
-            ]  # fmt: skip
-            subprocess.run([browser, *arguments], check=True, capture_output=True)
+        with sync_playwright() as playwright:
+            # The Time Series tab draws its lines with WebGL.
+            arguments = ["--no-sandbox", "--enable-unsafe-swiftshader"]
+            chromium = playwright.chromium.launch(executable_path=browser, args=arguments)
+            width, height = picture.window
+            page = chromium.new_page(viewport={"width": width, "height": height})
+            page.goto(f"http://127.0.0.1:{port}/{picture.page}")
+            page.wait_for_timeout(1000 * SECONDS_TO_DRAW)
+            width, height = right - left, lower - upper
+            clip: Any = {"x": left, "y": upper, "width": width, "height": height}
+            page.screenshot(path=path, clip=clip)
+            chromium.close()
     finally:
         server.terminate()
         server.wait()
-    _keep_part(path, picture.crop)
+    with Image.open(path) as screenshot:
+        screenshot.convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def _wait_for(address: str, seconds: float = 60) -> None:
@@ -96,14 +115,6 @@ def _wait_for(address: str, seconds: float = 60) -> None:
             pass
         time.sleep(0.5)
     raise TimeoutError(f"TensorBoard shows no runs after {seconds} s: {address}")
-
-
-def _keep_part(path: Path, crop: tuple[int, int, int, int]) -> None:
-    from PIL import Image
-
-    with Image.open(path) as page:
-        part = page.crop(crop).convert("RGB")
-    part.quantize(128).save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> None:
