@@ -384,7 +384,7 @@ class EndedByRounding(Alarm):
             return None
         return Finding(
             f"{type(seen.optimizer).__name__} was ended by rounding: {status}. This is as low as "
-            "the precision allows; for more digits train in float64 (docs/float64.md)."
+            "its precision allows; if that is float32, float64 has more digits (docs/float64.md)."
         )
 
 
