@@ -49,8 +49,11 @@ def _flatness(function, found, constraint):
     return np.max(np.abs(slopes[~held]), initial=0.0)
 
 
-def _check_optimum(function, model, constraint, found):
-    """SciPy's, the conditions of Karush, Kuhn and Tucker, and never out of bounds."""
+def _check_optimum(function, model, constraint, found, as_flat=0.0):
+    """SciPy's, the conditions of Karush, Kuhn and Tucker, and never out of bounds.
+
+    `as_flat` is the gradient that was asked for; SciPy may end at one that is steeper than 1e-6.
+    """
     x = point_of(model)
     lower, upper = constraint.limits()
     assert np.all(x >= lower) and np.all(x <= upper)
@@ -58,7 +61,7 @@ def _check_optimum(function, model, constraint, found):
     assert value <= found.fun + 1e-8 * max(1.0, abs(found.fun))
     np.testing.assert_allclose(x, found.x, atol=1e-6)
     inside = (x > lower) & (x < upper)
-    assert np.max(np.abs(slopes[inside]), initial=0.0) <= 1e-6
+    assert np.max(np.abs(slopes[inside]), initial=0.0) <= max(1e-6, as_flat)
     assert np.all(slopes[x == lower] >= 0) and np.all(slopes[x == upper] <= 0)
 
 
@@ -81,7 +84,7 @@ def test_bounded_quadratics(seed):
     found = _by_scipy(function, start, bounds)
     as_flat = max(TOLERANCE, _flatness(function, found, bounds))
     model, metrics = _minimized(function, start, bounds, gradient_tolerance=as_flat)
-    _check_optimum(function, model, bounds, found)
+    _check_optimum(function, model, bounds, found, as_flat)
     at_bounds = np.isin(point_of(model), np.concatenate(bounds.limits()))
     assert 0 < np.sum(at_bounds) < len(start)
     assert metrics["evaluations"] <= 2 * found.nfev
@@ -103,7 +106,7 @@ def test_a_bounded_rosenbrock(start, lower, upper, jit_compile):
     found = _by_scipy(function, start, bounds)
     as_flat = max(TOLERANCE, _flatness(function, found, bounds))
     model, metrics = _minimized(function, start, bounds, jit_compile, as_flat)
-    _check_optimum(function, model, bounds, found)
+    _check_optimum(function, model, bounds, found, as_flat)
     assert metrics["evaluations"] <= 2 * found.nfev
 
 
