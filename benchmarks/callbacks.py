@@ -27,10 +27,12 @@ from keras_gdopt.callbacks import (
     PopulationTensorBoard,
     TrainingAlarms,
 )
+from keras_gdopt.callbacks.curvature import Curvature
 from keras_gdopt.gadam import Lineage
 
 SAMPLES, BATCH, EPOCHS, MODELS = 1797, 32, 20, 3
 GENERATIONS, UPDATES = 50, 100
+SAMPLES_OF_CURVATURE = 512
 
 
 def digits_mlp() -> keras.Model:
@@ -135,6 +137,36 @@ def _watched() -> list[Work]:
     return [Work("fit of a digits MLP, watched", contenders, bounds={name: 1.04})]
 
 
+def _measured() -> list[Work]:
+    """A measurement of the curvature on 512 samples, in steps of the MLP of 51 thousand."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCH * UPDATES, 784)).astype("float32"), rng.integers(0, 10, 3200)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).cache().prefetch(4)
+    name = "a measurement of the curvature"
+
+    def trained() -> keras.Model:
+        layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
+        model = keras.Sequential([keras.Input((784,)), *layers])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(gdopt.GradientDescent(0.01), loss)
+        model.fit(data, verbose=0)
+        return model
+
+    def steps() -> Callable[[], object]:
+        model = trained()
+        return lambda: model.fit(data, verbose=0)
+
+    def measurements() -> Callable[[], object]:
+        curvature = Curvature(trained(), (x[:SAMPLES_OF_CURVATURE], y[:SAMPLES_OF_CURVATURE]))
+        return curvature.largest_eigenvalue
+
+    contenders = [
+        Contender("a training step", steps, steps=UPDATES),
+        Contender(name, measurements, steps=1),
+    ]
+    return [Work("curvature, MLP of 51 k", contenders, bounds={name: 60})]
+
+
 class _OfShapes(keras.Model):
     """A model with weights of given shapes, no layers, and the same gradients in each step."""
 
@@ -183,6 +215,7 @@ def _optimizer(name: str, contender: Callable[[str | None], Contender]) -> list[
 WORKS = {
     "logs": _logged,
     "alarms": _watched,
+    "curvature": _measured,
     "digits": lambda: _optimizer(f"fit of a digits MLP, batch {BATCH}", epochs),
     "resnet-50": lambda: _optimizer("update of ResNet-50, 25.6 M", updates),
     "population-16": lambda: _population(16),
