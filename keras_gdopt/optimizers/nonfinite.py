@@ -18,7 +18,15 @@ def all_finite(gradients: Iterable[Any]) -> Tensor:
     Args:
         gradients: Dense tensors or `tf.IndexedSlices`; at least one.
     """
-    return tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in gradients]))
+    gradients = list(gradients)
+    # A sum of squares is one fast operation. Where it overflows, gradients may still be finite.
+    values = [gradient.values if is_sparse(gradient) else gradient for gradient in gradients]
+    square = tf.add_n([tf.cast(tf.nn.l2_loss(value), tf.float32) for value in values])
+    return tf.cond(
+        tf.math.is_finite(square),
+        lambda: True,
+        lambda: tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in gradients])),
+    )
 
 
 def _is_finite(gradient: Any) -> Tensor:

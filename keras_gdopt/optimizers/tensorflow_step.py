@@ -174,7 +174,9 @@ class TensorFlowStep:
             apply()
             return
         self._recorder.expect_skipped()
-        tf.cond(is_taken, apply, self._recorder.add_skipped if record else lambda: None)
+        # Not inlined, the step is one operation under the condition, and not hundreds.
+        step = tf.function(apply, autograph=False, experimental_attributes={"_noinline": True})
+        tf.cond(is_taken, step, self._recorder.add_skipped if record else lambda: None)
 
     def _apply_here(self, gradients: Mapping[int, Any], *, device: str, record: bool) -> None:
         """Makes one step on one device, from gradients without repeated rows."""
