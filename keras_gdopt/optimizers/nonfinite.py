@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -18,14 +18,17 @@ def all_finite(gradients: Iterable[Any]) -> Tensor:
     Args:
         gradients: Dense tensors or `tf.IndexedSlices`; at least one.
     """
-    gradients = list(gradients)
-    # A sum of squares is one fast operation. Where it overflows, gradients may still be finite.
-    values = [gradient.values if is_sparse(gradient) else gradient for gradient in gradients]
-    square = tf.add_n([tf.cast(tf.nn.l2_loss(value), tf.float32) for value in values])
+    return tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in gradients]))
+
+
+def all_finite_by_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """As `all_finite`, with fewer operations, for small dense gradients outside of XLA.
+
+    A sum of squares is one operation. Where it overflows, gradients may still be finite.
+    """
+    square = tf.add_n([tf.cast(tf.nn.l2_loss(value), tf.float32) for value in gradients])
     return tf.cond(
-        tf.math.is_finite(square),
-        lambda: True,
-        lambda: tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in gradients])),
+        tf.math.is_finite(square), lambda: tf.constant(True), lambda: all_finite(gradients)
     )
 
 

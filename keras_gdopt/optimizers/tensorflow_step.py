@@ -25,7 +25,7 @@ from keras_gdopt.optimizers.dense_step import (
     trained_variables,
     unscale,
 )
-from keras_gdopt.optimizers.nonfinite import all_finite
+from keras_gdopt.optimizers.nonfinite import all_finite, all_finite_by_squares
 from keras_gdopt.optimizers.recording import Record, Recorder, summarize_step
 from keras_gdopt.optimizers.replicas import is_distributed, on_every_device, raw_variable
 from keras_gdopt.optimizers.rule import (
@@ -151,10 +151,12 @@ class TensorFlowStep:
         found = []
         if rows:  # not compiled, as their number differs from step to step
             found.append(all_finite(rows))
-        if dense:
+        if dense and is_worth_compiling(dense):
             if self._all_finite is None:
                 self._all_finite = compiled(all_finite, dense)
             found.append(self._all_finite(dense))
+        elif dense:
+            found.append(all_finite_by_squares(dense))
         return functools.reduce(tf.logical_and, found)
 
     def _apply_if(
@@ -174,8 +176,10 @@ class TensorFlowStep:
             apply()
             return
         self._recorder.expect_skipped()
-        # Not inlined, the step is one operation under the condition, and not hundreds.
-        step = tf.function(apply, autograph=False, experimental_attributes={"_noinline": True})
+        step: Callable[[], None] = apply
+        if not is_worth_compiling([g for g in gradients.values() if not is_sparse(g)]):
+            # Not inlined, it is one operation under the condition, and not hundreds.
+            step = tf.function(apply, autograph=False, experimental_attributes={"_noinline": True})
         tf.cond(is_taken, step, self._recorder.add_skipped if record else lambda: None)
 
     def _apply_here(self, gradients: Mapping[int, Any], *, device: str, record: bool) -> None:
