@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gdopt.closures.batch_loss import BatchLoss
-from keras_gdopt.functional import Batch, ModelFunction
+from keras_gdopt.functional import Batch, ModelFunction, half_precision_layers
 from keras_gdopt.optimizers.recording import RecordingOptimizer
 from keras_gdopt.optimizers.wrapping_optimizer import chain
 from keras_gdopt.tensor import Tensor
@@ -165,11 +165,7 @@ def _check_model(model: keras.Model) -> None:
             "with is not known. Expected a model whose training is Keras's, or no "
             f"`curvature_data`. Received: a model of class {type(model).__name__}"
         )
-    half = [
-        layer.name
-        for layer in model._flatten_layers()
-        if keras.backend.standardize_dtype(layer.compute_dtype) in ("float16", "bfloat16")
-    ]
+    half = half_precision_layers(model)
     if half:
         raise ValueError(
             "Second derivatives in half precision have no right digits. Expected layers that "

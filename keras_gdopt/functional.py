@@ -340,6 +340,15 @@ def _losses_of_a_call(model: keras.Model) -> int | None:
     return counts[0] if counts else None
 
 
+def half_precision_layers(model: keras.Model) -> list[str]:
+    """The names of the layers that compute in float16 or bfloat16."""
+    return [
+        layer.name
+        for layer in model._flatten_layers()
+        if keras.backend.standardize_dtype(layer.compute_dtype) in ("float16", "bfloat16")
+    ]
+
+
 def check_is_built(model: keras.Model) -> None:
     """Raises if a model has no weights yet."""
     if not model.built:

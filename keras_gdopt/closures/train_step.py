@@ -10,7 +10,12 @@ import keras
 import tensorflow as tf
 
 from keras_gdopt.closures.box import is_box
-from keras_gdopt.functional import Data, ModelFunction, check_is_trainable_by_its_loss
+from keras_gdopt.functional import (
+    Data,
+    ModelFunction,
+    check_is_trainable_by_its_loss,
+    half_precision_layers,
+)
 from keras_gdopt.optimizers.compilation import xla_is_available
 from keras_gdopt.optimizers.saved_state import variable_path
 from keras_gdopt.tensor import Tensor
@@ -126,11 +131,7 @@ def check_model(optimizer: Any, model: Any) -> None:
             "`model.compile(optimizer=optimizer, ...)` and then "
             f"`optimizer.attach(model)`. Received: a model compiled with {compiled_with!r}"
         )
-    half = [
-        layer.name
-        for layer in model._flatten_layers()
-        if keras.backend.standardize_dtype(layer.compute_dtype) in ("float16", "bfloat16")
-    ]
+    half = half_precision_layers(model)
     if half:
         raise ValueError(
             f"{name} needs layers that compute in float32 or float64: a line "

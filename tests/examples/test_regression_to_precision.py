@@ -32,7 +32,7 @@ def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
         is_slow = name == "LevenbergMarquardt"
         assert above < (1e-6 if is_slow else 1e-14)
         assert gradient_norm < (1e-3 if is_slow else 1e-9)
-        assert evaluations <= 601
+        assert evaluations <= 600 + is_slow  # its last step tries two
         assert seconds > 0
     products = int(output.split("Newton(solver='cg'): ")[-1].split()[0])
     assert 0 < products < table["Newton(solver='cg')"][3]

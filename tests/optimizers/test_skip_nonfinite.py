@@ -225,6 +225,14 @@ def test_the_record_is_that_of_the_last_step_taken(case, rng):
     assert optimizer.step_metrics == {**recorded, "skipped_steps": 2}
 
 
+def test_finite_gradients_whose_squares_overflow_are_taken():
+    weight = keras.Variable([1.0, 2.0])
+    optimizer = gdopt.GradientDescent(1e-30, skip_nonfinite=True)
+    optimizer.apply([tf.constant([1e30, -1e30])], [weight])
+    np.testing.assert_allclose(weight.numpy(), [0.0, 3.0], rtol=1e-6, atol=1e-6)
+    assert optimizer.step_metrics["skipped_steps"] == 0
+
+
 def test_scaled_losses_that_overflow_are_skipped(rng):
     _, x, y = _model_and_data(rng)
     x[:4] = 1e30
