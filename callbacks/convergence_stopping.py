@@ -118,7 +118,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
             self._weights = self._copied_weights()
         elif self.loss_change is None and self._optimizer_converged() is None:
             raise ValueError(
-                "ConvergenceStopping has nothing to look at. Expected `loss_change`, "
+                "ConvergenceStopping has nothing to monitor. Expected `loss_change`, "
                 "`weight_change` or an optimizer with an attribute `converged`, such as "
                 f"keras_gdopt.LBFGS(). Received: {getattr(self.model, 'optimizer', None)!r}"
             )
@@ -151,7 +151,7 @@ class ConvergenceStopping(keras.callbacks.Callback):
         available = numbers(logs)
         if self.monitor not in available:
             warnings.warn(
-                f"ConvergenceStopping looks at `{self.monitor}`, which is no number in this "
+                f"ConvergenceStopping monitors `{self.monitor}`, which is not a number in this "
                 f"epoch's logs. Available: {', '.join(available)}",
                 stacklevel=2,
             )

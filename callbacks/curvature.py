@@ -168,7 +168,7 @@ def _check_model(model: keras.Model) -> None:
     half = half_precision_layers(model)
     if half:
         raise ValueError(
-            "Second derivatives in half precision have no right digits. Expected layers that "
+            "Second derivatives in half precision have no correct digits. Expected layers that "
             "compute in float32 or float64, or no `curvature_data`. Received: half precision in "
             f"the layers {half[:5]}"
         )

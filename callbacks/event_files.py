@@ -102,7 +102,7 @@ class EventFiles:
         """Warns that a write failed, and ends writing."""
         if self._writers:
             warnings.warn(
-                f"{self._owner} cannot write to '{self._log_dir}' any more, so training goes on "
+                f"{self._owner} can no longer write to '{self._log_dir}', so training goes on "
                 f"without it: {str(error) or type(error).__name__}",
                 stacklevel=2,
             )

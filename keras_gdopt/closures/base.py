@@ -237,7 +237,7 @@ class ClosureOptimizer(RecordingOptimizer):
         """Raises a `ValueError`: this optimizer needs the loss, not only a gradient."""
         del grads, trainable_variables
         raise ValueError(
-            f"{type(self).__name__} evaluates the loss itself, and has none. After "
+            f"{type(self).__name__} evaluates the loss itself, and no model is attached. After "
             "`model.compile(optimizer=optimizer, ...)`, or after loading the model, call "
             "`model.optimizer.attach(model)`. Received: gradients"
         )

@@ -122,7 +122,7 @@ def check_model(optimizer: Any, model: Any) -> None:
     if isinstance(compiled_with, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             f"{name} does not train in mixed float16: a line search compares "
-            "losses that differ in digits which float16 does not have. Use float32. "
+            "losses whose difference float16 cannot hold. Use float32. "
             "Received: a model whose optimizer is in a LossScaleOptimizer"
         )
     if compiled_with is not optimizer:
@@ -135,8 +135,8 @@ def check_model(optimizer: Any, model: Any) -> None:
     if half:
         raise ValueError(
             f"{name} needs layers that compute in float32 or float64: a line "
-            "search compares losses that differ in digits which half precision does not "
-            f"have. Received: half precision in the layers {half[:5]}"
+            "search compares losses whose difference half precision cannot "
+            f"hold. Received: half precision in the layers {half[:5]}"
         )
     replicas = model.distribute_strategy.num_replicas_in_sync
     if replicas > 1:
@@ -168,7 +168,7 @@ def check_variables(optimizer: Any, variables: Sequence[Any]) -> None:
     for variable in variables:
         if keras.backend.standardize_dtype(variable.dtype) not in ("float32", "float64"):
             raise ValueError(
-                f"{name} needs weights in float32 or float64, for a line search compares "
+                f"{name} needs weights in float32 or float64: a line search compares "
                 "losses that differ in their last digits. Received: the variable "
                 f"'{variable_path(variable)}' of dtype {variable.dtype}"
             )
@@ -207,7 +207,7 @@ def _check_chunks_add_up(model: keras.Model) -> None:
     if names:
         raise ValueError(
             "`closure_chunks` cannot be combined with batch normalization, which would "
-            f"normalize each part by itself. Received: the layers {names}"
+            f"normalize each part separately. Received: the layers {names}"
         )
     masking = [
         layer.name
@@ -217,7 +217,7 @@ def _check_chunks_add_up(model: keras.Model) -> None:
     if masking:
         raise ValueError(
             "`closure_chunks` cannot be combined with masks: a loss is the mean over what is not "
-            "masked, of which each part of a batch has another number. Received: the layers "
+            "masked, and parts of a batch differ in how much that is. Received: the layers "
             f"{masking}"
         )
     for loss in keras.tree.flatten(model.loss):

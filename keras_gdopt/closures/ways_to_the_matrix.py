@@ -69,7 +69,7 @@ def _find_ways(function: ModelFunction, batch: Batch) -> Ways:
             # The loss is flat only far from its targets, as Huber's, so these data tell nothing.
             return by_products
         raise ValueError(
-            "The loss has no curvature in the model's outputs, so there is no Gauss-Newton "
+            "The loss is piecewise linear in the model's outputs, so there is no Gauss-Newton "
             "step. Use a smooth loss, such as 'mse' or 'huber', or another optimizer, such as "
             f"`LBFGS`. Received: the loss {function.model.loss!r}"
         )

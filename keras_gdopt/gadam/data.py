@@ -108,7 +108,7 @@ class DataArguments(NamedTuple):
         if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
             if y is not None or sample_weight is not None or self.batch_size is not None:
                 raise ValueError(
-                    "A dataset brings its own targets, sample weights and batches. Received: "
+                    "A dataset already has its targets, sample weights and batches. Received: "
                     "`y`, `sample_weight` or `batch_size` beside a dataset"
                 )
             return StreamData(

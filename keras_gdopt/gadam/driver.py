@@ -208,7 +208,7 @@ class Gadam:
         if self.start == "model" and initializer is not None:
             raise ValueError(
                 "`start='model'` gives all members the weights of the model, and an `initializer` "
-                f"draws them. Expected one of both. Received: {start=}, {initializer=}"
+                f"draws them. Expected one or the other. Received: {start=}, {initializer=}"
             )
         self._judge = _checked_fitness(fitness)
         self.tolerance = None if tolerance is None else checked_number("tolerance", tolerance)
@@ -329,7 +329,7 @@ class Gadam:
         """
         if "learning_rate" not in self.evolve:
             raise ValueError(
-                "Only a learning rate that evolves is found: `Gadam(evolve={'learning_rate': "
+                "Gadam finds a learning rate only if it evolves: `Gadam(evolve={'learning_rate': "
                 f"(1e-4, 1e-1)}})`. Received: evolve={self.evolve}"
             )
         self._check_is_fitted()
@@ -737,7 +737,7 @@ class Gadam:
         batch = data.first_batch()
         if isinstance(batch, list):
             raise ValueError(
-                "A metric is taken of one batch, and this data has batches that differ in shape "
+                "A metric is computed on one batch, and this data has batches that differ in shape "
                 "or have a fixed size. Use `fitness='loss'`, or samples of one shape as "
                 f"`fitness_data`. Received: fitness={tuple(self._judge)}"
             )

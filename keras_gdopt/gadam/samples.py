@@ -92,8 +92,8 @@ def check_is_no_generator(name: str, data: Any) -> None:
     """Raises a `ValueError` for a generator, which can be read only once, or PyTorch's data."""
     if hasattr(data, "__next__") or type(data).__module__.startswith("torch.utils"):
         raise ValueError(
-            "A generator cannot be gone through again, as each generation and a resumed "
-            "run must. Use arrays, a `tf.data.Dataset` (such as "
+            "A generator can be read only once, but each generation and each resumed run read the "
+            "data anew. Use arrays, a `tf.data.Dataset` (such as "
             "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
             f"Received: {name}={data!r}"
         )
@@ -103,7 +103,7 @@ def check_ends(name: str, data: Any) -> None:
     """Raises a `ValueError` if a dataset declares itself endless."""
     if is_endless(data):
         raise ValueError(
-            f"`{name}` must have an end, for all of it is gone through. Use as many batches as it "
+            f"`{name}` must be finite, because all of it is read. Take as many batches as it "
             f"needs: `{name}=dataset.take(n)`. Received: {name}={data!r}, which is endless"
         )
 

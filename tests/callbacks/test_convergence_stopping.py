@@ -303,5 +303,5 @@ def test_bad_arguments(arguments, message):
 
 
 def test_nothing_to_look_at(model):
-    with pytest.raises(ValueError, match=r"nothing to look at.* Received: <.*GradientDescent"):
+    with pytest.raises(ValueError, match=r"nothing to monitor.* Received: <.*GradientDescent"):
         _stopped_after(ConvergenceStopping(), model)

@@ -716,7 +716,7 @@ def test_too_many_weights(rng):
 @pytest.mark.parametrize("loss", ["mae", "hinge"])
 def test_losses_without_curvature(loss, rng):
     model = _attached(_network(), gdopt.LevenbergMarquardt(**PLAIN), loss)
-    with pytest.raises(ValueError, match=rf"no curvature in the model's outputs.*'{loss}'"):
+    with pytest.raises(ValueError, match=rf"linear in the model's outputs.*'{loss}'"):
         model.train_on_batch(rng.normal(size=(4, 2)), rng.normal(size=(4, 2)))
 
 

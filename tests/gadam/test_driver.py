@@ -817,7 +817,7 @@ ENDLESS = tf.data.Dataset.from_tensors((np.zeros((4, 6)), np.zeros((4, 3)))).rep
         ({"epochs": 0}, "`epochs` must be"),
         ({"y": np.zeros((47, 3))}, "must have the same number of samples"),
         ({"x": np.zeros((0, 6)), "y": np.zeros((0, 3))}, "The training data is empty"),
-        ({"x": iter([1]), "y": None}, "A generator cannot be gone through again"),
+        ({"x": iter([1]), "y": None}, "A generator can be read only once"),
         ({"sample_weight": np.ones(3)}, r"sample_weight of 3 sample\(s\)"),
         ({"x": LISTS}, r"`x` must be arrays.*Received: x with a list of list$"),
         (
@@ -849,7 +849,7 @@ ENDLESS = tf.data.Dataset.from_tensors((np.zeros((4, 6)), np.zeros((4, 3)))).rep
             {"x": tf.data.Dataset.range(4).batch(2).repeat(), "y": None, "batch_size": None},
             "`steps_per_epoch` must be given",
         ),
-        ({"x": tf.data.Dataset.range(4).batch(2)}, "A dataset brings its own"),
+        ({"x": tf.data.Dataset.range(4).batch(2)}, "A dataset already has its"),
     ],
 )
 def test_bad_data(arguments, message, data):

@@ -393,7 +393,7 @@ def test_all_members_start_from_the_model():
         ):
             for member in range(4):
                 np.testing.assert_array_equal(received[member], variable.numpy())
-    with pytest.raises(ValueError, match="Expected one of both"):
+    with pytest.raises(ValueError, match="Expected one or the other"):
         _gadam(start="model", initializer="ones")
     with pytest.raises(ValueError, match="`start` must be one of"):
         _gadam(start="weights")
@@ -481,7 +481,7 @@ def test_a_metric_of_batches_that_differ_in_shape_is_refused_before_training():
     ids = tf.RaggedTensor.from_row_lengths(np.arange(6) % 5, [1, 3, 2])
     dataset = tf.data.Dataset.from_tensor_slices((ids, np.ones((3, 1)))).ragged_batch(2)
     gadam = gdopt.Gadam(model, 2, fitness=("mae", "min"))
-    with pytest.raises(ValueError, match="A metric is taken of one batch"):
+    with pytest.raises(ValueError, match="A metric is computed on one batch"):
         gadam.fit(dataset, verbose=0)
     assert not gadam.fitness.size
 
@@ -540,7 +540,7 @@ def test_the_found_schedule_counts_the_steps_that_were_made(evolved):
 
 
 def test_there_is_a_schedule_only_of_a_rate_that_evolves(evolved):
-    with pytest.raises(ValueError, match="Only a learning rate that evolves is found"):
+    with pytest.raises(ValueError, match="Gadam finds a learning rate only if it evolves"):
         _gadam(evolve={"beta_1": (0.5, 0.9)}).found_schedule()
     with pytest.raises(RuntimeError, match="only after `fit`"):
         _gadam(evolve=EVOLVE).found_schedule()

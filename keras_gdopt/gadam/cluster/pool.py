@@ -232,9 +232,9 @@ class Pool:
         what = f"Worker {number} (process {worker.process}) was lost in `{task.method}`: {reason}"
         if task.deaths >= _ATTEMPTS:
             raise RuntimeError(
-                f"{what}\nThat was the {_ATTEMPTS}rd worker that was lost in the same task, so it "
-                "is given up. A worker may need more memory than its node has: use more nodes or "
-                "fewer workers on each; or more time: raise `task_timeout`. The last checkpoint "
+                f"{what}\nThat was the {_ATTEMPTS}rd worker that was lost in the same task, so the "
+                "task is given up. A worker may need more memory than its node has: use more nodes "
+                "or fewer workers on each; or more time: raise `task_timeout`. The last checkpoint "
                 f"is kept. Ray says: {error}"
             ) from error
         started = time.monotonic()
