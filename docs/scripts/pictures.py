@@ -46,6 +46,7 @@ def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
     watched = [SCRIPTS / "symptoms.py", *sorted((ROOT / "callbacks").glob("*alarms.py"))]
     for name in re.findall(r"pictures/(symptom_\w+)\.svg", SYMPTOMS.read_text()):
         yield name, watched, _symptom
+    yield "stability", [SCRIPTS / "stability.py", ROOT / "callbacks" / "curvature.py"], _stability
     for page in sorted((SCRIPTS.parent / "algorithms").glob("*.md")):
         if f"pictures/{page.stem}.svg" in page.read_text():
             yield page.stem, paths, _path
@@ -64,6 +65,12 @@ def _symptom(name: str) -> bytes:
     import symptoms
 
     return symptoms.picture(name)
+
+
+def _stability(name: str) -> bytes:
+    import stability
+
+    return stability.picture(name)
 
 
 def _path(name: str) -> bytes:
