@@ -81,8 +81,9 @@ class _Streak:
 class NonFinite(Alarm):
     """The loss, a gradient or a weight is infinite or NaN, or a step was skipped for that.
 
-    The layer is the first one, in the model's order, whose gradient is not finite, or else whose
-    weights are not.
+    The layer is the last one, in the model's order, whose gradient is not finite: gradients go from
+    the loss back to the inputs, so it is where they went wrong. If no gradient is finite, that
+    cannot be told, and the layer is the first one, which sees the data.
     """
 
     name = "nonfinite"
@@ -95,15 +96,7 @@ class NonFinite(Alarm):
         is_finite = all(map(math.isfinite, numbers)) and math.isfinite(seen.loss or 0.0)
         if is_finite and not skipped:
             return None
-        layer = next(
-            (
-                path
-                for name in ("grad_norm", "weight_norm")
-                for path, metrics in seen.layers.items()
-                if not math.isfinite(metrics.get(name, 0.0))
-            ),
-            None,
-        )
+        layer = _origin(seen, "grad_norm") or _origin(seen, "weight_norm")
         if skipped:
             return Finding(
                 f"{skipped} step(s) were skipped, because gradients were not finite. Weights and "
@@ -386,6 +379,16 @@ class EndedByRounding(Alarm):
             f"{type(seen.optimizer).__name__} was ended by rounding: {status}. This is as low as "
             "its precision allows; if that is float32, float64 has more digits (docs/float64.md)."
         )
+
+
+def _origin(seen: RecordedStep, norm: str) -> str | None:
+    """The variable whose norm is not finite, and that of no later one, if they are not all so."""
+    broken = [
+        path for path, metrics in seen.layers.items() if not math.isfinite(metrics.get(norm, 0.0))
+    ]
+    if not broken:
+        return None
+    return broken[0] if len(broken) == len(seen.layers) else broken[-1]
 
 
 def _largest(seen: RecordedStep, name: str) -> str | None:

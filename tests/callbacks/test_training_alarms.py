@@ -232,6 +232,19 @@ def test_skipped_steps_are_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_layer_is_the_one_behind_which_the_gradients_broke():
+    """The root of 0 is finite, and its derivative is not."""
+    layers = [keras.layers.Dense(4, name=f"hidden_{place}") for place in range(3)]
+    root = keras.layers.Lambda(lambda u: keras.ops.sqrt(keras.ops.abs(0.0 * u)))
+    model = keras.Sequential([keras.Input((4,)), *layers[:2], root, layers[2]])
+    model.compile(gdopt.Adam(), "mse", run_eagerly=True)
+    x, y = _data()
+    (raised,) = _alarms(model, x[:8], y[:8], epochs=1).raised.values()
+    assert raised.name == "nonfinite"
+    assert raised.layer.split("/")[-2] == "hidden_1"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_with_an_optimizer_of_keras():
     x, y = _data()
     x[8 * 6 + 3, 2] = np.nan
