@@ -381,14 +381,13 @@ class EndedByRounding(Alarm):
         )
 
 
-def _origin(seen: RecordedStep, norm: str) -> str | None:
-    """The variable whose norm is not finite, and that of no later one, if they are not all so."""
-    broken = [
-        path for path, metrics in seen.layers.items() if not math.isfinite(metrics.get(norm, 0.0))
-    ]
+def _origin(seen: RecordedStep, name: str) -> str | None:
+    """The last variable with a norm that is not finite; the first, if all are so that are not 0."""
+    norms = {path: metrics.get(name, 0.0) for path, metrics in seen.layers.items()}
+    broken = [path for path, norm in norms.items() if not math.isfinite(norm)]
     if not broken:
         return None
-    return broken[0] if len(broken) == len(seen.layers) else broken[-1]
+    return broken[-1] if len(broken) < sum(norm != 0 for norm in norms.values()) else broken[0]
 
 
 def _largest(seen: RecordedStep, name: str) -> str | None:
