@@ -62,7 +62,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
     | `optimizer/skipped_steps` | how many steps were skipped, with `skip_nonfinite=True` |
 
     and one tag for each of the algorithm's own metrics: `velocity_norm` (Momentum, NAG),
-    `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 4,096
+    `effective_learning_rate_p10`, `_p50` and `_p90` (quantiles over a sample of 512
     entries; Adagrad, RMSprop, Adadelta, Adam, Nadam, RAdam), `rho_t` and `rectification`
     (RAdam), `slow_fast_distance` and `syncs` (Lookahead); `step_length`, `evaluations` and
     `steps_made` (all that search along lines), `beta` (ConjugateGradient), `damping` and

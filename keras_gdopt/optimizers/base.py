@@ -458,7 +458,7 @@ class GradientOptimizer(RecordingOptimizer):
         - `weight_norm`: the norm of all weights after the change, before constraints,
         - the metrics that the algorithm adds in `rule_metrics`,
         - `effective_learning_rate_p10`, `_p50` and `_p90`: quantiles of
-          `effective_learning_rate` over a fixed sample of at most 4,096 entries, if it
+          `effective_learning_rate` over a fixed sample of at most 512 entries, if it
           differs between entries,
         - `skipped_steps`: with `skip_nonfinite`, how many steps were skipped since the
           optimizer was made; known even without a recorded step.

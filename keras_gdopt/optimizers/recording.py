@@ -25,7 +25,7 @@ also the gradients."""
 _MOST_LISTENERS = 8
 _NEVER = 2**62  # steps from one recording to the next
 _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
-_SAMPLED_ENTRIES = 4096
+_SAMPLED_ENTRIES = 512
 
 
 class Record(NamedTuple):
@@ -225,7 +225,7 @@ class Recorder:
         """The numbers of each variable in the last record, by its path."""
         if not self._latest_update() or "of_variables" not in self._latest:
             return {}
-        rows = self._latest["of_variables"].numpy().tolist()
+        rows = self._latest["of_variables"].value().numpy().tolist()
         return {
             path: dict(zip(self._variable_names, row, strict=True))
             for path, row in zip(distinct_paths(self.variables), rows, strict=True)
