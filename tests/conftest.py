@@ -24,6 +24,7 @@ tf.config.optimizer.set_experimental_options(
 # that takes long, so here all operations have the same one.
 if os.environ["XLA_FLAGS"]:
     _anywhere = tf_stack.extract_stack()
+    str(_anywhere)  # keeps its lines, before the code that they belong to is freed
     tf_stack.extract_stack = lambda *_args, **_kwargs: _anywhere
 
 # Before anything initializes TensorFlow's runtime.
