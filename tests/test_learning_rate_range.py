@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter1d
 
 import keras_gdopt as gdopt
 from keras_gdopt import learning_rate_range
-from tests.optimizer_cases import closure_classes, every_optimizer_alike
+from tests.optimizer_cases import closure_classes, every_optimizer
 from tests.parameters import slow
 
 
@@ -171,7 +171,8 @@ def test_progress_is_shown(rng, capsys):
 # --- what it leaves ---------------------------------------------------------------------------
 
 
-@every_optimizer_alike
+@pytest.mark.slow
+@every_optimizer
 def test_everything_is_put_back(case, rng):
     _assert_leaves_no_trace(lambda: _model(case(learning_rate=0.01, use_ema=True)), _data(rng))
 
