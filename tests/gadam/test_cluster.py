@@ -509,6 +509,33 @@ def test_more_workers_than_the_cluster_has_room_for(cluster):
 
 
 @pytest.mark.slow
+def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog):
+    import ray
+
+    from keras_gdopt.gadam.cluster import pool
+
+    monkeypatch.setattr(pool, "_PATIENCE", 2.0)
+    monkeypatch.setattr(pool, "_TO_START", 6.0)
+    everything = int(ray.cluster_resources()["CPU"])
+
+    @ray.remote(num_cpus=everything)
+    class Other:
+        def answer(self):
+            return 1
+
+    other = Other.remote()
+    ray.get(other.answer.remote())
+    try:
+        with pytest.raises(RuntimeError, match="Worker 0 of 1 did not start"):
+            _run(gdopt.RayEngine(1))
+    finally:
+        ray.kill(other)
+    waiting = [one.message for one in caplog.records if "has not started" in one.message]
+    assert len(waiting) == 1
+    assert "It needs {'CPU': 1" in waiting[0]
+
+
+@pytest.mark.slow
 def test_the_user_s_error_comes_once_and_names_the_worker(cluster):
     here = os.getpid()
 

@@ -20,6 +20,8 @@ _ATTEMPTS = 3
 _THREADS_FOR_EACH_PROCESSOR = 16
 # Seconds to wait for a small result, and for a process that imports TensorFlow to start.
 _TO_GET, _TO_START = 60.0, 300.0
+# Seconds without a word while a worker starts.
+_PATIENCE = 20.0
 
 
 class Task:
@@ -216,9 +218,17 @@ class Pool:
 
     def _fetch_while_there_is_room(self, reference: Any) -> Any:
         """Fetches a result of a worker that may never start, because its node may be gone."""
-        until = time.monotonic() + _TO_START
+        started, said = time.monotonic(), False
         while not ray.wait([reference], timeout=1.0)[0]:
-            if time.monotonic() > until:
+            waited = time.monotonic() - started
+            if waited > _PATIENCE and not said:
+                said = True
+                self.note(
+                    f"A worker has not started for {waited:.0f} seconds. It needs {self._needed}, "
+                    "which another population may use. Available are "
+                    f"{ray.available_resources()}. It is given up after {_TO_START:g} seconds."
+                )
+            if waited > _TO_START:
                 raise exceptions.GetTimeoutError(f"It was not ready within {_TO_START:g} seconds.")
             if not self._has_resources():
                 raise exceptions.GetTimeoutError("The node that had room for it is gone.")
