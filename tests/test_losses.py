@@ -207,3 +207,23 @@ def test_bad_arguments(arguments, message):
 def test_bad_shapes(label_shape, prediction_shape, message):
     with pytest.raises(ValueError, match=message):
         MulticlassHinge()(np.zeros(label_shape), np.zeros(prediction_shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["integers", "column", "one-hot"])
+def test_two_devices_equal_one(labels, two_devices, rng):
+    x, y = rng.normal(size=(24, 3)), np.arange(24) % 4
+    y = {"integers": y, "column": y[:, None], "one-hot": np.eye(4)[y]}[labels]
+
+    def fitted():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+        model.compile(gdopt.Adam(0.1), MulticlassHinge())
+        model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    one = fitted()
+    with two_devices.scope():
+        two = fitted()
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
