@@ -620,9 +620,9 @@ def test_logits_that_are_large_keep_their_mean():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_class_that_no_member_considers_possible_stays_impossible(dtype):
-    logits = np.array([[1.0, -np.inf, 2.0]], dtype)
-    z = AverageOfLogits("softmax", dtype=dtype)([logits, logits])
-    expected = logits - np.log(np.sum(np.exp(logits.astype("float64"))))
+    logits = np.array([[1.0, -np.inf, 2.0]])
+    z = AverageOfLogits("softmax", dtype=dtype)([logits.astype(dtype)] * 2)
+    expected = logits - np.log(np.sum(np.exp(logits)))
     np.testing.assert_allclose(z, expected, rtol=2e-3 if dtype == "float16" else 1e-6)
 
 
