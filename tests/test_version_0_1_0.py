@@ -1,6 +1,8 @@
 """What version 0.1.0 saved loads, and goes on as it went on there."""
 
+import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import keras
@@ -24,10 +26,18 @@ def _kept(arrays, prefix):
     return [arrays[f"{prefix}/{i}"] for i in range(sum(key.startswith(prefix) for key in arrays))]
 
 
+def _release(version):
+    return [int(part) for part in version.split(".")[:2]]
+
+
 @pytest.mark.parametrize(
     "name", [slow(name) if name in ALIKE else name for name in make.OPTIMIZERS]
 )
 def test_a_model_loads_and_goes_on(name, arrays):
+    with zipfile.ZipFile(SAVED / f"{name}.keras") as file:
+        saved_by = json.loads(file.read("metadata.json"))["keras_version"]
+    if _release(keras.__version__) < _release(saved_by):  # layers may have other arguments
+        pytest.skip(f"Keras reads no files of newer versions, and this is of Keras {saved_by}")
     model = keras.models.load_model(SAVED / f"{name}.keras")
     # What was added since then comes last.
     for received, saved in zip(make.arrays(model), _kept(arrays, f"{name}/saved"), strict=False):
