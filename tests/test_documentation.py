@@ -27,7 +27,14 @@ PAGES = [
     ROOT / "benchmarks/README.md",
 ]
 # Of what takes long to start or to compile.
-SLOW = ("clusters.md", "closures.md", "float64.md", "gadam.md", "levenberg_marquardt.md")
+SLOW = (
+    "clusters.md",
+    "closures.md",
+    "float64.md",
+    "gadam.md",
+    "levenberg_marquardt.md",
+    "recipes.md",
+)
 
 
 def _each(pages):
@@ -58,11 +65,27 @@ def _what_pages_need_not_say():
 
 @pytest.mark.parametrize("page", _each(page for page in PAGES if _python_blocks(page)))
 def test_python_on_a_page_runs_from_its_top_to_its_end(page, tmp_path, monkeypatch):
+    if page.name == "recipes.md" and not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("a recipe needs Keras 3.15")
     monkeypatch.chdir(tmp_path)
     document = Document.parse(str(page), PythonCodeBlockParser())
     document.namespace.update(_what_pages_need_not_say())
     for block in document.examples():
         block.evaluate()
+
+
+@pytest.mark.slow
+def test_the_recipe_for_keras_tuner(tmp_path, monkeypatch):
+    """Its block is not run with the page, because few have KerasTuner."""
+    pytest.importorskip("keras_tuner")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(
+        r"```py\n(import keras_tuner\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL
+    )
+    given = _what_pages_need_not_say()
+    exec("import keras\nimport keras_gdopt as gdopt\n" + block, given)
+    assert type(given["model"].optimizer).__name__ == "Adam"
+    assert int(given["model"].optimizer.iterations) > 0
 
 
 def test_a_block_that_fails_is_a_failure(tmp_path):
