@@ -33,6 +33,7 @@ SLOW = (
     "float64.md",
     "gadam.md",
     "levenberg_marquardt.md",
+    "losses_and_initializers.md",
     "recipes.md",
 )
 

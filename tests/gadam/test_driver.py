@@ -242,10 +242,10 @@ def test_validation_is_reported_and_never_selected_on(data):
     x, y = data
     start = models.linear().get_weights()
     results = []
-    for extra in ({}, {"validation_data": (x[:8], -y[:8])}):
+    for extra in ({}, {"validation_data": (x[:8], -y[:8]), "validation_freq": 2}):
         model = _model()
         model.set_weights(start)
-        history = _fit(_gadam(model), data, **extra)
+        history = _fit(_gadam(model), data, generations=4, **extra)
         results.append((model.get_weights(), history.history))
     for a, b in zip(results[0][0], results[1][0], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -253,6 +253,10 @@ def test_validation_is_reported_and_never_selected_on(data):
     np.testing.assert_allclose(
         results[1][1]["val_loss"][-1], model.evaluate(x[:8], -y[:8], verbose=0), rtol=1e-5
     )
+
+
+@pytest.mark.slow
+def test_validation_on_a_part_of_the_data(data):
     history = _fit(_gadam(), data, generations=4, validation_split=0.25, validation_freq=2)
     assert len(history.history["val_loss"]) == 2
 

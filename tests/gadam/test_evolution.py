@@ -725,7 +725,7 @@ def test_an_ensemble_keeps_masks_and_the_precision_of_outputs(policy):
     y = x % 3
     gadam.fit(x, y, generations=1, verbose=0)
     ensemble = gadam.ensemble()
-    members = np.stack([gadam.member(rank).predict(x, verbose=0) for rank in range(3)])
+    members = np.stack([gadam.member(rank)(x) for rank in range(3)])
     powers = np.exp(members.astype("float64"))
     mean = np.mean(powers / powers.sum(axis=-1, keepdims=True), axis=0)
     received = ensemble.predict(x, verbose=0)
