@@ -532,7 +532,7 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
         ray.kill(other)
     waiting = [one.message for one in caplog.records if "has not started" in one.message]
     assert len(waiting) == 1
-    assert "It needs {'CPU': 1" in waiting[0]
+    assert "or wait for {'CPU': 1" in waiting[0]
 
 
 @pytest.mark.slow

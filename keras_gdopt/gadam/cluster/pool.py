@@ -21,7 +21,7 @@ _THREADS_FOR_EACH_PROCESSOR = 16
 # Seconds to wait for a small result, and for a process that imports TensorFlow to start.
 _TO_GET, _TO_START = 60.0, 300.0
 # Seconds without a word while a worker starts.
-_PATIENCE = 20.0
+_PATIENCE = 60.0
 
 
 class Task:
@@ -223,10 +223,11 @@ class Pool:
             waited = time.monotonic() - started
             if waited > _PATIENCE and not said:
                 said = True
-                self.note(
-                    f"A worker has not started for {waited:.0f} seconds. It needs {self._needed}, "
-                    "which another population may use. Available are "
-                    f"{ray.available_resources()}. It is given up after {_TO_START:g} seconds."
+                _log.warning(
+                    f"A worker has not started for {waited:.0f} seconds. It may be importing "
+                    f"TensorFlow, or wait for {self._needed}, which another population may use. "
+                    f"Available are {ray.available_resources()}. It is given up after "
+                    f"{_TO_START:g} seconds."
                 )
             if waited > _TO_START:
                 raise exceptions.GetTimeoutError(f"It was not ready within {_TO_START:g} seconds.")
