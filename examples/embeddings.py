@@ -77,6 +77,7 @@ class Result(NamedTuple):
     loss: float
     step_milliseconds: float
     off_dense: float
+    first_steps: dict[int, float]
 
 
 # --- texts -------------------------------------------------------------------------------
@@ -261,24 +262,51 @@ def train(
         history["val_accuracy"],
         history["loss"][-1],
         times.median_milliseconds(),
-        off_dense(optimizer, data, start, args),
+        off_dense(optimizer, data, start, args, args.steps),
+        first_steps(optimizer, data, start, args),
     )
 
 
-def off_dense(
+def moved(
     optimizer: Callable[[], keras.optimizers.Optimizer],
     data: Data,
     start: list[np.ndarray],
     args: argparse.Namespace,
-) -> float:
-    """The distance to the embeddings from dense gradients, relative to how far those moved."""
-    ends = []
+    steps: int,
+) -> list[np.ndarray]:
+    """How far some steps move the embeddings, by sparse gradients and by dense ones."""
+    changes = []
     for embedding in (keras.layers.Embedding, DenseGradientEmbedding):
         model = compiled(data, start, optimizer(), embedding=embedding)
-        model.fit(batches_of(data, args.seed).take(args.steps), shuffle=False, verbose=0)
-        ends.append(model.get_weights()[0].astype("float64"))
-    sparse, dense = ends
-    return float(np.linalg.norm(sparse - dense) / np.linalg.norm(dense - start[0]))
+        model.fit(batches_of(data, args.seed).take(steps), shuffle=False, verbose=0)
+        changes.append(model.get_weights()[0].astype("float64") - start[0])
+    return changes
+
+
+def off_dense(*arguments: Any) -> float:
+    """The distance to the embeddings from dense gradients, relative to how far those moved."""
+    sparse, dense = moved(*arguments)
+    return float(np.linalg.norm(sparse - dense) / np.linalg.norm(dense))
+
+
+def first_steps(
+    optimizer: Callable[[], keras.optimizers.Optimizer],
+    data: Data,
+    start: list[np.ndarray],
+    args: argparse.Namespace,
+) -> dict[int, float]:
+    """The length of a word's first step, relative to that from the dense gradient.
+
+    The median over the words that are in the first batch as often, by that number.
+    """
+    sparse, dense = (
+        np.linalg.norm(part, axis=1) for part in moved(optimizer, data, start, args, 1)
+    )
+    (batch, _), *_ = batches_of(data, args.seed).take(1)
+    words, times = np.unique(batch, return_counts=True)
+    words, times = words[words > 0], times[words > 0]  # 0 fills short texts up
+    lengths = sparse[words] / dense[words]
+    return {int(n): float(np.median(lengths[times == n])) for n in np.unique(times)}
 
 
 # --- results -----------------------------------------------------------------------------
@@ -311,7 +339,7 @@ def draw(results: dict[str, Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (steps, curves, bars) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     colors = {"exact": "tab:blue", "lazy": "tab:green", "Keras": "tab:orange"}
     styles = dict(zip(RULES, ("-", "--", ":"), strict=True))
     for name, result in results.items():
@@ -319,6 +347,18 @@ def draw(results: dict[str, Result], path: Path) -> None:
         epochs = range(1, len(result.accuracies) + 1)
         style = {"color": colors[kind], "linestyle": styles[rule], "marker": "."}
         curves.plot(epochs, result.accuracies, label=name, **style)
+        if kind != "lazy":  # whose first steps are the exact ones
+            lengths = result.first_steps
+            steps.plot(list(lengths), list(lengths.values()), label=name, **style | {"lw": 0.6})
+    steps.set(
+        xscale="log",
+        ylim=(0, None),
+        xlabel="times that a word is in the batch",
+        ylabel="length of its first step,\nrelative to the dense gradient's",
+    )
+    steps.xaxis.set_major_formatter("{x:g}")
+    steps.grid(alpha=0.3)
+    steps.legend()
     curves.set(xlabel="epoch", ylabel="test accuracy")
     curves.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     curves.grid(alpha=0.3)
