@@ -34,6 +34,7 @@ SLOW = (
     "gadam.md",
     "levenberg_marquardt.md",
     "losses_and_initializers.md",
+    "other_libraries.md",
     "recipes.md",
 )
 

@@ -179,7 +179,7 @@ def test_a_loss_that_is_no_number_is_warned_of(model):
             logs["note"] = "a"
 
     callback = ConvergenceStopping(loss_change=1.0, monitor="note")
-    with pytest.warns(UserWarning, match=r"`note`, which is no number .* Available: loss$"):
+    with pytest.warns(UserWarning, match=r"`note`, which is not a number .* Available: loss$"):
         assert _stopped_after(callback, model, epochs=2, callbacks=[Notes(), callback]) == 2
 
 

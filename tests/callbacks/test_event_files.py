@@ -170,7 +170,9 @@ FULL = [OSError(28, "full"), tf.errors.ResourceExhaustedError(None, None, "full"
 def test_one_warning_when_a_write_fails(fails, error, tmp_path):
     files = EventFiles(str(tmp_path), owner="Test", runs=["a", "b"])
     files._writers = {r: _FullAfter(w, fails, error) for r, w in files._writers.items()}
-    with pytest.warns(UserWarning, match="Test cannot write to .* training goes on") as caught:
+    with pytest.warns(
+        UserWarning, match="Test can no longer write to .* training goes on"
+    ) as caught:
         for step in range(3):
             for run in "ab":
                 files.write(step, [scalar("x", 1.0)], run=run)

@@ -523,8 +523,9 @@ class Sampled(keras.Model):
         return sum(tf.reduce_mean(part**2) for part in self.residuals(x))
 
 
-@pytest.mark.parametrize("kind", ["random", slow("grid")])
-@pytest.mark.parametrize("jit_compile", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["random", "grid"])
+@pytest.mark.parametrize("jit_compile", [False, True])
 def test_residuals_that_draw_or_know_how_many_samples_there_are(kind, jit_compile, rng):
     x = rng.normal(size=(20, INPUTS)).astype("float32")
     optimizer = gdopt.LevenbergMarquardt(iterations_per_step=3, jit_compile=jit_compile)
