@@ -59,6 +59,8 @@ class Work:
     """Ratios to the first contender that must not be exceeded, by name."""
     bound_before: float = 1.05
     """The bound for each contender of ours relative to the version before; see `--before`."""
+    clock: Callable[[], float] = time.perf_counter
+    """`time.process_time` for contenders that differ by less than what time passes by chance."""
 
 
 def measure(work: Work, repetitions: int) -> None:
@@ -85,10 +87,10 @@ def measure(work: Work, repetitions: int) -> None:
         # In turns, reversed every other time, so that no contender gains from its place.
         order = list(zip(work.contenders, steps, strict=True))
         for contender, step in order if repetition % 2 else reversed(order):
-            started = time.perf_counter()
+            started = work.clock()
             for _ in range(work.calls):
                 step()
-            passed = time.perf_counter() - started
+            passed = work.clock() - started
             contender.seconds.append(passed / (work.calls * contender.steps))
 
 

@@ -8,13 +8,11 @@ import keras
 
 from keras_gdopt.callbacks.optimizer_parts import (
     OptimizerPart,
-    count,
     optimizer_parts,
     start_recording,
     stop_recording,
 )
 from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
-from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 _NAMES = ("learning_rate", "grad_norm", "update_norm", "weight_norm")
 
@@ -119,9 +117,8 @@ class OptimizerMetrics(keras.callbacks.Callback):
 
     def _look(self) -> None:
         """Reads what was recorded since the last look."""
-        updates = count(chain(self.model.optimizer)[-1])
         for part in self._parts:
-            _, metrics = part.new_metrics(updates, self.model.trainable_variables)
+            _, metrics = part.new_metrics(self.model.trainable_variables)
             if not metrics:
                 continue
             unknown = [name for name in self.names if name not in metrics]

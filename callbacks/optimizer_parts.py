@@ -22,11 +22,15 @@ class OptimizerPart:
     Args:
         optimizer: The model's optimizer, or one inside its `MultiOptimizer`.
         name: What tells it apart from the model's other optimizers; "" if it is the only one.
+        whole: The `MultiOptimizer` that it is inside, if there is one.
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, name: str = "") -> None:
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer, name: str = "", whole: Any = None
+    ) -> None:
         self.optimizer = optimizer
         self.name = name
+        self._whole = chain(optimizer)[-1] if whole is None else whole
         self.recording = recording_optimizer(optimizer)
         """The optimizer in the chain of wrappers that records its steps, or `None`."""
         self._innermost = chain(optimizer)[-1]
@@ -46,13 +50,10 @@ class OptimizerPart:
         optimizer = self._innermost if self.recording is None else self.recording
         return list(optimizer._trainable_variables) if optimizer.built else []
 
-    def new_metrics(
-        self, updates: int, model_variables: Sequence[Any]
-    ) -> tuple[int, dict[str, float]]:
+    def new_metrics(self, model_variables: Sequence[Any]) -> tuple[int, dict[str, float]]:
         """The metrics of the last recorded step, and the step at which they are drawn.
 
         Args:
-            updates: The count of updates of the model's optimizer.
             model_variables: The model's trainable variables.
 
         Returns:
@@ -66,7 +67,7 @@ class OptimizerPart:
             update = count(self._innermost)
             metrics = {}
         if update == self._last_update:
-            return updates, {}
+            return count(self._whole), {}
         self._last_update = update
         self._skipped_steps = int(metrics.get("skipped_steps", 0))
         if self.recording is None:
@@ -75,7 +76,7 @@ class OptimizerPart:
             return update, metrics
         # A `MultiOptimizer` counts batches; an inner optimizer that accumulates counts updates.
         batches = self._innermost.gradient_accumulation_steps or 1
-        return updates - (count(self._innermost) - update) * batches, metrics
+        return count(self._whole) - (count(self._innermost) - update) * batches, metrics
 
     def new_skipped_steps(self) -> int | None:
         """The count of skipped steps, if it has grown since it or the metrics were returned."""
@@ -136,7 +137,7 @@ def optimizer_parts(optimizer: keras.optimizers.Optimizer) -> list[OptimizerPart
     multi = chain(optimizer)[-1]
     if not is_multi_optimizer(multi):
         return [OptimizerPart(optimizer)]
-    return [OptimizerPart(inner, name) for name, inner in named_optimizers(multi).items()]
+    return [OptimizerPart(inner, name, multi) for name, inner in named_optimizers(multi).items()]
 
 
 def start_recording(

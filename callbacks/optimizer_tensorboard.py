@@ -288,8 +288,8 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         """Writes the last recorded step of each optimizer, unless it was written before."""
         if self._files is None:
             return
-        updates, trainable = self._updates(), self.model.trainable_variables
-        found = [(part, *part.new_metrics(updates, trainable)) for part in self._parts]
+        trainable = self.model.trainable_variables
+        found = [(part, *part.new_metrics(trainable)) for part in self._parts]
         found = [(part, step, metrics) for part, step, metrics in found if metrics]
         # One optimizer may have recorded an earlier step than another.
         for step in sorted({step for _, step, _ in found}):

@@ -177,16 +177,16 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     def _judge_step(self, logs: dict[str, Any] | None) -> None:
         loss = number((logs or {}).get("loss"))
-        updates = self._updates
-        epsilon = machine_epsilon(common_dtype(self.model.trainable_variables))
+        trainable = self.model.trainable_variables
+        epsilon = machine_epsilon(common_dtype(trainable))
         for part in self._parts:
-            step, metrics = part.new_metrics(updates, self.model.trainable_variables)
+            step, metrics = part.new_metrics(trainable)
             layers = {}
             if metrics and part.recording is not None:
                 layers = part.recording.variable_metrics
-            skipped = part.new_skipped_steps()
+            skipped = None if metrics else part.new_skipped_steps()
             if skipped is not None:
-                metrics = {**metrics, "skipped_steps": skipped}
+                metrics = {"skipped_steps": skipped}
             if metrics or (loss is not None and not math.isfinite(loss)):
                 seen = RecordedStep(step, loss, metrics, layers, epsilon)
                 searches = part.recording is not None and part.recording.evaluates_loss

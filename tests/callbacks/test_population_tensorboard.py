@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up(tmp_path):
         assert len(history.epoch) == 60
         ours = [str(w.message) for w in caught if "PopulationTensorBoard" in str(w.message)]
         assert len(ours) == 1
-        assert "cannot write to" in ours[0] and "training goes on" in ours[0]
+        assert "can no longer write to" in ours[0] and "training goes on" in ours[0]
         steps = [step for step, _ in read(disk / "population")["best/loss"]]
         assert steps == list(range(len(steps)))
         assert 2 < len(steps) < 60
