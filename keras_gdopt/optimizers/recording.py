@@ -48,13 +48,10 @@ class Recorder:
         records_all: Whether to record every step, in the tier "layers", without a listener.
         dtype: The dtype of the numbers. Defaults to float32, which holds a norm to 1e-7, more
             precisely than a plot shows.
-
-    Attributes:
-        variables: The optimizer's variables, for their paths.
     """
 
     def __init__(self, *, records_all: bool = False, dtype: Any = tf.float32) -> None:
-        self.variables: Sequence[Any] = ()
+        self.variables = ()
         self._records_all = records_all
         self._dtype = tf.as_dtype(dtype)
         # Weak references: a training run that dies does not unregister.
@@ -67,6 +64,22 @@ class Recorder:
         self._variable_names: tuple[str, ...] = ()
         self._tier = TIERS.index("layers") if records_all else -1
         self._last_traced_tier = len(TIERS)
+
+    @property
+    def variables(self) -> Sequence[Any]:
+        """The optimizer's variables, for their paths."""
+        return self._variables
+
+    @variables.setter
+    def variables(self, variables: Sequence[Any]) -> None:
+        self._variables = variables
+        self._paths: list[str] = []
+
+    @property
+    def _distinct_paths(self) -> list[str]:
+        if not self._paths:  # they are known once the variables are built
+            self._paths = distinct_paths(self._variables)
+        return self._paths
 
     # --- which steps ---------------------------------------------------------
 
@@ -228,14 +241,14 @@ class Recorder:
         rows = self._latest["of_variables"].value().numpy().tolist()
         return {
             path: dict(zip(self._variable_names, row, strict=True))
-            for path, row in zip(distinct_paths(self.variables), rows, strict=True)
+            for path, row in zip(self._distinct_paths, rows, strict=True)
         }
 
     def gradients(self) -> dict[str, np.ndarray]:
         """The gradients of the last record, by the paths of their variables."""
         if not self._latest_update():
             return {}
-        paths = distinct_paths(self.variables)
+        paths = self._distinct_paths
         kept = {path: self._latest.get(str(index)) for index, path in enumerate(paths)}
         return {path: gradient.numpy() for path, gradient in kept.items() if gradient is not None}
 
