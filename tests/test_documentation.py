@@ -26,6 +26,7 @@ PAGES = [
     ROOT / "examples/README.md",
     ROOT / "benchmarks/README.md",
 ]
+GALLERY = ROOT / "docs/gallery.md"
 # Of what takes long to start or to compile.
 SLOW = (
     "clusters.md",
@@ -74,6 +75,12 @@ def test_python_on_a_page_runs_from_its_top_to_its_end(page, tmp_path, monkeypat
     document.namespace.update(_what_pages_need_not_say())
     for block in document.examples():
         block.evaluate()
+
+
+def test_the_gallery_shows_the_code_of_each_example():
+    shown = re.findall(r'^ *--8<-- "examples/(\w+)\.py"$', GALLERY.read_text(), re.MULTILINE)
+    examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert set(shown) == examples - {"tensorboard_pictures"}  # which only takes pictures
 
 
 @pytest.mark.slow
