@@ -438,6 +438,12 @@ def main(argv: list[str] | None = None) -> None:
         for name, optimizer in contenders(list(dict.fromkeys(args.rules))).items()
     }
     print_table(results, args.steps)
+    print(
+        "\nA word's first step, relative to the dense gradient's, by how often it is in the batch:"
+    )
+    for name, result in results.items():
+        lengths = result.first_steps.values()
+        print(f"{name:16}{min(lengths):.2f} to {max(lengths):.2f}")
     picture = args.logdir / "embeddings.png"
     draw(results, picture)
     print(f"\nPicture: {picture}")

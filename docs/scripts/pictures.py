@@ -43,10 +43,12 @@ def _drawings() -> Iterator[tuple[str, list[Path], Callable[[str], bytes]]]:
     paths = [SCRIPTS / "paths_on_a_surface.py"]
     for room in ("optimizers", "closures"):
         paths += sorted((ROOT / "keras_gdopt" / room).glob("*.py"))
-    watched = [SCRIPTS / "symptoms.py", *sorted((ROOT / "callbacks").glob("*alarms.py"))]
+    watched = [SCRIPTS / "symptoms.py", SCRIPTS / "plain_axes.py"]
+    watched += sorted((ROOT / "callbacks").glob("*alarms.py"))
     for name in re.findall(r"pictures/(symptom_\w+)\.svg", SYMPTOMS.read_text()):
         yield name, watched, _symptom
-    yield "stability", [SCRIPTS / "stability.py", ROOT / "callbacks" / "curvature.py"], _stability
+    sources = [SCRIPTS / "stability.py", SCRIPTS / "plain_axes.py"]
+    yield "stability", [*sources, ROOT / "callbacks" / "curvature.py"], _stability
     for page in sorted((SCRIPTS.parent / "algorithms").glob("*.md")):
         if f"pictures/{page.stem}.svg" in page.read_text():
             yield page.stem, paths, _path

@@ -1,6 +1,5 @@
 """Draws gradient descent at the edge of stability, for the page on TensorBoard."""
 
-import io
 import os
 from typing import Any
 
@@ -9,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import matplotlib.figure
 import numpy as np
+from plain_axes import as_svg, make_plain
 
 import keras_gdopt as gdopt
 from keras_gdopt.callbacks.curvature import Curvature, highest_stable_learning_rate
@@ -63,11 +63,5 @@ def picture(name: str) -> bytes:
     below.set_xlabel("step", fontsize=8, color="0.3")
     below.set_xlim(0, _STEPS)
     for axes in (above, below):
-        axes.tick_params(labelsize=8, colors="0.4")
-        axes.legend(fontsize=7.5, frameon=False)
-        for side, line in axes.spines.items():
-            line.set_color("0.8")
-            line.set_visible(side in ("left", "bottom"))
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+        make_plain(axes)
+    return as_svg(figure)

@@ -3,7 +3,6 @@
 Each picture is of a small training that has the symptom; `TrainingAlarms` watches it.
 """
 
-import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import keras
 import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
+from plain_axes import as_svg, make_plain
 
 import keras_gdopt as gdopt
 from keras_gdopt.callbacks import TrainingAlarms
@@ -229,11 +229,5 @@ def picture(name: str) -> bytes:
     axes.set_xlim(0, places[-1] * 1.02)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set_xlabel(training.unit, fontsize=8, color="0.3")
-    axes.tick_params(labelsize=8, colors="0.4")
-    axes.legend(fontsize=7.5, frameon=False)
-    for side, line in axes.spines.items():
-        line.set_color("0.8")
-        line.set_visible(side in ("left", "bottom"))
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    make_plain(axes)
+    return as_svg(figure)
