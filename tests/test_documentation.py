@@ -33,6 +33,7 @@ SLOW = (
     "closures.md",
     "float64.md",
     "gadam.md",
+    "getting_started.md",
     "levenberg_marquardt.md",
     "losses_and_initializers.md",
     "other_libraries.md",
@@ -81,6 +82,8 @@ def test_the_gallery_shows_the_code_of_each_example():
     shown = re.findall(r'^ *--8<-- "examples/(\w+)\.py"$', GALLERY.read_text(), re.MULTILINE)
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert set(shown) == examples - {"tensorboard_pictures"}  # which only takes pictures
+    notebooks = re.findall(r"\(notebooks/(\w+)\.ipynb\)", GALLERY.read_text())
+    assert set(notebooks) == set(shown) - {"gadam_ray"}  # which is for a cluster
 
 
 @pytest.mark.slow

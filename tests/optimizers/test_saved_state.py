@@ -357,40 +357,35 @@ def test_a_file_without_optimizer_state_warns(tmp_path):
 
 # --- in a new process ----------------------------------------------------------------
 
-_FIT = """
-import keras, numpy as np, tensorflow as tf
-import keras_gdopt as gdopt
-
-tf.config.experimental.enable_op_determinism()
-runs = RUNS
-layers = keras.layers
-MODELS = {
-    "normalized": lambda: [keras.Input((6,)), layers.Dense(5), layers.BatchNormalization()],
-    "embedding": lambda: [keras.Input((6,)), layers.Embedding(9, 3), layers.Flatten()],
-    "lstm": lambda: [keras.Input((6,)), layers.Embedding(9, 3), layers.LSTM(4)],
+_LAYERS = {
+    "normalized": lambda: [keras.layers.Dense(5), keras.layers.BatchNormalization()],
+    "embedding": lambda: [keras.layers.Embedding(9, 3), keras.layers.Flatten()],
+    "lstm": lambda: [keras.layers.Embedding(9, 3), keras.layers.LSTM(4)],
 }
 
-def new_model(optimizer, kind):
+
+def _model_of_ids(optimizer, kind):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([*MODELS[kind](), layers.Dense(1)])
-    model.compile(eval(optimizer, vars(gdopt) | {"gdopt": gdopt}), "mse")
+    model = keras.Sequential([keras.Input((6,)), *_LAYERS[kind](), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse")
     return model
 
-def fit(model):
+
+def fit_on_ids(model):
     rng = np.random.default_rng(1)
     x = rng.integers(0, 9, size=(40, 6))
     model.fit(x, rng.normal(size=(40, 1)), batch_size=4, shuffle=False, verbose=0)
     return model
-"""
-_FIRST_PROCESS = """
-for number, run in enumerate(runs):
-    model = fit(new_model(*run))
-    model.save(f"PATH/{number}.keras")
-    fit(model).save(f"PATH/{number}_expected.keras")
-"""
+
+
+# The conftest sets what a graph is optimized by, on which the last digits depend.
 _SECOND_PROCESS = """
-for number, run in enumerate(runs):
-    fit(keras.models.load_model(f"PATH/{number}.keras")).save(f"PATH/{number}_resumed.keras")
+import keras
+import tests.conftest
+from tests.optimizers.test_saved_state import fit_on_ids
+for number in range(COUNT):
+    model = keras.models.load_model(f"PATH/{number}.keras")
+    fit_on_ids(model).save(f"PATH/{number}_resumed.keras")
 """
 
 
@@ -404,18 +399,21 @@ def _python(script):
 @pytest.mark.parametrize("cases", [A_FEW[:1], slow(CASES)], ids=["one", "all"])
 def test_resumes_in_a_new_process(cases, tmp_path):
     """Each optimizer on an embedding and dense layers; the slow test, one on other layers, too."""
-    runs = [(str(case), "embedding") for case in cases]
+    runs = [(case, "embedding") for case in cases]
     if cases is CASES:
-        runs += [(str(A_FEW[0]), kind) for kind in ("normalized", "lstm")]
-    for action in (_FIRST_PROCESS, _SECOND_PROCESS):
-        script = _FIT.replace("RUNS", repr(runs)) + action.replace("PATH", str(tmp_path))
-        done = _python(script)
-        assert done.returncode == 0, done.stderr
-    for number, _ in enumerate(runs):
-        expected = keras.models.load_model(tmp_path / f"{number}_expected.keras")
+        runs += [(A_FEW[0], kind) for kind in ("normalized", "lstm")]
+    expected = []
+    for number, (case, kind) in enumerate(runs):
+        model = fit_on_ids(_model_of_ids(case(), kind))
+        model.save(tmp_path / f"{number}.keras")
+        expected.append(fit_on_ids(model))
+    script = _SECOND_PROCESS.replace("COUNT", str(len(runs))).replace("PATH", str(tmp_path))
+    done = _python(script)
+    assert done.returncode == 0, done.stderr
+    for number, model in enumerate(expected):
         resumed = keras.models.load_model(tmp_path / f"{number}_resumed.keras")
         assert int(resumed.optimizer.iterations) == 20
-        _assert_same(resumed, expected)
+        _assert_same(resumed, model)
 
 
 @pytest.mark.slow
