@@ -8,6 +8,7 @@ of the parts that the README shows, as small PNG files. Needs Playwright and Chr
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import socket
@@ -130,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("tensorboard_pictures: error: no chromium found; on Debian: apt install chromium")
+    if importlib.util.find_spec("playwright") is None:
+        sys.exit("tensorboard_pictures: error: no playwright found: pip install playwright")
     args.output.mkdir(parents=True, exist_ok=True)
     folder = args.keep or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)

@@ -61,9 +61,10 @@ def test_an_example(script, needs, tmp_path):
     if "Chromium" in needs and shutil.which("chromium") is None:
         pytest.skip("needs Chromium")
     extras = ",".join(re.findall(r"`(\w+)`", needs))
+    also = "playwright" if "Playwright" in needs else ""
     _succeeds(
         f"""
-        python -m venv .venv && . .venv/bin/activate && pip install --quiet -e '.[{extras}]'
+        python -m venv .venv && . .venv/bin/activate && pip install --quiet -e '.[{extras}]' {also}
         python examples/{script} --help
         python examples/{script} {SMALL.get(script, "")}
         """,
