@@ -25,6 +25,10 @@ class RecordedStep(NamedTuple):
     """Its `variable_metrics`, by the variable's path, in the model's order."""
     epsilon: float = 1.2e-7
     """The machine epsilon of the weights' dtype."""
+    can_skip: bool = False
+    """Whether its optimizer has `skip_nonfinite`."""
+    loss_scale: float | None = None
+    """What Keras multiplies the loss by in `mixed_float16`."""
 
 
 class Epoch(NamedTuple):
@@ -38,6 +42,8 @@ class Epoch(NamedTuple):
     optimizer: Any
     entropy: float | None = None
     """Of the labels of a classification, in nats."""
+    loss_scale: float | None = None
+    """What Keras multiplies the loss by in `mixed_float16`."""
 
 
 class Finding(NamedTuple):
@@ -81,6 +87,8 @@ class _Streak:
 class NonFinite(Alarm):
     """The loss, a gradient or a weight is infinite or NaN, or a step was skipped for that.
 
+    So is `mixed_float16` that has lowered its loss scale below 1, because it skips such steps.
+
     The layer is the last one, in the model's order, whose gradient is not finite: gradients go from
     the loss back to the inputs, so it is where they went wrong. If no gradient is finite, that
     cannot be told, and the layer is the first one, which sees the data.
@@ -92,24 +100,42 @@ class NonFinite(Alarm):
     def on_step(self, seen: RecordedStep) -> Finding | None:
         """Judges a recorded step."""
         skipped = int(seen.metrics.get("skipped_steps", 0))
-        numbers = [seen.metrics.get(n, 0.0) for n in ("grad_norm", "update_norm", "weight_norm")]
-        is_finite = all(map(math.isfinite, numbers)) and math.isfinite(seen.loss or 0.0)
-        if is_finite and not skipped:
-            return None
-        layer = _origin(seen, "grad_norm") or _origin(seen, "weight_norm")
+        norms = {"gradients": "grad_norm", "updates": "update_norm", "weights": "weight_norm"}
+        values = {"loss": seen.loss or 0.0}
+        values |= {what: seen.metrics.get(name, 0.0) for what, name in norms.items()}
+        broken = [what for what, value in values.items() if not math.isfinite(value)]
         if skipped:
             return Finding(
-                f"{skipped} step(s) were skipped, because gradients were not finite. Weights and "
-                "optimizer are unharmed; the statistics of batch normalization are not. Look for "
-                "NaN or very large numbers in the data.",
-                layer,
+                f"{skipped} of the steps so far were skipped, because their gradients were not "
+                "finite. Weights and optimizer are unharmed; the mean of the loss over the epoch "
+                "and the statistics of batch normalization are not. Look for NaN or very large "
+                "numbers in the data."
             )
-        return Finding(
-            "The loss, the gradients or the weights are not finite. Look for NaN in the data, "
-            "lower the learning rate or clip (`global_clipnorm=1.0`); `skip_nonfinite=True` "
-            "leaves out single bad batches.",
-            layer,
-        )
+        if not broken:
+            return None
+        if seen.loss_scale is not None and "weights" not in broken:
+            return _skipped_in_float16(seen.loss_scale)
+        layer, is_origin = _origin(seen, "grad_norm")
+        if layer is None:
+            layer, is_origin = _origin(seen, "weight_norm")
+        message = f"What is not finite: {', '.join(broken)}. "
+        if is_origin:
+            message += "The gradients of the layers after this one are finite. "
+        elif layer is not None:
+            message += (
+                "No layer's gradient is finite, so the cause is in the data, in the loss itself "
+                "(a logarithm or a quotient), or in a step before the one that was looked at: "
+                "`update_freq=1` looks at each. "
+            )
+        message += "Look for NaN in the data, lower the learning rate or clip the gradients"
+        skips = "; `skip_nonfinite=True` leaves out single bad batches" if seen.can_skip else ""
+        return Finding(f"{message}{skips}.", layer)
+
+    def on_epoch(self, seen: Epoch) -> Finding | None:
+        """Judges the loss scale."""
+        if seen.loss_scale is None or seen.loss_scale >= 1:
+            return None
+        return _skipped_in_float16(seen.loss_scale)
 
 
 class ExplodingGradients(Alarm):
@@ -176,7 +202,11 @@ class VanishingGradients(Alarm):
 
 
 class ZeroGradients(Alarm):
-    """The gradient of a layer is exactly 0 in five recorded steps in a row, that of others not."""
+    """The gradient of a layer is exactly 0 in five recorded steps in a row, that of others not.
+
+    No gradient comes to the layers before dead units, and none leaves a kernel behind them, whose
+    inputs are 0. So the layer is the last one, in the model's order, of which all is 0.
+    """
 
     name = "zero_gradients"
 
@@ -185,17 +215,29 @@ class ZeroGradients(Alarm):
 
     def on_step(self, seen: RecordedStep) -> Finding | None:
         """Judges a recorded step."""
-        found = None
+        is_zero = {}
         for path, metrics in seen.layers.items():
             streak = self._streaks.setdefault(path, _Streak(5))
-            is_zero = metrics.get("grad_norm") == 0.0 and seen.metrics.get("grad_norm", 0.0) > 0.0
-            if streak.reached(is_zero) and found is None:
-                found = Finding(
-                    f"The gradient of '{path}' is 0. Its units may be dead (lower the learning "
-                    "rate, or use LeakyReLU), or the loss does not depend on it.",
-                    path,
-                )
-        return found
+            is_zero[path] = streak.reached(
+                metrics.get("grad_norm") == 0.0 and seen.metrics.get("grad_norm", 0.0) > 0.0
+            )
+        zero = [path for path in is_zero if is_zero[path]]
+        if not zero:
+            return None
+        partly = {_layer(path) for path in is_zero if not is_zero[path]}
+        whole = [path for path in zero if _layer(path) not in partly]
+        layers = list(dict.fromkeys(map(_layer, whole or zero[:1])))
+        layer = next(path for path in zero if _layer(path) == layers[-1])
+        which = f"The gradient of '{layers[-1]}' is 0. Its units"
+        if len(layers) > 1:
+            which = (
+                f"The gradients from '{layers[0]}' to '{layers[-1]}' are 0. Units of one of them"
+            )
+        return Finding(
+            f"{which} may be dead (lower the learning rate, or use LeakyReLU), or the loss does "
+            "not depend on it.",
+            layer,
+        )
 
 
 class LargeUpdates(Alarm):
@@ -381,13 +423,31 @@ class EndedByRounding(Alarm):
         )
 
 
-def _origin(seen: RecordedStep, name: str) -> str | None:
-    """The last variable with a norm that is not finite; the first, if all are so that are not 0."""
+def _skipped_in_float16(loss_scale: float) -> Finding:
+    return Finding(
+        "Losses or gradients are not finite. In mixed_float16 such steps are skipped, so the "
+        f"weights are unharmed, and each halves the loss scale, which is {loss_scale:.2g} now: "
+        "below 1, gradients are not finite however the loss is scaled. Look for NaN or numbers "
+        "above 65,504 in the data and between the layers; mixed_bfloat16 has the range of float32."
+    )
+
+
+def _origin(seen: RecordedStep, name: str) -> tuple[str | None, bool]:
+    """The last variable with a norm that is not finite, and True.
+
+    The first one and False, if all are so that are not 0.
+    """
     norms = {path: metrics.get(name, 0.0) for path, metrics in seen.layers.items()}
     broken = [path for path, norm in norms.items() if not math.isfinite(norm)]
     if not broken:
-        return None
-    return broken[-1] if len(broken) < sum(norm != 0 for norm in norms.values()) else broken[0]
+        return None, False
+    is_known = len(broken) < sum(norm != 0 for norm in norms.values())
+    return (broken[-1] if is_known else broken[0]), is_known
+
+
+def _layer(path: str) -> str:
+    """The path of the layer that a variable belongs to."""
+    return path.rpartition("/")[0]
 
 
 def _largest(seen: RecordedStep, name: str) -> str | None:

@@ -183,6 +183,12 @@ def count(optimizer: Any) -> int:
     return int(tf.convert_to_tensor(optimizer.iterations))
 
 
+def loss_scale(optimizer: keras.optimizers.Optimizer) -> float | None:
+    """What a `LossScaleOptimizer` multiplies the loss by; `None` without one."""
+    scales = [getattr(each, "dynamic_scale", None) for each in chain(optimizer)]
+    return next((float(tf.convert_to_tensor(s)) for s in scales if s is not None), None)
+
+
 def totals(of_parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The norms over all weights together, from those of the parts in the same step."""
     norms = {}

@@ -16,6 +16,7 @@ from keras_gdopt.callbacks.logs import number, numbers
 from keras_gdopt.callbacks.optimizer_parts import (
     OptimizerPart,
     count,
+    loss_scale,
     optimizer_parts,
     start_recording,
     stop_recording,
@@ -45,7 +46,7 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     | name | raised if |
     | --- | --- |
-    | `nonfinite` | the loss, a gradient or a weight is infinite or NaN, or steps were skipped |
+    | `nonfinite` | the loss, a gradient or a weight is infinite or NaN, or steps are skipped |
     | `exploding_gradients` | the gradients' norm is 1,000 times what it usually was |
     | `vanishing_gradients` | a layer's gradient, relative to its weights, nearly is 0 |
     | `zero_gradients` | a layer's gradient stays exactly 0 |
@@ -59,11 +60,13 @@ class TrainingAlarms(keras.callbacks.Callback):
     | `children_die` | no child of a population has survived for three generations |
 
     `keras_gdopt.callbacks.alarms` has the definition of each. What needs gradients is judged in
-    the recorded steps alone, and only with optimizers of this package. `loss_at_entropy` needs
-    `labels`.
+    the recorded steps alone, and only with optimizers of this package; with others, `nonfinite`
+    knows the loss and the weights, but no layer. `loss_at_entropy` needs `labels`.
 
     Args:
-        update_freq: Batches between two recorded steps. Defaults to 20.
+        update_freq: Batches between two recorded steps. Defaults to 20. What happens between them
+            is seen by its aftermath: after a NaN all layers are NaN. To find the first such layer
+            and step, run again with 1.
         labels: The labels of a classification, as integers or one-hot, for `loss_at_entropy`.
             Defaults to `None`.
         stop_on: Names of alarms that end the training. Defaults to none.
@@ -147,7 +150,14 @@ class TrainingAlarms(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Judges the epoch."""
         self._judge_step(logs)
-        seen = Epoch(epoch, self._updates, numbers(logs), self._innermost, self._entropy)
+        seen = Epoch(
+            epoch,
+            self._updates,
+            numbers(logs),
+            self._innermost,
+            self._entropy,
+            loss_scale(self.model.optimizer),
+        )
         for alarm in self._alarms:
             self._raise(alarm, seen.step, alarm.on_epoch(seen))
 
@@ -179,6 +189,7 @@ class TrainingAlarms(keras.callbacks.Callback):
         loss = number((logs or {}).get("loss"))
         trainable = self.model.trainable_variables
         epsilon = machine_epsilon(common_dtype(trainable))
+        scale = loss_scale(self.model.optimizer)
         for part in self._parts:
             step, metrics = part.new_metrics(trainable)
             layers = {}
@@ -188,10 +199,13 @@ class TrainingAlarms(keras.callbacks.Callback):
             if skipped is not None:
                 metrics = {"skipped_steps": skipped}
             if metrics or (loss is not None and not math.isfinite(loss)):
-                seen = RecordedStep(step, loss, metrics, layers, epsilon)
                 searches = part.recording is not None and part.recording.evaluates_loss
+                can_skip = part.recording is not None and not searches
+                seen = RecordedStep(step, loss, metrics, layers, epsilon, can_skip, scale)
+                # Weights that are NaN explain all that comes after them.
+                is_lost = not math.isfinite(metrics.get("weight_norm", 0.0))
                 for alarm in self._alarms:
-                    if not searches or alarm.judges_line_searches:
+                    if alarm.judges_line_searches or not (searches or is_lost):
                         self._raise(alarm, step, alarm.on_step(seen))
 
     def _raise(self, alarm: Alarm, step: int, found: Finding | None) -> None:

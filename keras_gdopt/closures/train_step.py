@@ -18,6 +18,7 @@ from keras_gdopt.functional import (
 )
 from keras_gdopt.optimizers.compilation import xla_is_available
 from keras_gdopt.optimizers.saved_state import variable_path
+from keras_gdopt.optimizers.wrapping_optimizer import chain, is_multi_optimizer
 from keras_gdopt.tensor import Tensor
 
 
@@ -124,6 +125,12 @@ def check_model(optimizer: Any, model: Any) -> None:
             f"{name} does not train in mixed float16: a line search compares "
             "losses whose difference float16 cannot hold. Use float32. "
             "Received: a model whose optimizer is in a LossScaleOptimizer"
+        )
+    if is_multi_optimizer(chain(compiled_with)[-1]):
+        raise ValueError(
+            f"{name} evaluates the loss of all weights together, and cannot be one of the "
+            "optimizers in a `MultiOptimizer`. Compile with it alone, and freeze the layers that "
+            f"it should not train. Received: a model compiled with {compiled_with!r}"
         )
     if compiled_with is not optimizer:
         raise ValueError(

@@ -657,8 +657,8 @@ class Gadam:
         if [id(part) for part in made_with] != [id(part) for part in self._made_with]:
             raise ValueError(
                 f"The model '{self.model.name}' was compiled anew, or layers were frozen, since "
-                "its `Gadam` was made. Make a new `Gadam(model)`, whose first member has the "
-                "model's weights."
+                "its `Gadam` was made. Compile it with a new optimizer, and make a new "
+                "`Gadam(model)`, whose first member has the model's weights."
             )
         if self._population is not None:
             return self._population

@@ -167,8 +167,9 @@ def _why_not_evolvable(name: str, kinds: Mapping[str, str]) -> str:
         why = (
             "the optimizer does not have it, or does not declare it (`evolvable`, docs/own_rule.md)"
         )
+    expected = f"Expected one of {sorted(kinds)}" if kinds else "Expected no `evolve`"
     return (
-        f"The hyper-parameter {name!r} cannot evolve: {why}. Expected one of {sorted(kinds)}. "
+        f"The hyper-parameter {name!r} cannot evolve: {why}. {expected}. "
         f"Received: evolve={{{name!r}: ...}}"
     )
 

@@ -2,17 +2,32 @@
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import cut_into_parts
+from keras_gdopt.optimizers.arithmetic import cut_into_parts, global_norm
 from keras_gdopt.optimizers.dense_step import is_sparse
 from keras_gdopt.tensor import Tensor
 
 
-def all_finite(gradients: Iterable[Any]) -> Tensor:
+def has_finite_norm(gradients: Sequence[Any]) -> Tensor:
+    """Whether the norm of all gradients together is finite; a scalar.
+
+    In float32 it is not where entries are above 1e19, even if all are finite. Clipping by the norm
+    would then turn them into NaN.
+
+    Args:
+        gradients: Dense tensors or `tf.IndexedSlices`; at least one.
+    """
+    values = [gradient.values if is_sparse(gradient) else gradient for gradient in gradients]
+    norm = global_norm(values)
+    # Dense gradients and rows are looked at one after the other, and clipped together.
+    return tf.math.is_finite(2.0 * tf.square(norm))
+
+
+def all_finite(gradients: Sequence[Any]) -> Tensor:
     """Whether all entries of all gradients are finite; a scalar.
 
     Args:

@@ -11,7 +11,7 @@ from keras_gdopt.optimizers.base import GradientOptimizer
 from keras_gdopt.optimizers.dense_step import accumulate, take_step, trained_variables, unscale
 from keras_gdopt.optimizers.lookahead import Lookahead
 from keras_gdopt.optimizers.nag import NAG
-from keras_gdopt.optimizers.nonfinite import all_finite
+from keras_gdopt.optimizers.nonfinite import all_finite, has_finite_norm
 from keras_gdopt.optimizers.slow_weights import (
     final_weight,
     start_slow_weight,
@@ -207,7 +207,8 @@ class PureStep:
         ]
         if not settings.skip_nonfinite:
             return moved, new, batches + 1
-        is_taken = all_finite([gradient for gradient in grads if gradient is not None])
+        given = [unscale(gradient, settings) for gradient in grads if gradient is not None]
+        is_taken = has_finite_norm(given) if settings.clips_by_norm else all_finite(given)
         return tf.nest.map_structure(
             lambda after, before: tf.where(is_taken, after, before),
             (moved, new, batches + 1),

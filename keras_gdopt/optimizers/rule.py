@@ -33,7 +33,7 @@ class StepSettings(NamedTuple):
     loss_scale_factor: float | None
     gradient_accumulation_steps: int | None
     skip_nonfinite: bool
-    """Whether gradients that are not all finite leave everything as it is."""
+    """Whether gradients that are not all finite, or have no norm to clip by, change nothing."""
 
     @property
     def schedule(self) -> keras.optimizers.schedules.LearningRateSchedule | None:
@@ -49,9 +49,14 @@ class StepSettings(NamedTuple):
         return isinstance(self.learning_rate, keras.Variable)
 
     @property
+    def clips_by_norm(self) -> bool:
+        """Whether gradients are clipped by a norm."""
+        return bool(self.clipnorm or self.global_clipnorm)
+
+    @property
     def clips(self) -> bool:
         """Whether gradients are clipped."""
-        return bool(self.clipnorm or self.clipvalue or self.global_clipnorm)
+        return bool(self.clips_by_norm or self.clipvalue)
 
 
 class StepVariables(NamedTuple):

@@ -25,7 +25,7 @@ from keras_gdopt.optimizers.dense_step import (
     trained_variables,
     unscale,
 )
-from keras_gdopt.optimizers.nonfinite import all_finite, all_finite_by_squares
+from keras_gdopt.optimizers.nonfinite import all_finite, all_finite_by_squares, has_finite_norm
 from keras_gdopt.optimizers.recording import Record, Recorder, summarize_step
 from keras_gdopt.optimizers.replicas import is_distributed, on_every_device, raw_variable
 from keras_gdopt.optimizers.rule import (
@@ -146,17 +146,21 @@ class TensorFlowStep:
         if not self._settings.skip_nonfinite:
             return None
         gradients = list(gradients)
+        is_good, is_good_if_small = all_finite, all_finite_by_squares
+        if self._settings.clips_by_norm:
+            gradients = [unscale(gradient, self._settings) for gradient in gradients]
+            is_good = is_good_if_small = has_finite_norm
         rows = [gradient for gradient in gradients if is_sparse(gradient)]
         dense = [gradient for gradient in gradients if not is_sparse(gradient)]
         found = []
         if rows:  # not compiled, as their number differs from step to step
-            found.append(all_finite(rows))
+            found.append(is_good(rows))
         if dense and is_worth_compiling(dense):
             if self._all_finite is None:
-                self._all_finite = compiled(all_finite, dense)
+                self._all_finite = compiled(is_good, dense)
             found.append(self._all_finite(dense))
         elif dense:
-            found.append(all_finite_by_squares(dense))
+            found.append(is_good_if_small(dense))
         return functools.reduce(tf.logical_and, found)
 
     def _apply_if(

@@ -1,5 +1,6 @@
 """Each alarm is raised by a training that has its disease, and by no healthy one."""
 
+import re
 from pathlib import Path
 
 import keras
@@ -228,7 +229,51 @@ def test_skipped_steps_are_named(tmp_path):
     x, y = _data()
     x[8 * 6 + 3, 2] = np.nan
     alarms = _alarms(_mlp(gdopt.Adam(skip_nonfinite=True)), x, y, epochs=1)
-    assert "1 step(s) were skipped" in alarms.raised["nonfinite"].message
+    assert "1 of the steps so far were skipped" in alarms.raised["nonfinite"].message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_dead_layer_is_named_and_not_those_around_it():
+    model = _mlp(gdopt.Adam(), activation="relu", depth=4)
+    for layer, bias in zip(model.layers[1:4], (-100.0, 0.1, 0.1), strict=True):
+        layer.set_weights([layer.get_weights()[0], np.full(8, bias)])
+    raised = _alarms(model, *_data(), epochs=1).raised["zero_gradients"]
+    assert raised.layer.endswith("hidden_1/kernel")
+    assert re.search("from '.*hidden_0' to '.*hidden_1' are 0", raised.message)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_not_finite_and_what_can_be_done_about_it():
+    x, y = _data()
+    x[8 * 6 + 3, 2] = np.nan
+    ours = _alarms(_mlp(gdopt.Adam()), x, y, epochs=1).raised
+    assert set(ours) == {"nonfinite"}
+    message = ours["nonfinite"].message
+    assert "What is not finite: loss, gradients, updates, weights. No layer's" in message
+    assert "skip_nonfinite=True" in message
+    of_keras = _alarms(_mlp(keras.optimizers.Adam()), x, y, epochs=1).raised["nonfinite"].message
+    assert "What is not finite: loss, weights. Look" in of_keras
+    assert "skip_nonfinite" not in of_keras
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optimizer", [gdopt.Adam, slow(keras.optimizers.Adam)])
+@pytest.mark.parametrize(("in_loss", "scale"), [(True, "1.6e+04"), (False, "0.031")])
+def test_half_precision_that_skips_steps(optimizer, in_loss, scale):
+    """The root of 0 is finite, and its derivative is not."""
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    x, y = _data()
+    root = keras.layers.Lambda(lambda u: keras.ops.sqrt(keras.ops.abs(0.0 * u)))
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), root])
+    model.add(keras.layers.Dense(1))
+    model.compile(optimizer(), "mse")
+    if in_loss:
+        x[:, 0] = np.nan
+    before = model.get_weights()
+    raised = _alarms(model, x, y, epochs=1).raised["nonfinite"]
+    assert f"the loss scale, which is {scale} now" in raised.message
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore")

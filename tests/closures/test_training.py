@@ -471,6 +471,11 @@ def test_models_that_cannot_be_attached(two_devices):
         optimizer.attach(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
     with pytest.raises(ValueError, match=r"must be compiled with this optimizer.*Received"):
         optimizer.attach(_model(gdopt.LBFGS(), attach=False))
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        several = keras.optimizers.OptimizerMap(gdopt.Adam(), {".*": optimizer})
+        model = _model(keras.optimizers.MultiOptimizer(several), attach=False)
+        with pytest.raises(ValueError, match=r"in a `MultiOptimizer`\. Compile with it alone"):
+            optimizer.attach(model)
 
     class Own(keras.Sequential):
         def train_step(self, data):

@@ -1,5 +1,6 @@
 """A population in the workers of a Ray cluster: the same results, whatever happens."""
 
+import gc
 import importlib.util
 import os
 import pickle
@@ -517,6 +518,7 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
     monkeypatch.setattr(pool, "_PATIENCE", 2.0)
     monkeypatch.setattr(pool, "_TO_START", 6.0)
     everything = int(ray.cluster_resources()["CPU"])
+    gc.collect()  # populations of other tests, with their workers
 
     @ray.remote(num_cpus=everything)
     class Other:
@@ -524,7 +526,7 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
             return 1
 
     other = Other.remote()
-    ray.get(other.answer.remote())
+    ray.get(other.answer.remote(), timeout=60.0)
     try:
         with pytest.raises(RuntimeError, match="Worker 0 of 1 did not start"):
             _run(gdopt.RayEngine(1))
@@ -533,6 +535,21 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
     waiting = [one.message for one in caplog.records if "has not started" in one.message]
     assert len(waiting) == 1
     assert "or wait for {'CPU': 1" in waiting[0]
+
+
+@pytest.mark.slow
+def test_a_population_that_is_no_longer_in_use_leaves_room_for_the_next(cluster):
+    """Also where no garbage is collected by itself: a Keras model refers to itself."""
+    import ray
+
+    gc.collect()
+    everything = gdopt.RayEngine(1, threads_per_worker=int(ray.cluster_resources()["CPU"]))
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert len(_run(everything).lineage) > 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

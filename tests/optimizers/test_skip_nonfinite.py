@@ -12,6 +12,7 @@ from tests.optimizer_cases import (
     every_optimizer_with,
     every_rule_alike,
 )
+from tests.parameters import slow
 
 BAD_STEPS = {0: np.nan, 3: np.inf, 4: -np.inf, 7: np.nan}  # the first, two in a row, the last
 STEPS = 8
@@ -231,6 +232,26 @@ def test_finite_gradients_whose_squares_overflow_are_taken():
     optimizer.apply([tf.constant([1e30, -1e30])], [weight])
     np.testing.assert_allclose(weight.numpy(), [0.0, 3.0], rtol=1e-6, atol=1e-6)
     assert optimizer.step_metrics["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("units", [4, slow(20_000)], ids=["small", "compiled"])
+@every_optimizer_alike
+def test_a_norm_that_overflows_is_not_clipped_by(case, units, clip, rng):
+    """Keras's clipping makes NaN of such gradients, though all of them are finite."""
+    optimizer = case(learning_rate=0.1, skip_nonfinite=True, **{clip: 1.0})
+    variables = _variables(rng, units)
+    optimizer.apply(_steps(rng, variables)[1], variables)
+    before = _numbers(optimizer, variables)
+    large = [tf.fill(v.shape, tf.constant(1e20)) for v in variables]
+    rows = tf.IndexedSlices(large[0][:2], tf.constant([1, 3]), tf.constant(variables[0].shape))
+    optimizer.apply(large, variables)
+    optimizer.apply([rows, large[1] * 0.0], variables)
+    _assert_same(_numbers(optimizer, variables), before)
+    step = pure_step(optimizer)
+    member = [tf.constant(v.numpy()) for v in variables], step.initial_state(), tf.constant(0)
+    after = step(large, *member[:2], [tf.constant(0.1)], member[2])
+    _assert_same(tf.nest.flatten(after), tf.nest.flatten(member))
 
 
 def test_scaled_losses_that_overflow_are_skipped(rng):

@@ -1,5 +1,6 @@
 """Workers that finish their tasks even if some of them die or hang."""
 
+import gc
 import logging
 import os
 import sys
@@ -106,6 +107,7 @@ class Pool:
         self.events: list[str] = []
         self._check_resources(workers)
         self._workers: dict[int, _Running] = {}
+        gc.collect()  # a population that is no longer in use keeps its workers until then
         starting = [self._actor.remote(threads) for _ in range(workers)]
         for number, handle in enumerate(starting):
             try:
