@@ -119,6 +119,8 @@ class TrainingAlarms(keras.callbacks.Callback):
         self._parts: list[OptimizerPart] = []
         self._files: EventFiles | None = None
         self._batches = self._batches_before_epoch = 0
+        self._trainable: Sequence[Any] = ()
+        self._epsilon = 0.0
 
     # --- what Keras calls ----------------------------------------------------
 
@@ -138,6 +140,7 @@ class TrainingAlarms(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes how many batches came before the epoch."""
         self._batches_before_epoch = self._batches
+        self._trainable = ()  # may be others than in the epoch before
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Judges the last recorded step, if a multiple of `update_freq` has been passed."""
@@ -187,11 +190,12 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     def _judge_step(self, logs: dict[str, Any] | None) -> None:
         loss = number((logs or {}).get("loss"))
-        trainable = self.model.trainable_variables
-        epsilon = machine_epsilon(common_dtype(trainable))
+        if not self._trainable:  # once an epoch, as it takes as long as all alarms together
+            self._trainable = self.model.trainable_variables
+            self._epsilon = machine_epsilon(common_dtype(self._trainable))
         scale = loss_scale(self.model.optimizer)
         for part in self._parts:
-            step, metrics = part.new_metrics(trainable)
+            step, metrics = part.new_metrics(self._trainable)
             layers = {}
             if metrics and part.recording is not None:
                 layers = part.recording.variable_metrics
@@ -201,7 +205,7 @@ class TrainingAlarms(keras.callbacks.Callback):
             if metrics or (loss is not None and not math.isfinite(loss)):
                 searches = part.recording is not None and part.recording.evaluates_loss
                 can_skip = part.recording is not None and not searches
-                seen = RecordedStep(step, loss, metrics, layers, epsilon, can_skip, scale)
+                seen = RecordedStep(step, loss, metrics, layers, self._epsilon, can_skip, scale)
                 # Weights that are NaN explain all that comes after them.
                 is_lost = not math.isfinite(metrics.get("weight_norm", 0.0))
                 for alarm in self._alarms:

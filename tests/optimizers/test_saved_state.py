@@ -378,10 +378,10 @@ def fit_on_ids(model):
     return model
 
 
-# The conftest sets what a graph is optimized by, on which the last digits depend.
+# `tests.fixtures` sets what a graph is optimized by, on which the last digits depend.
 _SECOND_PROCESS = """
 import keras
-import tests.conftest
+import tests.fixtures
 from tests.optimizers.test_saved_state import fit_on_ids
 for number in range(COUNT):
     model = keras.models.load_model(f"PATH/{number}.keras")
