@@ -27,14 +27,14 @@ from keras_gdopt.gadam.cluster.pool import Pool
 from tests.gadam import test_cluster as here
 from tests.gadam.test_two_hosts import CABLES, HEAD, HOSTS, kill
 
-fault, method, path = sys.argv[1:]
+fault, method, path, *directory = sys.argv[1:]
 keras.config.set_floatx("float64")
 submit, struck = Pool._submit, []
 
 def strike():
     struck.append(fault)
-    if fault == "killed":
-        return kill("gdopt_other")
+    if fault in HOSTS:
+        return kill(fault)
     cable = ["ip", "link", "set", CABLES[HEAD]]
     subprocess.run([*cable, "down"], check=True)
     again = threading.Timer(float(fault), lambda: subprocess.run([*cable, "up"], check=True))
@@ -49,7 +49,8 @@ def submitted(pool, task, number):
 
 Pool._submit = submitted
 ray.init(address=HOSTS[HEAD] + ":6379", log_to_driver=False)
-gadam = here._run(gdopt.RayEngine(2, address="auto", task_timeout=60.0))
+keep = {"checkpoint_dir": directory[0]} if directory else {}
+gadam = here._run(gdopt.RayEngine(2, address="auto", task_timeout=60.0), **keep)
 assert bool(struck) == (fault != "none")
 events = [event for logs in gadam.noted for event in logs["events"]]
 members = [gadam.member(rank).get_weights() for rank in range(here.SIZE)]
@@ -74,7 +75,7 @@ def _ip(*words, check=True):
 
 @pytest.fixture
 def hosts():
-    """Runs a command on a host; afterwards the hosts are gone."""
+    """What runs a command on a host, and what starts Ray on both; afterwards they are gone."""
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("needs the right to make network namespaces, and the command `ip`")
     made = [_ip("netns", "add", host, check=False).returncode for host in HOSTS]
@@ -94,20 +95,25 @@ def hosts():
         words = ["ip", "netns", "exec", host, *command]
         subprocess.run(words, env=environment, check=True, timeout=400)
 
-    try:
-        cable = ["link", "add", CABLES[HEAD], "netns", HEAD, "type", "veth"]
-        _ip(*cable, "peer", "name", CABLES[OTHER], "netns", OTHER)
+    def start():
         for host, address in HOSTS.items():
+            kill(host)
             directories.append(tempfile.mkdtemp(prefix="ray_"))
-            _ip("-n", host, "link", "set", "lo", "up")
-            _ip("-n", host, "addr", "add", f"{address}/24", "dev", CABLES[host])
-            _ip("-n", host, "link", "set", CABLES[host], "up")
             role = [f"--address={HOSTS[HEAD]}:6379"]
             if host == HEAD:
                 role = ["--head", "--port=6379", "--include-dashboard=false"]
             its = [f"--node-ip-address={address}", f"--temp-dir={directories[-1]}", "--num-cpus=1"]
             run(host, "ray", "start", *role, *its)
-        yield run
+
+    try:
+        cable = ["link", "add", CABLES[HEAD], "netns", HEAD, "type", "veth"]
+        _ip(*cable, "peer", "name", CABLES[OTHER], "netns", OTHER)
+        for host, address in HOSTS.items():
+            _ip("-n", host, "link", "set", "lo", "up")
+            _ip("-n", host, "addr", "add", f"{address}/24", "dev", CABLES[host])
+            _ip("-n", host, "link", "set", CABLES[host], "up")
+        start()
+        yield run, start
     finally:
         for host in HOSTS:
             kill(host)
@@ -126,9 +132,9 @@ def _results(path):
     ("fault", "method", "lost"),
     [
         ("none", "none", 0),
-        ("killed", "train_parents", 1),
-        ("killed", "fitness", 1),
-        ("killed", "train_children", 1),
+        (OTHER, "train_parents", 1),
+        (OTHER, "fitness", 1),
+        (OTHER, "train_children", 1),
         ("5", "train_children", 0),
         ("120", "train_parents", 1),
     ],
@@ -136,14 +142,33 @@ def _results(path):
 )
 def test_the_results_are_those_of_one_machine(fault, method, lost, hosts, tmp_path, float64):
     """Whether the other host is lost, or the cable between them for some seconds or for good."""
+    run, _ = hosts
+    run(HEAD, sys.executable, "-c", _RUN, fault, method, str(tmp_path / "run.pkl"))
+    assert len(_assert_as_on_one_machine(tmp_path / "run.pkl")) == lost
+
+
+@pytest.mark.slow
+def test_the_head_is_lost_and_the_run_goes_on_from_its_checkpoint(hosts, tmp_path, float64):
+    """With it the process that runs `fit` dies, and the cluster, which is started again."""
+    run, start = hosts
+    script = [sys.executable, "-c", _RUN]
+    path, directory = str(tmp_path / "run.pkl"), str(tmp_path / "checkpoints")
+    with pytest.raises(subprocess.CalledProcessError):
+        run(HEAD, *script, HEAD, "train_children", path, directory)
+    start()
+    run(HEAD, *script, "none", "none", path, directory)
+    assert _assert_as_on_one_machine(path) == []
+
+
+def _assert_as_on_one_machine(path):
+    """Returns the events of the run."""
     from tests.gadam import test_cluster
 
-    hosts(HEAD, sys.executable, "-c", _RUN, fault, method, str(tmp_path / "run.pkl"))
-    events, members, history, lineage = _results(tmp_path / "run.pkl")
-    assert len(events) == lost
+    events, members, history, lineage = _results(path)
     local = test_cluster._run("auto")
     assert lineage == list(local.lineage)
     np.testing.assert_allclose(history["fitness"], local.history.history["fitness"], rtol=1e-8)
     for rank, weights in enumerate(members):
         for received, expected in zip(weights, local.member(rank).get_weights(), strict=True):
             np.testing.assert_allclose(received, expected, rtol=1e-8, atol=1e-10)
+    return events
