@@ -59,6 +59,7 @@ def _garbage_collected():
     """After each file, so that no later collection has to go through what all files traced."""
     yield
     gc.collect()
+    gc.freeze()  # what is left
 
 
 @pytest.fixture
