@@ -22,8 +22,8 @@ ARGUMENTS = {
     "gradient_descent": "--epochs 5",
     "embeddings": "--epochs 2 --texts 1000 --words 1000",
     "regression_to_precision": "--evaluations 300",
-    "physics_informed": "--units 10 --layers 2 --points 512 --adam-steps 300 --seconds 4",
-    "population_study": "--data digits --seeds 2 --members 4 --generations 2 --epochs 1",
+    "physics_informed": "--units 10 --layers 2 --points 512 --adam-steps 300 --seconds 2",
+    "population_study": "--data digits --seeds 1 --members 4 --generations 2 --epochs 1",
 }
 
 _TITLE = re.compile(r"^# --- (.*?) -+$", re.MULTILINE)
