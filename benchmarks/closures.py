@@ -18,6 +18,7 @@ import tensorflow as tf
 
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
+from benchmarks.update_step import torch_device
 
 ITERATIONS = 100
 SECONDS = 8.0
@@ -98,8 +99,9 @@ def of_torch(name: str) -> Contender:
         model = torch.nn.Sequential(
             torch.nn.Linear(inputs, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, outputs)
         )
+        model.to(torch_device())
         loss = torch.nn.CrossEntropyLoss() if name == "digits" else torch.nn.MSELoss()
-        x, y = map(torch.from_numpy, DATA[name]())
+        x, y = (torch.from_numpy(array).to(torch_device()) for array in DATA[name]())
         arrays = [torch.from_numpy(np.ascontiguousarray(w.T)) for w in weights]
 
         def step() -> object:

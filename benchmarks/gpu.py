@@ -1,4 +1,4 @@
-"""The update, a step of `fit`, closures and populations on a GPU, beside Keras, optax and JAX.
+"""Updates, steps of `fit`, closures and populations on a GPU, beside Keras, optax, torch and JAX.
 
 python -m benchmarks.gpu                # all of it
 python -m benchmarks.gpu population     # one of: update embedding fit closures population
@@ -16,9 +16,9 @@ from benchmarks import closures, fit_step, population, update_step
 from benchmarks.side_by_side import Work, run
 
 
-def _without_bounds(*names: Callable[[], Sequence[Work]]) -> Callable[[], list[Work]]:
+def _without_bounds(*makers: Callable[[], Sequence[Work]]) -> Callable[[], list[Work]]:
     """The works of other benchmarks, whose bounds are for a CPU."""
-    return lambda: [dataclasses.replace(work, bounds={}) for make in names for work in make()]
+    return lambda: [dataclasses.replace(work, bounds={}) for make in makers for work in make()]
 
 
 WORKS = {

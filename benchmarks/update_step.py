@@ -102,6 +102,13 @@ def with_optax(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
     return Contender(name, make)
 
 
+def torch_device() -> str:
+    """Where torch's contenders run: on the GPU, if its build uses one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def with_torch(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
     """Adam of torch, fused: one pass over the memory."""
 
@@ -109,7 +116,7 @@ def with_torch(name: str, shapes: Sequence[tuple[int, ...]]) -> Contender:
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch_device()
         weights = [torch.nn.Parameter(torch.tensor(w, device=device)) for w in _arrays(shapes, 0)]
         for weight, gradient in zip(weights, _arrays(shapes, seed=1), strict=True):
             weight.grad = torch.tensor(gradient, device=device)

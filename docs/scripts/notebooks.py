@@ -4,8 +4,9 @@ For `mkdocs serve`, they are kept in `build/docs_notebooks` until the package or
 changes.
 """
 
-import hashlib
+import functools
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[2]
-KEPT = ROOT / "build" / "docs_notebooks"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kept import ROOT, kept
 
 # Seconds each, instead of minutes. (`gadam_ray.py` is for a cluster.)
 ARGUMENTS = {
@@ -32,21 +34,16 @@ _MAIN = 'if __name__ == "__main__":'
 
 def on_files(files: Files, config: Any) -> Files:
     """MkDocs calls this when it has found the pages."""
-    KEPT.mkdir(parents=True, exist_ok=True)
     package = [*ROOT.glob("keras_gdopt/**/*.py"), *ROOT.glob("callbacks/*.py"), Path(__file__)]
     for name, arguments in ARGUMENTS.items():
         script = ROOT / "examples" / f"{name}.py"
-        digest = hashlib.sha256(b"".join(p.read_bytes() for p in [script, *sorted(package)]))
-        kept = KEPT / f"{name}-{digest.hexdigest()[:16]}.ipynb"
-        if not kept.exists():
-            for outdated in KEPT.glob(f"{name}-*"):
-                outdated.unlink()
-            kept.write_text(_executed(script.read_text(), arguments.split()))
-        files.append(File.generated(config, f"notebooks/{name}.ipynb", content=kept.read_text()))
+        run = functools.partial(_executed, script.read_text(), arguments.split())
+        made = kept("docs_notebooks", f"{name}.ipynb", [script, *sorted(package)], run)
+        files.append(File.generated(config, f"notebooks/{name}.ipynb", content=made))
     return files
 
 
-def _executed(script: str, arguments: list[str]) -> str:
+def _executed(script: str, arguments: list[str]) -> bytes:
     # Imported only when a notebook must be run.
     import nbclient
     import nbformat
@@ -66,7 +63,7 @@ def _executed(script: str, arguments: list[str]) -> str:
     for cell in notebook.cells:  # without TensorFlow's messages when it starts
         shown = cell.get("outputs", [])
         shown[:] = [output for output in shown if output.get("name") != "stderr"]
-    return nbformat.writes(notebook)
+    return nbformat.writes(notebook).encode()
 
 
 def _cells(script: str, arguments: list[str]) -> Iterator[tuple[str, str]]:

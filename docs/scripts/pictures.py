@@ -4,7 +4,7 @@ For `mkdocs serve`, they are kept in `build/docs_pictures` until the package or 
 changes.
 """
 
-import hashlib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,22 +14,18 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 SCRIPTS = Path(__file__).parent
-ROOT = SCRIPTS.parents[1]
+sys.path.insert(0, str(SCRIPTS))
+
+from kept import ROOT, kept
+
 SYMPTOMS = SCRIPTS.parent / "training_fails.md"
-KEPT = ROOT / "build" / "docs_pictures"
 
 
 def on_files(files: Files, config: Any) -> Files:
     """MkDocs calls this when it has found the pages."""
-    sys.path.insert(0, str(SCRIPTS))
-    KEPT.mkdir(parents=True, exist_ok=True)
     for name, sources, draw in _drawings():
-        file = KEPT / f"{name}-{_digest(sources)}.svg"
-        if not file.exists():
-            for outdated in KEPT.glob(f"{name}-*"):
-                outdated.unlink()
-            file.write_bytes(draw(name))
-        files.append(File.generated(config, f"pictures/{name}.svg", content=file.read_bytes()))
+        made = kept("docs_pictures", f"{name}.svg", sources, functools.partial(draw, name))
+        files.append(File.generated(config, f"pictures/{name}.svg", content=made))
     for picture in sorted((ROOT / "examples" / "pictures").glob("*.png")):
         name = f"pictures/{picture.name}"
         files.append(File.generated(config, name, abs_src_path=str(picture)))
@@ -79,10 +75,3 @@ def _path(name: str) -> bytes:
     import paths_on_a_surface
 
     return paths_on_a_surface.picture(name)
-
-
-def _digest(sources: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]

@@ -57,10 +57,10 @@ class GradientOptimizer(RecordingOptimizer):
             variable in either case.
         skip_nonfinite: Whether a step is skipped if an entry of its gradients is not
             finite (under a strategy, of their sum over the replicas), or if they are to
-            be clipped by a norm that is not finite. A skipped step
-            changes neither the weights nor the optimizer's state: `iterations` does not
-            advance, so schedules, bias corrections, moving averages and accumulation
-            stand still. `step_metrics` counts such steps as `skipped_steps`. The state of
+            be clipped by a norm that overflows. A skipped step changes neither the
+            weights nor the optimizer's state: `iterations` does not advance, so
+            schedules, bias corrections, moving averages and accumulation stand still.
+            `step_metrics` counts such steps as `skipped_steps`. The state of
             layers, such as the statistics of batch normalization, is not undone. With
             `False` (the default), NaN reaches the weights, as with Keras's optimizers.
             `True` needs the TensorFlow backend.
@@ -623,9 +623,9 @@ class GradientOptimizer(RecordingOptimizer):
                 raise ValueError(
                     f"{type(self).__name__} was not built for the variable "
                     f"'{variable_path(variable)}'. It was built for {len(known)} variable(s): "
-                    f"{known[:5]}{'...' if len(known) > 5 else ''}. An "
-                    "optimizer is made for one set of variables: after unfreezing layers, or for "
-                    "another model, compile with a new one."
+                    f"{known[:5]}{'...' if len(known) > 5 else ''}. "
+                    "An optimizer is made for one set of variables: after unfreezing layers, or "
+                    "for another model, compile with a new one."
                 )
 
     def _check_variables_are_distinct(self, variables: Sequence[Any]) -> None:

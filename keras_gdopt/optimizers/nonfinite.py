@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_gdopt.optimizers.arithmetic import cut_into_parts, global_norm
-from keras_gdopt.optimizers.dense_step import is_sparse
+from keras_gdopt.optimizers.arithmetic import common_dtype, cut_into_parts
+from keras_gdopt.optimizers.dense_step import is_sparse, total_square
 from keras_gdopt.tensor import Tensor
 
 
@@ -21,10 +21,8 @@ def has_finite_norm(gradients: Sequence[Any]) -> Tensor:
     Args:
         gradients: Dense tensors or `tf.IndexedSlices`; at least one.
     """
-    values = [gradient.values if is_sparse(gradient) else gradient for gradient in gradients]
-    norm = global_norm(values)
-    # Dense gradients and rows are looked at one after the other, and clipped together.
-    return tf.math.is_finite(2.0 * tf.square(norm))
+    # Twice the square, as dense gradients and rows are looked at in turn, and clipped together.
+    return tf.math.is_finite(2.0 * total_square(gradients, common_dtype(gradients)))
 
 
 def all_finite(gradients: Sequence[Any]) -> Tensor:
