@@ -13,11 +13,11 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-SCRIPTS = Path(__file__).parent
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from kept import ROOT, kept
 
+SCRIPTS = Path(__file__).parent
 SYMPTOMS = SCRIPTS.parent / "training_fails.md"
 
 
