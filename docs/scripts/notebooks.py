@@ -6,17 +6,13 @@ changes.
 
 import functools
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from kept import ROOT, kept
+from mkdocs.structure.files import File, Files
 
 # Seconds each, instead of minutes. (`gadam_ray.py` is for a cluster.)
 ARGUMENTS = {

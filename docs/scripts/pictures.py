@@ -11,11 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from kept import ROOT, kept
+from mkdocs.structure.files import File, Files
 
 SCRIPTS = Path(__file__).parent
 SYMPTOMS = SCRIPTS.parent / "training_fails.md"
@@ -23,6 +20,7 @@ SYMPTOMS = SCRIPTS.parent / "training_fails.md"
 
 def on_files(files: Files, config: Any) -> Files:
     """MkDocs calls this when it has found the pages."""
+    sys.path.insert(0, str(SCRIPTS))  # MkDocs has it there only while it imports this file
     for name, sources, draw in _drawings():
         made = kept("docs_pictures", f"{name}.svg", sources, functools.partial(draw, name))
         files.append(File.generated(config, f"pictures/{name}.svg", content=made))
