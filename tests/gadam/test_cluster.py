@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import keras
 import numpy as np
@@ -538,18 +539,30 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
 
 
 @pytest.mark.slow
-def test_a_population_that_is_no_longer_in_use_leaves_room_for_the_next(cluster):
-    """Also where no garbage is collected by itself: a Keras model refers to itself."""
-    import ray
+def test_a_population_that_is_no_longer_in_use_leaves_room_for_the_next(cluster, monkeypatch):
+    """Also where only the garbage collector can tell, as after an exception.
 
-    gc.collect()
-    everything = gdopt.RayEngine(1, threads_per_worker=int(ray.cluster_resources()["CPU"]))
+    Ray collects by itself, but only after waiting for resources for a while.
+    """
+    from keras_gdopt.gadam.cluster.pool import Pool
+
+    prepare, is_gone = Pool._prepare, []
+
+    def prepared(pool, number, handle):
+        is_gone.append(earlier is not None and earlier() is None)
+        return prepare(pool, number, handle)
+
+    monkeypatch.setattr(Pool, "_prepare", prepared)
+    earlier = None
     gc.disable()
     try:
-        for _ in range(2):
-            assert len(_run(everything).lineage) > 0
+        gadam = _run(gdopt.RayEngine(1))
+        gadam.itself, earlier = gadam, weakref.ref(gadam)
+        del gadam
+        _run(gdopt.RayEngine(1))
     finally:
         gc.enable()
+    assert is_gone == [False, True]
 
 
 @pytest.mark.slow
