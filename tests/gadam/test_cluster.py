@@ -519,9 +519,8 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
     monkeypatch.setattr(pool, "_PATIENCE", 2.0)
     monkeypatch.setattr(pool, "_TO_START", 6.0)
     everything = int(ray.cluster_resources()["CPU"])
-    gc.collect()  # populations of other tests, with their workers
 
-    @ray.remote(num_cpus=everything)
+    @ray.remote(num_cpus=1)
     class Other:
         def answer(self):
             return 1
@@ -530,12 +529,12 @@ def test_a_worker_that_waits_for_resources_says_so(cluster, monkeypatch, caplog)
     ray.get(other.answer.remote(), timeout=60.0)
     try:
         with pytest.raises(RuntimeError, match="Worker 0 of 1 did not start"):
-            _run(gdopt.RayEngine(1))
+            _run(gdopt.RayEngine(1, threads_per_worker=everything))
     finally:
         ray.kill(other)
     waiting = [one.message for one in caplog.records if "has not started" in one.message]
     assert len(waiting) == 1
-    assert "or wait for {'CPU': 1" in waiting[0]
+    assert f"or wait for {{'CPU': {everything}" in waiting[0]
 
 
 @pytest.mark.slow
