@@ -22,13 +22,6 @@ import tensorflow as tf
 import keras_gdopt as gdopt
 from benchmarks.side_by_side import Contender, Work, run
 from benchmarks.update_step import resnet50_shapes
-from keras_gdopt.callbacks import (
-    OptimizerMetrics,
-    OptimizerTensorBoard,
-    PopulationTensorBoard,
-    TrainingAlarms,
-)
-from keras_gdopt.callbacks.curvature import Curvature
 from keras_gdopt.gadam import Lineage
 
 SAMPLES, BATCH, EPOCHS, MODELS = 1797, 32, 20, 6
@@ -64,7 +57,7 @@ def generations(members: int, *, watched: bool) -> Contender:
             gadam._identities = [gadam.lineage.born(0) for _ in range(members)]
             callbacks = []
             if watched:
-                callbacks = [PopulationTensorBoard(directory / str(next(number)))]
+                callbacks = [gdopt.callbacks.PopulationTensorBoard(directory / str(next(number)))]
             return gadam.fit(x, y, generations=GENERATIONS, callbacks=callbacks, verbose=0)
 
         return step
@@ -110,7 +103,11 @@ def epochs(tier: str | None) -> Contender:
     """With an `OptimizerTensorBoard` of a tier, or without."""
 
     def callbacks() -> list[keras.callbacks.Callback]:
-        return [] if tier is None else [OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
+        return (
+            []
+            if tier is None
+            else [gdopt.callbacks.OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
+        )
 
     return _epochs(_name(tier), callbacks)
 
@@ -119,7 +116,7 @@ def _logged() -> list[Work]:
     name = "with OptimizerMetrics(update_freq=10)"
     contenders = [
         _epochs("without", list),
-        _epochs(name, lambda: [OptimizerMetrics(update_freq=10)]),
+        _epochs(name, lambda: [gdopt.callbacks.OptimizerMetrics(update_freq=10)]),
     ]
     return [
         Work(
@@ -136,11 +133,11 @@ def _watched() -> list[Work]:
     name = "and TrainingAlarms"
 
     def board() -> keras.callbacks.Callback:
-        return OptimizerTensorBoard(tempfile.mkdtemp())
+        return gdopt.callbacks.OptimizerTensorBoard(tempfile.mkdtemp())
 
     contenders = [
         _epochs("with OptimizerTensorBoard", lambda: [board()]),
-        _epochs(name, lambda: [board(), TrainingAlarms()]),
+        _epochs(name, lambda: [board(), gdopt.callbacks.TrainingAlarms()]),
     ]
     return [
         Work(
@@ -172,6 +169,9 @@ def _measured() -> list[Work]:
         return lambda: model.fit(data, verbose=0)
 
     def measurements() -> Callable[[], object]:
+        # Not above: with `--before`, the other works run in versions that have no such module.
+        from keras_gdopt.callbacks.curvature import Curvature
+
         curvature = Curvature(trained(), (x[:SAMPLES_OF_CURVATURE], y[:SAMPLES_OF_CURVATURE]))
         return curvature.largest_eigenvalue
 
@@ -209,7 +209,7 @@ def updates(tier: str | None) -> Contender:
         def step() -> object:
             callbacks = []
             if tier is not None:
-                callbacks = [OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
+                callbacks = [gdopt.callbacks.OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
             return model.fit(data, callbacks=callbacks, verbose=0)
 
         return step

@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def measure(work: Work, repetitions: int) -> None:
 
 
 def beside_before(
-    checkout: str,
+    before: str,
+    now: str,
     module: str,
     name: str,
     makers: Mapping[str, Callable[[], Sequence[Work]]],
@@ -108,7 +110,8 @@ def beside_before(
     faster than others.
 
     Args:
-        checkout: The other version's directory. The benchmarks come from this version.
+        before: The directory in which the other version is installed.
+        now: That of this version, from which the benchmarks come in both cases.
         module: The benchmark module that `makers` belong to.
         name: The name of one of the makers.
         makers: Makers of works.
@@ -118,10 +121,7 @@ def beside_before(
         for contender in work.contenders:
             if contender.name.startswith(_PEERS):
                 continue
-            both = [
-                (Path(checkout).resolve(), f"{contender.name}, before"),
-                (_ROOT, contender.name),
-            ]
+            both = [(before, f"{contender.name}, before"), (now, contender.name)]
             rounds = []
             for turn in range(_PROCESSES):
                 with contextlib.ExitStack() as processes:
@@ -149,14 +149,14 @@ def _merge(same: Sequence[Contender]) -> Contender:
 
 @contextlib.contextmanager
 def _in_a_process(
-    checkout: Path, module: str, name: str, place: int, contender: str, label: str
+    installed: str, module: str, name: str, place: int, contender: str, label: str
 ) -> Iterator[Contender]:
-    """A contender in a process of its own, with the package of a checkout."""
+    """A contender in a process of its own, with the package that is installed in a directory."""
     script = f"""
 import sys
-sys.path.insert(0, {str(checkout)!r})
+sys.path.insert(0, {installed!r})
 import keras_gdopt
-assert keras_gdopt.__file__.startswith({str(checkout)!r}), keras_gdopt.__file__
+assert keras_gdopt.callbacks.__file__.startswith({installed!r}), keras_gdopt.callbacks.__file__
 sys.path.insert(0, {str(_ROOT)!r})
 from {module} import WORKS
 contenders = WORKS[{name!r}]()[{place}].contenders
@@ -281,12 +281,27 @@ def run(description: str, works: Mapping[str, Callable[[], Sequence[Work]]]) -> 
     if unknown:
         parser.error(f"no work named {sorted(unknown)}; expected any of {list(works)}")
     print(f"{environment()}\n\n{HEADER}", flush=True)
+    if arguments.before:
+        module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+        with _installed(arguments.before) as before, _installed(str(_ROOT)) as now:
+            for name in arguments.work or works:
+                for work in beside_before(before, now, module, name, works, arguments.repetitions):
+                    print(rows(work), flush=True)  # at once, as some works take an hour
+        return
     for name in arguments.work or works:
-        if arguments.before:
-            module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
-            for work in beside_before(arguments.before, module, name, works, arguments.repetitions):
-                print(rows(work), flush=True)  # at once, as some works take an hour
-            continue
         for work in works[name]():
             measure(work, arguments.repetitions)
             print(rows(work), flush=True)
+
+
+@contextlib.contextmanager
+def _installed(checkout: str) -> Iterator[str]:
+    """A directory with the package of a checkout.
+
+    A checkout alone would not do: `callbacks/` stands beside the package, so
+    `keras_gdopt.callbacks` would be that of the version that is installed for the benchmarks.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", directory, checkout], check=True)
+        yield directory

@@ -4,20 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import keras
-
-from keras_gdopt.callbacks.optimizer_parts import (
-    OptimizerPart,
-    optimizer_parts,
-    start_recording,
-    stop_recording,
-)
-from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
+from keras_gdopt.callbacks.recording_callback import RecordingCallback
 
 _NAMES = ("learning_rate", "grad_norm", "update_norm", "weight_norm")
 
 
-class OptimizerMetrics(keras.callbacks.Callback):
+class OptimizerMetrics(RecordingCallback):
     r"""Adds the optimizer's metrics to the logs, for `History` and any other logger.
 
     Put it before the callbacks that are to see them, such as `keras.callbacks.CSVLogger`, W&B's or
@@ -57,66 +49,43 @@ class OptimizerMetrics(keras.callbacks.Callback):
     """
 
     def __init__(self, names: Sequence[str] | None = None, update_freq: int = 100) -> None:
-        check_tensorflow(type(self).__name__)
-        super().__init__()
+        super().__init__(update_freq)
         if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
             raise ValueError(
                 "Argument `names` must be a list of names of metrics, such as ['grad_norm']. "
                 f"Received: names={names!r}"
             )
         self.names = _NAMES if names is None else tuple(names)
-        self.update_freq = checked_count("update_freq", update_freq, minimum=1)
-        self._parts: list[OptimizerPart] = []
         self._known: dict[str, float] = {}
-        self._batches = self._batches_before_epoch = 0
 
     # --- what Keras calls ----------------------------------------------------
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Asks the model's optimizer to record."""
-        if getattr(self.model, "optimizer", None) is None:
-            raise ValueError(
-                "OptimizerMetrics needs a compiled model: call `model.compile(optimizer=..., "
-                f"...)` first. Received: the model '{self.model.name}', which is not compiled"
-            )
-        self._batches, self._known, self._parts = 0, {}, []
-        self._begin_recording()
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes how many batches came before the epoch."""
-        self._batches_before_epoch = self._batches
+        self._known = {}
+        super().on_train_begin(logs)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the metrics of the last recorded step to the batch's logs."""
-        if not self._parts:
-            self._begin_recording()  # of optimizers that a function chooses
-        before, self._batches = self._batches, self._batches_before_epoch + batch + 1
-        if self._batches // self.update_freq > before // self.update_freq:
-            self._look()
+        super().on_train_batch_end(batch, logs)
         if logs is not None:
             logs.update(self._known)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the metrics to the epoch's logs."""
-        self._look()
+        self._look(logs)
         if logs is not None:
             logs.update(self._known)
-
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Ends the recording."""
-        stop_recording(self._parts, self)
 
     # --- the parts -----------------------------------------------------------
 
     def _begin_recording(self) -> None:
-        self._parts = optimizer_parts(self.model.optimizer)
-        start_recording(self.model, self._parts, self.update_freq, "scalars", self)
+        super()._begin_recording()
         for part in self._parts:
             for name in self.names:
                 self._known[f"{part.prefix}{name}"] = math.nan
 
-    def _look(self) -> None:
-        """Reads what was recorded since the last look."""
+    def _look(self, logs: dict[str, Any] | None) -> None:
         for part in self._parts:
             _, metrics = part.new_metrics(self.model.trainable_variables)
             if not metrics:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2
@@ -25,14 +24,11 @@ from keras_gdopt.callbacks.hyperparameters import hyperparameters
 from keras_gdopt.callbacks.logs import numbers
 from keras_gdopt.callbacks.optimizer_parts import (
     OptimizerPart,
-    count,
-    optimizer_parts,
-    start_recording,
-    stop_recording,
+    loss_scale,
     totals,
 )
+from keras_gdopt.callbacks.recording_callback import RecordingCallback
 from keras_gdopt.optimizers.argument_checks import (
-    check_tensorflow,
     checked_choice,
     checked_count,
 )
@@ -40,7 +36,7 @@ from keras_gdopt.optimizers.recording import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import chain, is_multi_optimizer
 
 
-class OptimizerTensorBoard(keras.callbacks.Callback):
+class OptimizerTensorBoard(RecordingCallback):
     r"""Writes the optimizer's metrics to TensorBoard every few batches.
 
     The optimizer records the metrics inside its compiled step, and only on the steps that are
@@ -157,11 +153,8 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         curvature_data: Sequence[Any] | None = None,
         curvature_freq: int | str = "epoch",
     ) -> None:
-        check_tensorflow(type(self).__name__)
-        super().__init__()
+        super().__init__(update_freq, checked_choice("tier", tier, TIERS))
         self.log_dir = os.fspath(log_dir)
-        self.update_freq = checked_count("update_freq", update_freq, minimum=1)
-        self.tier = checked_choice("tier", tier, TIERS)
         self.curvature_data = curvature_data
         if curvature_data is not None:
             check_curvature_data(curvature_data)
@@ -175,75 +168,52 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
                     "curvature_data=None"
                 )
         self._curvature: Curvature | None = None
-        self._parts: list[OptimizerPart] = []
         self._files: EventFiles | None = None
-        self._has_begun = self._has_parts = self._has_warned = False
-        self._batches = 0
-        self._batches_before_epoch = 0
-        self._last_look = self._last_measurement = 0
+        self._has_warned = False
+        self._last_measurement = 0
 
     # --- what Keras calls ----------------------------------------------------
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Opens the event files and asks the model's optimizer to record."""
-        optimizer = getattr(self.model, "optimizer", None)
-        if optimizer is None:
-            raise ValueError(
-                "OptimizerTensorBoard needs a compiled model: call "
-                "`model.compile(optimizer=keras_gdopt.Adam(), ...)` first. Received: the model "
-                f"'{self.model.name}', which is not compiled"
-            )
+        self._has_warned, self._curvature = False, None
+        super().on_train_begin(logs)
+
+    def _open_files(self) -> None:
         self._files = None
-        if self.model.distribute_strategy.extended.should_save_summary:  # the chief
+        if self._is_chief:
             layout = _layout(self.tier, self.curvature_data is not None)
             write_layout(self.log_dir, layout, owner=type(self).__name__)
             self._files = EventFiles(self.log_dir, owner=type(self).__name__)
-        self._has_begun = self._has_parts = self._has_warned = False
-        self._parts, self._curvature = [], None
-        self._begin_recording()
 
     def _begin_recording(self) -> None:
-        """Asks the optimizers to record and writes their hyper-parameters.
-
-        Does nothing before a `MultiOptimizer` knows its optimizers: if a function chooses
-        them, that is after the first batch.
-        """
-        optimizer = self.model.optimizer
-        self._parts = optimizer_parts(optimizer)
-        self._has_parts = bool(self._parts) or _innermost(optimizer).built
+        """Asks the optimizers to record and writes their hyper-parameters."""
+        super()._begin_recording()
         if not self._has_parts:
             return
         session = hparams_summary.hparams_pb(
-            hyperparameters(optimizer), trial_id=_trial(self.log_dir)
+            hyperparameters(self.model.optimizer), trial_id=_trial(self.log_dir)
         )
         self._write(values_of(session))
         silent = [part for part in self._parts if part.recording is None]
         if silent:
-            warnings.warn(_message_about(silent), stacklevel=3)
-        start_recording(self.model, self._parts, self.update_freq, self.tier, self)
+            warnings.warn(_message_about(silent), stacklevel=2)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Records how many batches came before the epoch."""
-        if not self._has_begun:  # by now `BackupAndRestore` has restored the model
-            self._has_begun = True
-            updates = self._updates()
-            accumulated = _innermost(self.model.optimizer).gradient_accumulation_steps or 1
-            self._batches = self._last_look = updates * accumulated
-            if updates and self._files is not None:
-                self._files.restart(updates + 1)
-            if self.curvature_data is not None and self._files is not None:
-                self._curvature = Curvature(self.model, self.curvature_data)
-                self._measure_curvature()
-        self._batches_before_epoch = self._batches
+        """Continues the curves of a run that was interrupted; measures the first curvature."""
+        is_first = not self._has_begun
+        super().on_epoch_begin(epoch, logs)
+        if not is_first or self._files is None:
+            return
+        if self._updates:
+            self._files.restart(self._updates + 1)
+        if self.curvature_data is not None:
+            self._curvature = Curvature(self.model, self.curvature_data)
+            self._measure_curvature()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes if a multiple of `update_freq` has been passed."""
-        if not self._has_parts:
-            self._begin_recording()
-        self._batches = self._batches_before_epoch + batch + 1
-        if self._batches // self.update_freq > self._last_look // self.update_freq:
-            self._last_look = self._batches
-            self._write_step()
+        super().on_train_batch_end(batch, logs)
         every = self.curvature_freq
         if isinstance(every, int) and self._batches // every > self._last_measurement // every:
             self._measure_curvature()
@@ -253,7 +223,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         values = [scalar(f"epoch_{name}", value) for name, value in numbers(logs).items()]
         if self.tier == "histograms":
             values += self._histograms()
-        updates = self._updates()
+        updates = self._updates
         # Also if no step was taken that could be written.
         skipped: list[Summary.Value] = []
         for part in self._parts:
@@ -263,15 +233,15 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._write(skipped, step=updates)
         if not updates and not skipped and not self._has_warned:
             self._has_warned = True
-            warnings.warn(_message_about_no_update(self.model.optimizer), stacklevel=2)
+            warnings.warn(_message_about_no_update(self._innermost), stacklevel=2)
         self._write(values, step=updates or self._batches)
         if self.curvature_freq == "epoch":
             self._measure_curvature()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Writes what is left, ends the recording and closes the event files."""
-        self._write_step()
-        stop_recording(self._parts, self)
+        self._look(logs)
+        super().on_train_end(logs)
         self._curvature = None
         if self._files is not None:
             ended = hparams_session.session_end_pb(api_pb2.STATUS_SUCCESS)
@@ -282,9 +252,9 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
 
     def _write(self, values: Any, *, step: int | None = None, run: str = "") -> None:
         if self._files is not None and len(values):
-            self._files.write(self._updates() if step is None else step, values, run=run)
+            self._files.write(self._updates if step is None else step, values, run=run)
 
-    def _write_step(self) -> None:
+    def _look(self, logs: dict[str, Any] | None = None) -> None:
         """Writes the last recorded step of each optimizer, unless it was written before."""
         if self._files is None:
             return
@@ -302,7 +272,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
             is_whole = all(part in now or not part.variables for part in self._parts)
             if is_whole and self._parts[0].name:
                 values += _curves("", totals(list(now.values())))
-            scale = _loss_scale(self.model.optimizer)
+            scale = loss_scale(self.model.optimizer)
             if scale is not None:
                 values.append(scalar("optimizer/loss_scale", scale))
             self._write(values, step=step)
@@ -313,7 +283,7 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
         self._last_measurement = self._batches
         eigenvalue = self._curvature.largest_eigenvalue()
         values = [scalar("curvature/largest_eigenvalue", eigenvalue)]
-        if not is_multi_optimizer(_innermost(self.model.optimizer)):
+        if not is_multi_optimizer(self._innermost):
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
             values.append(scalar("curvature/learning_rate", rate))
             stable = highest_stable_learning_rate(self.model.optimizer, eigenvalue)
@@ -347,18 +317,10 @@ class OptimizerTensorBoard(keras.callbacks.Callback):
                 path = part.distinct_name(own_path, trainable)
                 yield from histogram(f"gradients/{path}", gradient)
 
-    def _updates(self) -> int:
-        return count(_innermost(self.model.optimizer))
-
 
 def _trial(log_dir: str) -> str:
     """A run's name in the HParams tab: the last two parts of its directory."""
     return "/".join(os.path.normpath(log_dir).split(os.sep)[-2:])
-
-
-def _innermost(optimizer: Any) -> Any:
-    """The optimizer inside all wrappers: the count of some Keras wrappers stays 0."""
-    return chain(optimizer)[-1]
 
 
 def _curves(prefix: str, metrics: dict[str, float]) -> Iterator[Summary.Value]:
@@ -381,13 +343,6 @@ def _ratio_log10(metrics: dict[str, float]) -> float | None:
     return math.log10(update) - math.log10(weight)
 
 
-def _loss_scale(optimizer: Any) -> float | None:
-    for each in chain(optimizer):
-        if isinstance(each, keras.optimizers.LossScaleOptimizer) and each.built:
-            return float(tf.convert_to_tensor(each.dynamic_scale))
-    return None
-
-
 def _message_about(parts: list[OptimizerPart]) -> str:
     chains = [
         " around ".join(f"{type(o).__module__}.{type(o).__name__}" for o in chain(part.optimizer))
@@ -408,7 +363,7 @@ def _message_about_no_update(optimizer: Any) -> str:
         "OptimizerTensorBoard follows `model.optimizer`, which made no update in this epoch. "
         "Expected: trainable weights, and a `train_step` that uses this optimizer. The epochs' "
         "logs are written by the count of batches. Received: "
-        f"{type(_innermost(optimizer)).__name__}, with 0 updates"
+        f"{type(optimizer).__name__}, with 0 updates"
     )
 
 

@@ -97,7 +97,7 @@ class PopulationTensorBoard(PopulationCallback):
         tree_freq: Generations between two family trees; the last generation of a `fit` has
             one, too. The picture needs matplotlib, which the extra `keras-gdopt[plots]`
             installs. Defaults to 50, because a picture may take as long as a generation of a
-            small model. 0 for none.
+            small model. 0 for neither pictures nor the table beside them.
 
     Raises:
         ValueError: If `tree_freq` is not an integer of at least 0; before training starts, if

@@ -6,24 +6,15 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from tensorboard.plugins.text import summary_v2 as text_summary
 
 from keras_gdopt.callbacks.alarms import ALARMS, Alarm, Epoch, Finding, RecordedStep
 from keras_gdopt.callbacks.event_files import EventFiles, values_of
 from keras_gdopt.callbacks.logs import number, numbers
-from keras_gdopt.callbacks.optimizer_parts import (
-    OptimizerPart,
-    count,
-    loss_scale,
-    optimizer_parts,
-    start_recording,
-    stop_recording,
-)
-from keras_gdopt.optimizers.argument_checks import check_tensorflow, checked_count
+from keras_gdopt.callbacks.optimizer_parts import loss_scale
+from keras_gdopt.callbacks.recording_callback import RecordingCallback
 from keras_gdopt.optimizers.arithmetic import common_dtype, machine_epsilon
-from keras_gdopt.optimizers.wrapping_optimizer import chain
 
 NAMES = tuple(sorted(alarm.name for alarm in ALARMS))
 
@@ -39,7 +30,7 @@ class Raised(NamedTuple):
     message: str
 
 
-class TrainingAlarms(keras.callbacks.Callback):
+class TrainingAlarms(RecordingCallback):
     """Says what is wrong with a training: what, where, since about which step, and what to try.
 
     Each alarm is raised once, by a warning and, with a `log_dir`, a text in TensorBoard:
@@ -102,9 +93,7 @@ class TrainingAlarms(keras.callbacks.Callback):
         stop_on: Collection[str] = (),
         log_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_tensorflow(type(self).__name__)
-        super().__init__()
-        self.update_freq = checked_count("update_freq", update_freq, minimum=1)
+        super().__init__(update_freq, tier="layers")
         unknown = [stop_on] if isinstance(stop_on, str) else sorted(set(stop_on) - set(NAMES))
         if unknown:
             raise ValueError(
@@ -116,9 +105,7 @@ class TrainingAlarms(keras.callbacks.Callback):
         self.raised: dict[str, Raised] = {}
         self._entropy = None if labels is None else _entropy(labels)
         self._alarms: Sequence[Alarm] = ()
-        self._parts: list[OptimizerPart] = []
         self._files: EventFiles | None = None
-        self._batches = self._batches_before_epoch = 0
         self._trainable: Sequence[Any] = ()
         self._epsilon = 0.0
 
@@ -126,33 +113,17 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Asks the model's optimizer to record, and forgets what was raised before."""
-        if getattr(self.model, "optimizer", None) is None:
-            raise ValueError(
-                "TrainingAlarms needs a compiled model: call `model.compile(optimizer=..., ...)` "
-                f"first. Received: the model '{self.model.name}', which is not compiled"
-            )
         self.raised, self._alarms = {}, [alarm() for alarm in ALARMS]
-        self._batches, self._parts = 0, []
-        if self.log_dir is not None and self._is_chief:
-            self._files = EventFiles(self.log_dir, owner=type(self).__name__)
-        self._begin_recording()
+        super().on_train_begin(logs)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes how many batches came before the epoch."""
-        self._batches_before_epoch = self._batches
+        """Looks up the weights anew."""
+        super().on_epoch_begin(epoch, logs)
         self._trainable = ()  # may be others than in the epoch before
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Judges the last recorded step, if a multiple of `update_freq` has been passed."""
-        if not self._parts:
-            self._begin_recording()  # of optimizers that a function chooses
-        before, self._batches = self._batches, self._batches_before_epoch + batch + 1
-        if self._batches // self.update_freq > before // self.update_freq:
-            self._judge_step(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Judges the epoch."""
-        self._judge_step(logs)
+        self._look(logs)
         seen = Epoch(
             epoch,
             self._updates,
@@ -166,29 +137,18 @@ class TrainingAlarms(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Ends the recording and closes the event file."""
-        stop_recording(self._parts, self)
+        super().on_train_end(logs)
         if self._files is not None:
             self._files.close()
 
     # --- the parts -----------------------------------------------------------
 
-    @property
-    def _is_chief(self) -> bool:
-        return bool(self.model.distribute_strategy.extended.should_save_summary)
+    def _open_files(self) -> None:
+        self._files = None
+        if self.log_dir is not None and self._is_chief:
+            self._files = EventFiles(self.log_dir, owner=type(self).__name__)
 
-    @property
-    def _innermost(self) -> Any:
-        return chain(self.model.optimizer)[-1]
-
-    @property
-    def _updates(self) -> int:
-        return count(self._innermost)
-
-    def _begin_recording(self) -> None:
-        self._parts = optimizer_parts(self.model.optimizer)
-        start_recording(self.model, self._parts, self.update_freq, "layers", self)
-
-    def _judge_step(self, logs: dict[str, Any] | None) -> None:
+    def _look(self, logs: dict[str, Any] | None) -> None:
         loss = number((logs or {}).get("loss"))
         if not self._trainable:  # once an epoch, as it takes as long as all alarms together
             self._trainable = self.model.trainable_variables

@@ -71,7 +71,7 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the table and the picture show of one optimizer."""
+    """What the table and the pictures show of one optimizer."""
 
     accuracies: list[float]
     loss: float
@@ -333,19 +333,21 @@ def print_table(results: dict[str, Result], steps: int) -> None:
         )
 
 
-def draw(results: dict[str, Result], path: Path) -> None:
+def draw(results: dict[str, Result], directory: Path) -> list[Path]:
+    """Draws the first steps in one picture, accuracy and time in another; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, (steps, curves, bars) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    first, steps = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    training, (curves, bars) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     colors = {"exact": "tab:blue", "lazy": "tab:green", "Keras": "tab:orange"}
     styles = dict(zip(RULES, ("-", "--", ":"), strict=True))
     for name, result in results.items():
         rule, kind = name.split(", ")
         epochs = range(1, len(result.accuracies) + 1)
-        style = {"color": colors[kind], "linestyle": styles[rule], "marker": "."}
+        style: dict[str, Any] = {"color": colors[kind], "linestyle": styles[rule], "marker": "."}
         curves.plot(epochs, result.accuracies, label=name, **style)
         if kind != "lazy":  # whose first steps are the exact ones
             lengths = result.first_steps
@@ -370,7 +372,12 @@ def draw(results: dict[str, Result], path: Path) -> None:
     bars.invert_yaxis()
     bars.margins(x=0.12)
     bars.set_xlabel("ms a training step (median)")
-    figure.savefig(path, dpi=110)
+    paths = []
+    for name, figure in (("embeddings_first_steps", first), ("embeddings", training)):
+        paths.append(directory / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+        pyplot.close(figure)
+    return paths
 
 
 # --- the command line --------------------------------------------------------------------
@@ -394,7 +401,7 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=10_000, help="rows of the table, at most")
     parser.add_argument("--steps", type=int, default=20, help="made with dense gradients, too")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for the picture")
+    parser.add_argument("--logdir", type=Path, default=Path("runs"), help="for the pictures")
     args = parser.parse_args(argv)
     unknown = [rule for rule in args.rules if rule not in RULES]
     if unknown:
@@ -403,7 +410,7 @@ def parsed_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < least:
             stop(f"--{name} must be at least {least}; received {getattr(args, name)}")
     if importlib.util.find_spec("matplotlib") is None:
-        stop("the picture needs matplotlib: pip install 'keras-gdopt[examples]'")
+        stop("the pictures need matplotlib: pip install 'keras-gdopt[examples]'")
     try:
         args.logdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -444,9 +451,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, result in results.items():
         lengths = result.first_steps.values()
         print(f"{name:16}{min(lengths):.2f} to {max(lengths):.2f}")
-    picture = args.logdir / "embeddings.png"
-    draw(results, picture)
-    print(f"\nPicture: {picture}")
+    pictures = draw(results, args.logdir)
+    print(f"\nPictures: {', '.join(map(str, pictures))}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _cells(script: str, arguments: list[str]) -> Iterator[tuple[str, str]]:
     """Yields the kind and the source of each cell.
 
     The docstring and the comments that divide the script become text, and what runs it as a
-    program becomes a call with `arguments` and the picture.
+    program becomes a call with `arguments` and the pictures that it draws.
     """
     _, docstring, rest = script.split('"""', 2)
     summary, *explanation = docstring.split("\n", 1)
@@ -78,5 +78,8 @@ def _cells(script: str, arguments: list[str]) -> Iterator[tuple[str, str]]:
         yield "code", code.strip()
     yield "markdown", "## Run it\n\nOn a small setting; take arguments away for the whole of it."
     yield "code", f"main({arguments})"
-    picture = "max(Path().rglob('*.png'), key=lambda file: file.stat().st_mtime)"
-    yield "code", f"from IPython.display import Image\n\nImage({picture})"
+    yield (
+        "code",
+        "from pathlib import Path\n\nfrom IPython.display import Image, display\n\n"
+        "display(*(Image(path) for path in sorted(Path().rglob('*.png'))))",
+    )

@@ -18,6 +18,7 @@ from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 _LEAST_PART = 0.1
+"""Of a pair's product sᵀy, what the free weights must contribute for the pair to count."""
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
@@ -187,7 +188,7 @@ class _Pairs(NamedTuple):
         """The pairs restricted to the weights that no bound holds, for a step of those alone.
 
         The change of their gradient is partly due to the step of the held weights, so a pair
-        counts only if more than a tenth of its product sᵀy comes from the free weights.
+        counts only if more than `_LEAST_PART` of its product sᵀy comes from the free weights.
         """
         steps, changes = (
             tf.where(is_held, tf.zeros_like(rows), rows) for rows in (self.steps, self.changes)

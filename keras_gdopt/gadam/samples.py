@@ -90,13 +90,20 @@ def is_endless(data: Any) -> bool:
 
 def check_is_no_generator(name: str, data: Any) -> None:
     """Raises a `ValueError` for a generator, which can be read only once, or PyTorch's data."""
-    if hasattr(data, "__next__") or type(data).__module__.startswith("torch.utils"):
-        raise ValueError(
+    if hasattr(data, "__next__"):
+        problem = (
             "A generator can be read only once, but each generation and each resumed run read the "
-            "data anew. Use arrays, a `tf.data.Dataset` (such as "
-            "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
-            f"Received: {name}={data!r}"
+            "data anew."
         )
+    elif type(data).__module__.startswith("torch.utils"):
+        problem = "Data of PyTorch is not read, because its order cannot be repeated."
+    else:
+        return
+    raise ValueError(
+        f"{problem} Use arrays, a `tf.data.Dataset` (such as "
+        "`tf.data.Dataset.from_generator(...)`) or a `keras.utils.PyDataset`. "
+        f"Received: {name}={data!r}"
+    )
 
 
 def check_ends(name: str, data: Any) -> None:

@@ -67,6 +67,17 @@ def test_the_numbers_are_those_of_the_step(rng):
     assert "weight_norm" not in logs
 
 
+def test_a_second_fit_shows_a_step_as_soon_as_it_is_recorded(rng):
+    """The optimizer counts on, so its tenth step is the fifth batch of the second `fit`."""
+    x, y = _data(rng)
+    model, later = _model(gdopt.Adam()), _Logs()
+    model.fit(x, y, batch_size=8, verbose=0)  # 5 batches
+    callbacks = [OptimizerMetrics(["grad_norm"], update_freq=10), later]
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
+    is_known = [bool(np.isfinite(logs["grad_norm"])) for logs in later.seen]
+    assert is_known == [False] * 4 + [True] * 6
+
+
 def test_a_csv_file_has_all_columns_from_the_first_epoch_on(rng, tmp_path):
     x, y = _data(rng)
     path = tmp_path / "log.csv"

@@ -38,7 +38,8 @@ def test_ends_with_a_table_and_a_picture(tmp_path, output_of):
     exact, lazy, of_keras = (row[-1] for row in table.values())
     assert exact < 1e-5
     assert lazy > 0.01 and of_keras > 0.01
-    assert (tmp_path / "runs" / "embeddings.png").read_bytes()[1:4] == b"PNG"
+    for name in ("embeddings", "embeddings_first_steps"):
+        assert (tmp_path / "runs" / f"{name}.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.slow

@@ -811,6 +811,7 @@ def test_arguments_out_of_range(arguments, message):
 
 
 LISTS = [[1, 2, 3], [1], [2, 3]]
+DATA_OF_TORCH = type("DataLoader", (), {"__module__": "torch.utils.data.dataloader"})()
 ENDLESS = tf.data.Dataset.from_tensors((np.zeros((4, 6)), np.zeros((4, 3)))).repeat()
 
 
@@ -822,6 +823,7 @@ ENDLESS = tf.data.Dataset.from_tensors((np.zeros((4, 6)), np.zeros((4, 3)))).rep
         ({"y": np.zeros((47, 3))}, "must have the same number of samples"),
         ({"x": np.zeros((0, 6)), "y": np.zeros((0, 3))}, "The training data is empty"),
         ({"x": iter([1]), "y": None}, "A generator can be read only once"),
+        ({"x": DATA_OF_TORCH, "y": None}, "Data of PyTorch is not read"),
         ({"sample_weight": np.ones(3)}, r"sample_weight of 3 sample\(s\)"),
         ({"x": LISTS}, r"`x` must be arrays.*Received: x with a list of list$"),
         (
