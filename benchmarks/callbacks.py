@@ -103,11 +103,9 @@ def epochs(tier: str | None) -> Contender:
     """With an `OptimizerTensorBoard` of a tier, or without."""
 
     def callbacks() -> list[keras.callbacks.Callback]:
-        return (
-            []
-            if tier is None
-            else [gdopt.callbacks.OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
-        )
+        if tier is None:
+            return []
+        return [gdopt.callbacks.OptimizerTensorBoard(tempfile.mkdtemp(), tier=tier)]
 
     return _epochs(_name(tier), callbacks)
 

@@ -303,5 +303,6 @@ def _installed(checkout: str) -> Iterator[str]:
     """
     with tempfile.TemporaryDirectory() as directory:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*install, "--target", directory, checkout], check=True)
+        path = str(Path(checkout).resolve())  # pip would look up a bare name in the package index
+        subprocess.run([*install, "--target", directory, path], check=True)
         yield directory

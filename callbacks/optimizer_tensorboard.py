@@ -22,16 +22,9 @@ from keras_gdopt.callbacks.event_files import EventFiles, scalar, values_of, wri
 from keras_gdopt.callbacks.histograms import histogram
 from keras_gdopt.callbacks.hyperparameters import hyperparameters
 from keras_gdopt.callbacks.logs import numbers
-from keras_gdopt.callbacks.optimizer_parts import (
-    OptimizerPart,
-    loss_scale,
-    totals,
-)
+from keras_gdopt.callbacks.optimizer_parts import OptimizerPart, loss_scale, totals
 from keras_gdopt.callbacks.recording_callback import RecordingCallback
-from keras_gdopt.optimizers.argument_checks import (
-    checked_choice,
-    checked_count,
-)
+from keras_gdopt.optimizers.argument_checks import checked_choice, checked_count
 from keras_gdopt.optimizers.recording import TIERS, distinct_paths
 from keras_gdopt.optimizers.wrapping_optimizer import chain, is_multi_optimizer
 

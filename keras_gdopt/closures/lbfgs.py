@@ -18,7 +18,7 @@ from keras_gdopt.optimizers.arithmetic import machine_epsilon
 from keras_gdopt.tensor import Tensor
 
 _LEAST_PART = 0.1
-"""Of a pair's product sᵀy, what the free weights must contribute for the pair to count."""
+"""The part of a pair's product sᵀy that must come from the free weights for it to count."""
 
 
 @keras.saving.register_keras_serializable("keras_gdopt")
